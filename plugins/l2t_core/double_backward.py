@@ -1,0 +1,102 @@
+"""Differentiating twice, safely: kernels that have second derivatives, and a probe before a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from l2t_core.errors import UserError
+
+
+@contextlib.contextmanager
+def twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Choose kernels with second derivatives: math attention, and no cuDNN for recurrent nets.
+
+    Fused attention has no second derivative on any device; cuDNN's recurrent kernels neither.
+    cuDNN stays on for modules without recurrence, where it is only faster.
+    """
+    recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        if recurrent and torch.backends.cudnn.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def probe(module: nn.Module, scalar_loss: Any) -> None:
+    """Differentiate ``scalar_loss()`` twice with respect to ``module`` once, before a long run.
+
+    Raises:
+        UserError: naming the module that has no second derivative.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    calls: list[tuple[str, nn.Module, tuple[Any, ...], Any]] = []
+    handles = [
+        m.register_forward_hook(
+            lambda m, inputs, output, name=name: calls.append((name, m, inputs, output))
+        )
+        for name, m in module.named_modules()
+        if name
+    ]
+    try:
+        with twice_differentiable(module):
+            loss = scalar_loss()
+            try:
+                _differentiate_twice([loss], parameters)
+            except RuntimeError as error:
+                culprit = _culprit(calls) or type(module).__name__
+                raise UserError(
+                    f"the student's {culprit} cannot be differentiated twice "
+                    f"({str(error).splitlines()[0][:120]}); train the teacher on a student "
+                    "without it"
+                ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differentiate_twice(outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    first = torch.autograd.grad(
+        outputs,
+        inputs,
+        [torch.ones_like(o) for o in outputs],
+        create_graph=True,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    live = [g for g in first if g is not None and g.requires_grad]
+    if live:
+        torch.autograd.grad(
+            live, inputs, [torch.ones_like(g) for g in live], retain_graph=True, allow_unused=True
+        )
+
+
+def _culprit(calls: list[tuple[str, nn.Module, tuple[Any, ...], Any]]) -> str | None:
+    """Return the innermost module whose own outputs cannot be differentiated twice."""
+    # Forward hooks fire innermost first, so the first failure is the most precise name.
+    for name, module, inputs, output in calls:
+        outputs = [o for o in _tensors(output) if o.requires_grad]
+        sources = [i for i in _tensors(inputs) if i.requires_grad]
+        sources += [p for p in module.parameters() if p.requires_grad]
+        if not outputs or not sources:
+            continue
+        try:
+            _differentiate_twice(outputs, sources)
+        except RuntimeError:
+            return f"{type(module).__name__} {name!r}"
+    return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [t for item in value for t in _tensors(item)]
+    return []

@@ -1,0 +1,173 @@
+"""The loss family l_phi(p, y) = sigma(-log(p)^T W y + b^T y) of L2T-DLF (section 3.1).
+
+All losses are pure functions from log-probabilities [N, K], integer targets [N] and coefficients
+phi to per-example losses [N], in nats where sigma is the identity. K classes may be a vocabulary,
+so W comes in four forms:
+
+========  ==========================================  ==========================================
+form      phi                                         W
+========  ==========================================  ==========================================
+dense     W [K, K], b [K]                             W
+diagonal  d [K], b [K]                                diag(d)
+lowrank   d [K], U [K, r], V [K, r], b [K]            diag(d) + U V^T / K
+shared    d [], s [], b []                            d I + (s / K) 1 1^T
+========  ==========================================  ==========================================
+
+The 1/K in the structured forms turns the sum over classes into a mean, so that a coefficient
+means the same for 10 classes and for 40,000. Cross-entropy is W = I, b = 0 with the identity;
+label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``diagonal``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l2t_core.registry import Registry
+from l2t_core.specs import LossSpec
+
+Coefficients = dict[str, Tensor]
+
+SIGMAS: Registry[Callable[[Tensor], Tensor]] = Registry("sigma")
+SIGMAS.register("sigmoid")(torch.sigmoid)
+SIGMAS.register("softplus")(F.softplus)
+SIGMAS.register("identity")(lambda z: z)
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """One way to write W: its shapes, its neutral point (W = I, b = 0) and its logit z."""
+
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
+    neutral: Callable[[int, int], Coefficients]
+    logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
+
+
+def _picked(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p_y, shape [N]."""
+    return -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    # Column y of W, row by row: z_i = sum_k -log p_ik W_k,y_i + b_y_i.
+    return -(log_probs * phi["W"].t()[targets]).sum(1) + phi["b"][targets]
+
+
+def _diagonal_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    return _picked(log_probs, targets) * phi["d"][targets] + phi["b"][targets]
+
+
+def _lowrank_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    spread = -(log_probs @ phi["U"]) / log_probs.shape[1]  # [N, r]
+    return _diagonal_logit(log_probs, targets, phi) + (spread * phi["V"][targets]).sum(1)
+
+
+def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    return phi["d"] * _picked(log_probs, targets) - phi["s"] * log_probs.mean(1) + phi["b"]
+
+
+FORMS: Registry[LossForm] = Registry("loss form")
+FORMS.register("dense")(
+    LossForm(
+        shapes=lambda k, r: {"W": (k, k), "b": (k,)},
+        neutral=lambda k, r: {"W": torch.eye(k), "b": torch.zeros(k)},
+        logit=_dense_logit,
+    )
+)
+FORMS.register("diagonal")(
+    LossForm(
+        shapes=lambda k, r: {"d": (k,), "b": (k,)},
+        neutral=lambda k, r: {"d": torch.ones(k), "b": torch.zeros(k)},
+        logit=_diagonal_logit,
+    )
+)
+FORMS.register("lowrank")(
+    LossForm(
+        shapes=lambda k, r: {"d": (k,), "U": (k, r), "V": (k, r), "b": (k,)},
+        # U = 1 and V = 0 is W = I, and lets the first gradient reach V: with both at zero the
+        # product's gradient would vanish.
+        neutral=lambda k, r: {
+            "d": torch.ones(k),
+            "U": torch.ones(k, r),
+            "V": torch.zeros(k, r),
+            "b": torch.zeros(k),
+        },
+        logit=_lowrank_logit,
+    )
+)
+FORMS.register("shared")(
+    LossForm(
+        shapes=lambda k, r: {"d": (), "s": (), "b": ()},
+        neutral=lambda k, r: {
+            "d": torch.tensor(1.0),
+            "s": torch.tensor(0.0),
+            "b": torch.tensor(0.0),
+        },
+        logit=_shared_logit,
+    )
+)
+
+
+def coefficient_shapes(spec: LossSpec, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every part of phi for K = ``num_classes``.
+
+    Raises:
+        UserError: if the form is unknown.
+    """
+    return FORMS.get(spec.form).shapes(num_classes, spec.rank)
+
+
+def neutral_coefficients(spec: LossSpec, num_classes: int) -> Coefficients:
+    """Return the phi at which W = I and b = 0, float32.
+
+    Raises:
+        UserError: if the form is unknown.
+    """
+    return FORMS.get(spec.form).neutral(num_classes, spec.rank)
+
+
+def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p_y in nats, [N], for log-probabilities [N, K] and targets [N]."""
+    return _picked(log_probs, targets)
+
+
+def bilinear_loss(
+    spec: LossSpec, log_probs: Tensor, targets: Tensor, phi: Coefficients
+) -> Tensor:
+    """Return l_phi [N] for log-probabilities [N, K] and targets [N] (L2T-DLF, section 3.1).
+
+    Raises:
+        UserError: if the form or sigma is unknown.
+    """
+    logit = FORMS.get(spec.form).logit(log_probs, targets, phi)
+    return SIGMAS.get(spec.sigma)(logit)
+
+
+def step_loss(
+    spec: LossSpec, log_probs: Tensor, targets: Tensor, phi: Coefficients, step: int
+) -> Tensor:
+    """Return the loss [N] that a student descends at 0-based training ``step``.
+
+    Cross-entropy during the first ``spec.warmup_steps`` steps, alpha*CE + (1-alpha)*l_phi after
+    them with alpha = ``spec.ce_mix``. Both come from the authors' public MNIST demo: at W = I
+    the sigmoid form's gradient is cross-entropy's times p_y/(1+p_y)^2, next to nothing for a
+    student that has not begun to learn.
+
+    Raises:
+        UserError: if the form or sigma is unknown.
+    """
+    if not taught_at(spec, step):
+        return cross_entropy(log_probs, targets)
+    taught = bilinear_loss(spec, log_probs, targets, phi)
+    if spec.ce_mix == 0.0:
+        return taught
+    return spec.ce_mix * cross_entropy(log_probs, targets) + (1.0 - spec.ce_mix) * taught
+
+
+def taught_at(spec: LossSpec, step: int) -> bool:
+    """Tell whether the loss of 0-based training ``step`` depends on phi."""
+    return step >= spec.warmup_steps and spec.ce_mix < 1.0

@@ -1,0 +1,79 @@
+"""Smoothed measures M-tilde: the expected measure under the student's own distribution.
+
+L2T-DLF section 3.3: M-tilde(f(x), y) = sum_y' M(y', y) p(y'|x). All return a scalar to maximise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expected_accuracy(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of p(y|x) over log-probabilities [N, K] and targets [N]."""
+    return log_probs.gather(1, targets.unsqueeze(1)).exp().mean()
+
+
+def log_likelihood(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of log p(y|x), in nats."""
+    return log_probs.gather(1, targets.unsqueeze(1)).mean()
+
+
+def margin_surrogate(log_probs: Tensor, targets: Tensor, k: float = 50.0) -> Tensor:
+    """Return minus the mean of 2*sigmoid(k (max_i p_i - p_y)) - 1, the authors' demo's measure.
+
+    Zero where the true class leads, towards -1 where another leads by more than a few 1/k.
+    """
+    probs = log_probs.exp()
+    gap = probs.max(1).values - probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return -(2.0 * torch.sigmoid(k * gap) - 1.0).mean()
+
+
+def mrt_measure(
+    log_probs: Tensor, scores: Tensor, candidate_mask: Tensor, alpha: float = 1.0
+) -> Tensor:
+    """Return the expected score under q(y') ~ p(y'|x)^alpha over distinct candidates.
+
+    Minimum risk training (Shen et al. 2016, equation 9): the distribution renormalised over a
+    sample's distinct candidates.
+
+    Args:
+        log_probs: [B, n] log p(y'|x) of each candidate.
+        scores: [B, n] measure of each candidate, constant.
+        candidate_mask: [B, n] true for the first copy of each distinct candidate.
+        alpha: sharpness; 1 with all sentences listed is the exact expectation.
+    """
+    weights = torch.softmax((alpha * log_probs).masked_fill(~candidate_mask, -torch.inf), 1)
+    return (weights * scores).sum(1).mean()
+
+
+def reinforce_measure(log_probs: Tensor, scores: Tensor) -> Tensor:
+    """Return the mean sampled score, with the score-function gradient.
+
+    Each sample's baseline is the mean score of its source's other samples (leave one out), which
+    keeps the gradient unbiased for independent samples.
+
+    Args:
+        log_probs: [B, n] log p(y'|x) of n >= 2 independent samples per source.
+        scores: [B, n] measure of each sample, constant.
+    """
+    n = log_probs.shape[1]
+    if n < 2:
+        raise ValueError("a leave-one-out baseline needs at least two samples per source")
+    baseline = (scores.sum(1, keepdim=True) - scores) / (n - 1)
+    surrogate = ((scores - baseline) * log_probs).mean()
+    # The value is the mean score; only the gradient comes from the surrogate.
+    return scores.mean() + surrogate - surrogate.detach()
+
+
+def distinct_mask(keys: list[list[tuple[int, ...]]]) -> Tensor:
+    """Return [B, n], true for the first occurrence of each candidate among its source's."""
+    rows = []
+    for candidates in keys:
+        seen: set[tuple[int, ...]] = set()
+        row = []
+        for candidate in candidates:
+            row.append(candidate not in seen)
+            seen.add(candidate)
+        rows.append(row)
+    return torch.tensor(rows)

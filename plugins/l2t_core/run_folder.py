@@ -1,0 +1,122 @@
+"""A run's folder: its configuration, its log, its state and what it made.
+
+=========================  =======================================================================
+config.yaml                the configuration as resolved (JSON is YAML); written once
+metrics.jsonl              one JSON object per finished episode or event
+state.safetensors          everything needed to go on, replaced whole after every episode
+teacher_best.safetensors   the teacher with the best true dev measure
+teacher_last.safetensors   the teacher after the last episode
+=========================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+
+class RunFolder:
+    """Paths and atomic writes of one run's folder; open it with :func:`open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.state = path / "state.safetensors"
+        self.teacher_best = path / "teacher_best.safetensors"
+        self.teacher_last = path / "teacher_last.safetensors"
+
+    def save_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Replace the run's state by ``tensors`` and the JSON-compatible ``record``."""
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        metadata = {"record": json.dumps(record)}
+        atomic_write(self.state, safetensors.torch.save(content, metadata))
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what :meth:`save_state` kept, or None if the run has not got that far.
+
+        Raises:
+            UserError: if the state is damaged.
+        """
+        return load_tensors_and_record(self.state)
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the log by ``rows``: after a kill it again says what the state says."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        atomic_write(self.metrics, text)
+
+
+def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return tensors and record of a state file, or None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return tensors, json.loads(handle.metadata()["record"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it to start this run afresh"
+        ) from error
+
+
+def open_run(path: Path, config: dict[str, Any], resume: bool = True) -> RunFolder:
+    """Open ``path`` for the run that ``config`` describes, new or to be resumed.
+
+    Raises:
+        UserError: if the folder holds another run or other files, if it holds this run and
+            ``resume`` is false, or if it cannot be written.
+    """
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; name a folder")
+    if folder.config.exists():
+        _check_same_run(folder, config)
+        if not resume and folder.state.exists():
+            raise UserError(
+                f"{path} already holds this run; drop --no-resume to continue it, or choose "
+                "another --out"
+            )
+    elif path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
+    else:
+        atomic_write(folder.config, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {path}; choose another --out")
+    return folder
+
+
+def _check_same_run(folder: RunFolder, config: dict[str, Any]) -> None:
+    try:
+        stored = json.loads(folder.config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
+    before, now = _flattened(stored), _flattened(json.loads(json.dumps(config)))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{folder.path} holds another run ({key} is {before.get(key)!r} there, "
+                f"{now.get(key)!r} here); choose another --out"
+            )
+
+
+def _flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flattened(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

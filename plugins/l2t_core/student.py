@@ -1,0 +1,56 @@
+"""What a field plugs in: a student that can be trained, replayed and measured."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from l2t_core.optimisers import Optimiser
+from l2t_core.student_state import DevStatistics
+
+
+class Student(Protocol):
+    """One task's student f_omega with its data, optimiser and measures.
+
+    ``module.parameters()`` are omega (tied ones once). The engine turns them into views of one
+    vector, so they may be filled in place but never replaced. ``num_classes`` is K,
+    ``total_steps`` T, ``measure_name`` names what :meth:`true_measure` returns.
+    """
+
+    module: nn.Module
+    num_classes: int
+    total_steps: int
+    optimiser: Optimiser
+    default_features: tuple[str, ...]
+    measure_name: str
+
+    def reset(self, seed: int) -> None:
+        """Fill the module with the fresh parameters and buffers of ``seed``; start its data."""
+
+    def batch(self, step: int) -> Any:
+        """Return the batch of 0-based ``step``: the same one whenever asked."""
+
+    def step_seed(self, step: int) -> int:
+        """Return the random seed (dropout) of ``step``."""
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [N, K] and targets [N] in training mode, padding removed."""
+
+    def learning_rate(self, step: int) -> float:
+        """Return eta_t of ``step``."""
+
+    def dev_statistics(self, step: int) -> DevStatistics | None:
+        """Return dev statistics if they are due once ``step`` is committed, else None."""
+
+    def dev_interval(self) -> int:
+        """Return the number of steps from one dev refresh to the next."""
+
+    def smoothed_measure(self, seed: int) -> Tensor:
+        """Return M-tilde on dev at the current parameters: a scalar to maximise."""
+
+    def true_measure(self) -> float:
+        """Return the measure that counts, on dev, in [0, 1], higher is better."""
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return what a teacher must fit: the classes' number or the dictionary's hash."""

@@ -1,0 +1,93 @@
+"""A trained teacher as a drop-in for ``nn.CrossEntropyLoss`` in anyone's loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2t_core.applied import AppliedTeacher
+from l2t_core.errors import UserError
+from l2t_core.student_state import TrainStatistics, dev_statistics, train_statistics
+
+
+class TaughtLoss(nn.Module):
+    """The loss that a trained teacher writes for this student, step by step.
+
+    ::
+
+        criterion = TaughtLoss("teacher_best.safetensors", total_steps=len(loader) * epochs)
+        loss = criterion(model(x), y)
+        loss.backward(); optimizer.step(); criterion.step(optimizer)
+
+    and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
+    after each validation. Without ``step`` the teacher would keep writing its first loss. The
+    module has no parameters; ``state_dict`` carries the student's state for a resume. In
+    evaluation mode it is plain cross-entropy.
+
+    Args:
+        teacher: path of a teacher file.
+        total_steps: T, the number of optimiser steps of this training.
+        warmup_steps: steps on cross-entropy; None scales the teacher's own.
+
+    Raises:
+        UserError: if the file cannot be used or ``total_steps`` is not positive.
+    """
+
+    def __init__(
+        self, teacher: str | Path, total_steps: int, warmup_steps: int | None = None
+    ) -> None:
+        super().__init__()
+        if total_steps < 1:
+            raise UserError(f"TaughtLoss: total_steps is {total_steps}; it must be at least 1")
+        # A list hides the teacher from the module tree: it must not become a parameter.
+        self._applied = [AppliedTeacher.from_file(teacher, total_steps, warmup_steps=warmup_steps)]
+        self._learning_rate = 0.0
+        self._pending: TrainStatistics | None = None
+
+    @property
+    def applied(self) -> AppliedTeacher:
+        """The teacher that follows this student."""
+        return self._applied[0]
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss, a scalar, for logits [N, K] and targets [N]."""
+        log_probs = torch.log_softmax(logits, 1)
+        if not self.training:
+            return -log_probs.gather(1, targets.unsqueeze(1)).mean()
+        if log_probs.shape[1] != self.applied.state.num_classes:
+            raise UserError(
+                f"TaughtLoss: the teacher was trained for {self.applied.state.num_classes} "
+                f"classes, the logits have {log_probs.shape[1]}; use a teacher of this task"
+            )
+        self.applied.begin_step(self._learning_rate)
+        self._pending = train_statistics(log_probs, targets)
+        return self.applied.loss(log_probs, targets).mean()
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Tell the teacher that the optimiser has made its step; call it once after each.
+
+        ``optimizer`` lets the teacher see the learning rate, if it was trained to look at it.
+        """
+        if optimizer is not None:
+            self._learning_rate = float(optimizer.param_groups[0]["lr"])
+        if self._pending is not None:
+            self.applied.commit(self._pending)
+            self._pending = None
+
+    def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
+        """Show the teacher the dev set's logits [N, K] and targets [N] after a validation."""
+        k = logits.shape[1]
+        log_probs = torch.log_softmax(logits.detach(), 1)
+        self.applied.observe_dev(dev_statistics(log_probs, targets, k))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the student's state, for ``state_dict``."""
+        return {"applied": self.applied.state_dict(), "learning_rate": self._learning_rate}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the student's state, from ``load_state_dict``."""
+        self.applied.load_state_dict(state["applied"])
+        self._learning_rate = float(state["learning_rate"])

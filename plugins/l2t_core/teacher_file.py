@@ -1,0 +1,172 @@
+"""The teacher file: theta as safetensors, and a JSON header that says what it fits.
+
+Loading reads numbers and JSON only: nothing in the file can execute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import Teacher, build_teacher
+
+FORMAT = "l2t-teacher"
+VERSION = 1
+
+
+@dataclass
+class TeacherHeader:
+    """What a teacher file says of its teacher.
+
+    ``teacher.features`` is filled in. ``total_steps`` (T) and ``dev_interval`` are those of the
+    students it was trained on, in steps; ``fingerprint`` is what a student must match;
+    ``record`` tells how the teacher came about.
+    """
+
+    teacher: TeacherSpec
+    loss: LossSpec
+    num_classes: int
+    total_steps: int
+    dev_interval: int
+    fingerprint: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def loss_for(self, total_steps: int, warmup_steps: int | None = None) -> LossSpec:
+        """Return the loss for a student of ``total_steps``, its warm-up scaled by T'/T."""
+        if warmup_steps is None:
+            warmup_steps = round(self.loss.warmup_steps * total_steps / self.total_steps)
+        return dataclasses.replace(self.loss, warmup_steps=warmup_steps)
+
+    def dev_interval_for(self, total_steps: int) -> int:
+        """Return the steps between dev refreshes for a student of ``total_steps``."""
+        return max(1, round(self.dev_interval * total_steps / self.total_steps))
+
+
+def save_teacher(path: Path, teacher: Teacher, header: TeacherHeader) -> None:
+    """Write ``teacher`` and ``header`` to ``path``, whole or not at all.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in teacher.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "header": json.dumps(dataclasses.asdict(header), sort_keys=True),
+    }
+    atomic_write(path, safetensors.torch.save(tensors, metadata))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the safetensors metadata of ``path``.
+
+    Raises:
+        UserError: if the file is missing, unreadable, cut short or no safetensors file.
+    """
+    try:
+        with path.open("rb") as handle:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            if length > 100_000_000:
+                raise ValueError("header too long")
+            metadata = json.loads(handle.read(length)).get("__metadata__", {})
+    except FileNotFoundError:
+        raise UserError(
+            f"no teacher file at {path}; `l2t train-teacher` writes teacher_best.safetensors"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the teacher file {path}: {error.strerror}") from error
+    except (ValueError, struct.error, AttributeError, RecursionError):
+        raise UserError(
+            f"{path} is not a teacher file or is cut short; give a file that "
+            "`l2t train-teacher` wrote, or copy it again"
+        ) from None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
+    """Return the teacher in ``path``, frozen, with its header.
+
+    Raises:
+        UserError: if the file is missing, cut short, of another format or version, or if its
+            tensors do not have the shapes that its header says.
+    """
+    header = load_header(path)
+    features = feature_count(header.teacher.features, header.num_classes)
+    teacher = build_teacher(header.teacher, header.loss, header.num_classes, features, seed=0)
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (SafetensorError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}); copy it again") from error
+    expected = {k: tuple(v.shape) for k, v in teacher.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    if expected != found:
+        wrong = sorted(k for k in expected | found if expected.get(k) != found.get(k))[0]
+        raise UserError(
+            f"{path}: {wrong} has shape {found.get(wrong)}, its header says "
+            f"{expected.get(wrong)}; the file is damaged, train the teacher again"
+        )
+    teacher.load_state_dict(tensors)
+    return teacher.requires_grad_(False), header
+
+
+def load_header(path: Path) -> TeacherHeader:
+    """Return the header of the teacher file ``path`` without reading its tensors.
+
+    Raises:
+        UserError: as :func:`load_teacher`.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file but holds no l2t teacher; give the "
+            "teacher_best.safetensors of a `l2t train-teacher` run"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise UserError(
+            f"{path} is a teacher file of version {metadata.get('version')}, this l2t reads "
+            f"version {VERSION}; use the l2t that wrote it or train again"
+        )
+    try:
+        content = json.loads(metadata["header"])
+        content["teacher"] = TeacherSpec(**content["teacher"])
+        content["loss"] = LossSpec(**content["loss"])
+        return TeacherHeader(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged header ({error}); train the teacher again") from error
+
+
+def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | str) -> None:
+    """Check that a student with ``fingerprint`` can be taught by this teacher.
+
+    Raises:
+        UserError: with both sizes side by side where it cannot.
+    """
+    theirs, ours = header.fingerprint, fingerprint
+    if theirs.get("kind") != ours.get("kind"):
+        raise UserError(
+            f"teacher {path} was trained for {theirs.get('kind')}, the student has "
+            f"{ours.get('kind')}; train a teacher on this task"
+        )
+    if theirs.get("num_classes") != ours.get("num_classes"):
+        raise UserError(
+            f"teacher {path} does not fit: it was trained for {theirs.get('num_classes')} "
+            f"{theirs.get('kind')} entries, the student has {ours.get('num_classes')}; use the "
+            "data the teacher was trained with, or train a teacher on this data"
+        )
+    if header.loss.form != "shared" and theirs.get("sha256") != ours.get("sha256"):
+        raise UserError(
+            f"teacher {path} does not fit: both have {ours.get('num_classes')} entries but in "
+            "another order or with other symbols; use the teacher's own dictionary, or train a "
+            "teacher on this data"
+        )

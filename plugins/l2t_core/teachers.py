@@ -1,0 +1,99 @@
+"""Teachers mu_theta: from the student's state s_t [F] to the loss's coefficients phi_t.
+
+A teacher has parameters only (theta). Both start near the neutral coefficients with small random
+differences: at the exact neutral point the slots would be equal and the attention's gradient zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from l2t_core.losses import Coefficients, coefficient_shapes, neutral_coefficients
+from l2t_core.registry import Registry
+from l2t_core.specs import LossSpec, TeacherSpec
+
+TEACHERS: Registry[type[Teacher]] = Registry("teacher")
+
+
+class Teacher(nn.Module):
+    """What every teacher is: a module from features s_t [F] to coefficients phi_t."""
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return phi_t for the state s_t, ``features`` [F]."""
+        raise NotImplementedError
+
+
+def _near_neutral(loss: LossSpec, num_classes: int, slots: int, scale: float) -> nn.ParameterDict:
+    neutral = neutral_coefficients(loss, num_classes)
+    return nn.ParameterDict(
+        {
+            name: nn.Parameter(value + scale * torch.randn(slots, *value.shape))
+            for name, value in neutral.items()
+        }
+    )
+
+
+@TEACHERS.register("attention")
+class AttentionTeacher(Teacher):
+    """Attention over N memory slots (L2T-DLF, section 3.2).
+
+    W_t = sum_n softmax(K_W s_t)_n V_W,n and b_t = sum_n softmax(K_b s_t)_n V_b,n, with
+    theta = {K_W, K_b, V_W, V_b}. A structured W attends with the one K_W for all its parts.
+    """
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__(spec, loss, num_classes, num_features)
+        # Keys of standard deviation 1/sqrt(F) give each slot a different share from the start.
+        scale = num_features**-0.5
+        self.weight_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
+        self.bias_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
+        self.values = _near_neutral(loss, num_classes, spec.slots, spec.init_scale)
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return phi_t for the state s_t, ``features`` [F]."""
+        weight_shares = torch.softmax(self.weight_keys @ features, 0)
+        bias_shares = torch.softmax(self.bias_keys @ features, 0)
+        return {
+            name: torch.tensordot(bias_shares if name == "b" else weight_shares, slots, 1)
+            for name, slots in self.values.items()
+        }
+
+
+@TEACHERS.register("static")
+class StaticTeacher(Teacher):
+    """phi learned but constant over the student's life: the ablation of "dynamic"."""
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__(spec, loss, num_classes, num_features)
+        self.values = _near_neutral(loss, num_classes, 1, spec.init_scale)
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return the same phi whatever ``features`` [F] says."""
+        return {name: slots[0] for name, slots in self.values.items()}
+
+
+def build_teacher(
+    spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int, seed: int
+) -> Teacher:
+    """Return a new teacher whose initial theta depends on ``seed`` alone.
+
+    Raises:
+        UserError: if the teacher or the loss form is unknown.
+    """
+    kind = TEACHERS.get(spec.name)
+    coefficient_shapes(loss, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(spec, loss, num_classes, num_features)
