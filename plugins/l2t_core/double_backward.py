@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2t_core.errors import UserError
+
+try:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def _math_attention() -> contextlib.AbstractContextManager[None]:
+        return sdpa_kernel([SDPBackend.MATH])
+
+except ImportError:  # torch below 2.3
+
+    def _math_attention() -> contextlib.AbstractContextManager[None]:
+        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
 
 
 @contextlib.contextmanager
@@ -22,7 +32,7 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """
     recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(_math_attention())
         if recurrent and torch.backends.cudnn.is_available():
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
@@ -60,20 +70,40 @@ def probe(module: nn.Module, scalar_loss: Any) -> None:
             handle.remove()
 
 
-def _differentiate_twice(outputs: list[Tensor], inputs: list[Tensor]) -> None:
+def _differentiate_twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     first = torch.autograd.grad(
         outputs,
         inputs,
-        [torch.ones_like(o) for o in outputs],
+        # Inside a model the incoming gradient depends on parameters too; so must these.
+        [torch.ones_like(o).requires_grad_() for o in outputs],
         create_graph=True,
         retain_graph=True,
         allow_unused=True,
     )
     live = [g for g in first if g is not None and g.requires_grad]
+    _refuse_dead_ends(live)
     if live:
         torch.autograd.grad(
             live, inputs, [torch.ones_like(g) for g in live], retain_graph=True, allow_unused=True
         )
+
+
+def _refuse_dead_ends(gradients: list[Tensor]) -> None:
+    """Raise RuntimeError where a once-differentiable function cut the graph of ``gradients``.
+
+    Such a function leaves an error node without inputs; a second derivative that asks for named
+    tensors never reaches it and is silently wrong.
+    """
+    queue: list[Any] = [g.grad_fn for g in gradients]
+    seen: set[Any] = set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "Error" in node.name() or "NotImplemented" in node.name():
+            raise RuntimeError("it contains a function that is marked as once differentiable")
+        queue.extend(following for following, _ in node.next_functions)
 
 
 def _culprit(calls: list[tuple[str, nn.Module, tuple[Any, ...], Any]]) -> str | None:

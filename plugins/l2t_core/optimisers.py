@@ -67,10 +67,8 @@ class Sgd:
         if self.rows == 1:
             return (omega - lr * direction).unsqueeze(0)
         velocity = spec.momentum * state[1] + direction
-        if spec.name == "nesterov":
-            direction = direction + spec.momentum * velocity
-        else:
-            direction = velocity
+        nesterov = spec.name == "nesterov"
+        direction = direction + spec.momentum * velocity if nesterov else velocity
         return torch.stack([omega - lr * direction, velocity])
 
 

@@ -60,16 +60,15 @@ def save_teacher(path: Path, teacher: Teacher, header: TeacherHeader) -> None:
         UserError: if the file cannot be written.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in teacher.state_dict().items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "header": json.dumps(dataclasses.asdict(header), sort_keys=True),
-    }
+    content = {"format": FORMAT, "version": VERSION, "header": dataclasses.asdict(header)}
+    # One metadata entry: safetensors writes several in random order, and equal teachers should
+    # be equal files.
+    metadata = {"l2t": json.dumps(content, sort_keys=True)}
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the safetensors metadata of ``path``.
+def _read_content(path: Path) -> dict[str, Any]:
+    """Return format, version and header as ``path`` holds them, {} if it holds none.
 
     Raises:
         UserError: if the file is missing, unreadable, cut short or no safetensors file.
@@ -80,6 +79,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             if length > 100_000_000:
                 raise ValueError("header too long")
             metadata = json.loads(handle.read(length)).get("__metadata__", {})
+            content = json.loads(metadata.get("l2t", "{}"))
     except FileNotFoundError:
         raise UserError(
             f"no teacher file at {path}; `l2t train-teacher` writes teacher_best.safetensors"
@@ -91,7 +91,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"{path} is not a teacher file or is cut short; give a file that "
             "`l2t train-teacher` wrote, or copy it again"
         ) from None
-    return metadata if isinstance(metadata, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
@@ -126,22 +126,21 @@ def load_header(path: Path) -> TeacherHeader:
     Raises:
         UserError: as :func:`load_teacher`.
     """
-    metadata = read_metadata(path)
-    if metadata.get("format") != FORMAT:
+    content = _read_content(path)
+    if content.get("format") != FORMAT:
         raise UserError(
             f"{path} is a safetensors file but holds no l2t teacher; give the "
             "teacher_best.safetensors of a `l2t train-teacher` run"
         )
-    if metadata.get("version") != str(VERSION):
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{path} is a teacher file of version {metadata.get('version')}, this l2t reads "
+            f"{path} is a teacher file of version {content.get('version')}, this l2t reads "
             f"version {VERSION}; use the l2t that wrote it or train again"
         )
     try:
-        content = json.loads(metadata["header"])
-        content["teacher"] = TeacherSpec(**content["teacher"])
-        content["loss"] = LossSpec(**content["loss"])
-        return TeacherHeader(**content)
+        header = content["header"]
+        parts = {"teacher": TeacherSpec(**header["teacher"]), "loss": LossSpec(**header["loss"])}
+        return TeacherHeader(**{**header, **parts})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged header ({error}); train the teacher again") from error
 

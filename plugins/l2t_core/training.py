@@ -22,7 +22,7 @@ from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 from l2t_core.student import Student
 from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
-from l2t_core.teachers import Teacher, build_teacher
+from l2t_core.teachers import build_teacher
 from l2t_core.unroll import Life
 
 OnEvent = Callable[[dict[str, Any]], None]

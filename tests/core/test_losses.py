@@ -1,0 +1,142 @@
+"""The loss family against its published forms and torch's own losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from l2t_core.errors import UserError
+from l2t_core.losses import (
+    bilinear_loss,
+    coefficient_shapes,
+    neutral_coefficients,
+    step_loss,
+    taught_at,
+)
+from l2t_core.specs import LossSpec
+
+FORMS = ["dense", "diagonal", "lowrank", "shared"]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    return logits, torch.log_softmax(logits, 1), torch.randint(0, 5, (8,), generator=generator)
+
+
+def doubled(phi):
+    return {k: v.double() for k, v in phi.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_neutral_identity_is_cross_entropy(form, batch):
+    _, log_probs, targets = batch
+    spec = LossSpec(form, "identity", rank=2)
+    loss = bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+    torch.testing.assert_close(loss, F.nll_loss(log_probs, targets, reduction="none"))
+
+
+def label_smoothing_coefficients(form, eps, k=5):
+    if form == "dense":
+        weight = (1 - eps) * torch.eye(k) + eps / k
+        return {"W": weight, "b": torch.zeros(k)}
+    if form == "lowrank":
+        return {
+            "d": torch.full((k,), 1 - eps),
+            "U": torch.ones(k, 1),
+            "V": torch.full((k, 1), eps),
+            "b": torch.zeros(k),
+        }
+    return {"d": torch.tensor(1 - eps), "s": torch.tensor(eps), "b": torch.tensor(0.0)}
+
+
+@pytest.mark.parametrize("form", ["dense", "lowrank", "shared"])
+def test_label_smoothing_comes_out(form, batch):
+    logits, log_probs, targets = batch
+    phi = {k: v.double() for k, v in label_smoothing_coefficients(form, 0.2).items()}
+    loss = bilinear_loss(LossSpec(form, "identity"), log_probs, targets, phi)
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_dense_equals_the_papers_formula(batch):
+    """sigma(-log(p)^T W y + b^T y) with y one-hot, written out."""
+    _, log_probs, targets = batch
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(5, generator=generator, dtype=torch.float64)
+    y = F.one_hot(targets, 5).double()
+    z = torch.einsum("nk,kj,nj->n", -log_probs, weight, y) + y @ bias
+    loss = bilinear_loss(LossSpec("dense", "sigmoid"), log_probs, targets, {"W": weight, "b": bias})
+    torch.testing.assert_close(loss, torch.sigmoid(z))
+
+
+def test_dense_equals_the_demos_form_up_to_a_constant(batch):
+    """The authors' demo minimises -mean sigmoid(((log p)^T W + b)_y): 1 - ours at -b."""
+    _, log_probs, targets = batch
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(5, generator=generator, dtype=torch.float64)
+    demo = -torch.sigmoid((log_probs @ weight + bias)[torch.arange(8), targets]).mean()
+    phi = {"W": weight, "b": -bias}
+    ours = bilinear_loss(LossSpec("dense", "sigmoid"), log_probs, targets, phi).mean()
+    torch.testing.assert_close(ours, 1.0 + demo)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_structured_forms_equal_the_dense_matrix(rank, batch):
+    _, log_probs, targets = batch
+    generator = torch.Generator().manual_seed(2)
+    spec = LossSpec("lowrank", "softplus", rank=rank)
+    phi = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in coefficient_shapes(spec, 5).items()
+    }
+    dense = {"W": torch.diag(phi["d"]) + phi["U"] @ phi["V"].t() / 5, "b": phi["b"]}
+    torch.testing.assert_close(
+        bilinear_loss(spec, log_probs, targets, phi),
+        bilinear_loss(LossSpec("dense", "softplus"), log_probs, targets, dense),
+    )
+    diagonal = {"d": phi["d"], "b": phi["b"]}
+    torch.testing.assert_close(
+        bilinear_loss(LossSpec("diagonal", "sigmoid"), log_probs, targets, diagonal),
+        bilinear_loss(
+            LossSpec("dense", "sigmoid"), log_probs, targets,
+            {"W": torch.diag(phi["d"]), "b": phi["b"]},
+        ),
+    )
+
+
+def test_neutral_sigmoid_scales_cross_entropys_gradient(batch):
+    """At W = I, b = 0 the gradient is cross-entropy's times p_y / (1 + p_y)^2."""
+    logits, log_probs, targets = batch
+    spec = LossSpec("dense", "sigmoid")
+    loss = bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+    taught = torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+    plain = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), logits)[0]
+    p = log_probs.exp().gather(1, targets.unsqueeze(1)).detach()
+    torch.testing.assert_close(taught, plain * p / (1 + p) ** 2)
+
+
+def test_warmup_and_mix(batch):
+    _, log_probs, targets = batch
+    spec = LossSpec("dense", "sigmoid", warmup_steps=3, ce_mix=0.25)
+    phi = doubled(neutral_coefficients(spec, 5))
+    plain = F.nll_loss(log_probs, targets, reduction="none")
+    taught = bilinear_loss(spec, log_probs, targets, phi)
+    torch.testing.assert_close(step_loss(spec, log_probs, targets, phi, 2), plain)
+    torch.testing.assert_close(
+        step_loss(spec, log_probs, targets, phi, 3), 0.25 * plain + 0.75 * taught
+    )
+    assert not taught_at(spec, 2)
+    assert taught_at(spec, 3)
+
+
+def test_unknown_names_are_user_errors(batch):
+    _, log_probs, targets = batch
+    with pytest.raises(UserError, match="did you mean 'dense'"):
+        coefficient_shapes(LossSpec("dens"), 5)
+    with pytest.raises(UserError, match="did you mean 'sigmoid'"):
+        spec = LossSpec("dense", "sigmoyd")
+        bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))

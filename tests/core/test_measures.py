@@ -1,0 +1,87 @@
+"""Smoothed measures: closed forms, and estimators against exact enumeration."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from l2t_core.measures import (
+    distinct_mask,
+    expected_accuracy,
+    log_likelihood,
+    margin_surrogate,
+    mrt_measure,
+    reinforce_measure,
+)
+
+
+def test_classification_measures_by_hand():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], dtype=torch.float64)
+    targets = torch.tensor([0, 1])
+    assert float(expected_accuracy(probs.log(), targets)) == pytest.approx(0.35)
+    expected = (torch.tensor([0.5, 0.2]).log().mean()).item()
+    assert float(log_likelihood(probs.log(), targets)) == pytest.approx(expected, rel=1e-6)
+    wrong = 2 / (1 + torch.exp(torch.tensor(-50 * 0.5)).item()) - 1
+    assert float(margin_surrogate(probs.log(), targets)) == pytest.approx(-wrong / 2)
+
+
+# A toy language: all sentences of two words over three words, one position at a time.
+SENTENCES = list(itertools.product(range(3), repeat=2))
+SCORES = torch.linspace(0, 1, 9, dtype=torch.float64)[torch.randperm(
+    9, generator=torch.Generator().manual_seed(4))]
+
+
+def log_prob(logits, sentence):
+    first = torch.log_softmax(logits[0], 0)[sentence[0]]
+    return first + torch.log_softmax(logits[1 + sentence[0]], 0)[sentence[1]]
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def exact_gradient(logits):
+    every = torch.stack([log_prob(logits, s) for s in SENTENCES])
+    return torch.autograd.grad((every.exp() * SCORES).sum(), logits)[0]
+
+
+def test_mrt_over_all_sentences_is_the_exact_expectation(logits):
+    every = torch.stack([log_prob(logits, s) for s in SENTENCES])
+    # One sentence twice: the copy must not count.
+    log_probs = torch.cat([every, every[:1]]).unsqueeze(0)
+    scores = torch.cat([SCORES, SCORES[:1]]).unsqueeze(0)
+    mask = distinct_mask([[*SENTENCES, SENTENCES[0]]])
+    value = mrt_measure(log_probs, scores, mask)
+    assert float(value.detach()) == pytest.approx(float((every.exp() * SCORES).sum().detach()))
+    torch.testing.assert_close(torch.autograd.grad(value, logits)[0], exact_gradient(logits))
+
+
+def test_mrt_alpha_flattens(logits):
+    every = torch.stack([log_prob(logits, s) for s in SENTENCES]).unsqueeze(0)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    value = mrt_measure(every, SCORES.unsqueeze(0), mask, alpha=0.0)
+    assert float(value.detach()) == pytest.approx(float(SCORES.mean()))
+
+
+def test_reinforce_is_unbiased_by_exact_enumeration(logits):
+    """The expectation over every pair of samples, each weighted by its probability."""
+    every = torch.stack([log_prob(logits, s) for s in SENTENCES])
+    weights = every.exp().detach()
+    total = torch.zeros_like(logits)
+    mean_value = 0.0
+    for i, j in itertools.product(range(9), repeat=2):
+        pair = torch.stack([every[i], every[j]]).unsqueeze(0)
+        value = reinforce_measure(pair, SCORES[[i, j]].unsqueeze(0))
+        weight = float(weights[i] * weights[j])
+        total += weight * torch.autograd.grad(value, logits, retain_graph=True)[0]
+        mean_value += weight * float(value.detach())
+    torch.testing.assert_close(total, exact_gradient(logits))
+    assert mean_value == pytest.approx(float((weights * SCORES).sum()))
+
+
+def test_reinforce_needs_two_samples(logits):
+    with pytest.raises(ValueError, match="two samples"):
+        reinforce_measure(torch.zeros(1, 1), torch.zeros(1, 1))

@@ -1,0 +1,118 @@
+"""TaughtLoss in an ordinary loop, and the probe before a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from l2t_core import TaughtLoss
+from l2t_core.double_backward import probe, twice_differentiable
+from l2t_core.errors import UserError
+from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.teacher_file import TeacherHeader, save_teacher
+from l2t_core.teachers import build_teacher
+from torch import nn
+
+
+@pytest.fixture
+def teacher_path(tmp_path):
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll", "dev_nll"])
+    loss = LossSpec("dense", "softplus", warmup_steps=2)
+    header = TeacherHeader(spec, loss, 4, 10, 2, {"kind": "classes", "num_classes": 4})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 4, 3, seed=2), header)
+    return path
+
+
+def loop(criterion, model, optimizer, steps):
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(16) % 4
+    values = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        criterion.step(optimizer)
+        criterion.observe_dev(model(x), y)
+        values.append(float(loss.detach()))
+    return values
+
+
+def fresh():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    return model, torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def test_drop_in_loop_and_resume(teacher_path):
+    model, optimizer = fresh()
+    criterion = TaughtLoss(teacher_path, total_steps=10)
+    whole = loop(criterion, model, optimizer, 10)
+    model, optimizer = fresh()
+    first = TaughtLoss(teacher_path, total_steps=10)
+    values = loop(first, model, optimizer, 4)
+    second = TaughtLoss(teacher_path, total_steps=10)
+    second.load_state_dict(first.state_dict())
+    values += loop(second, model, optimizer, 6)
+    assert values == whole
+    assert list(criterion.parameters()) == []
+
+
+def test_warmup_is_cross_entropy_and_evaluation_too(teacher_path):
+    criterion = TaughtLoss(teacher_path, total_steps=10)
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    targets = torch.tensor([0, 1, 2, 3, 0])
+    plain = nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(criterion(logits, targets), plain)
+    for _ in range(2):
+        criterion(logits, targets)
+        criterion.step()
+    assert abs(float(criterion(logits, targets)) - float(plain)) > 1e-3
+    torch.testing.assert_close(criterion.eval()(logits, targets), plain)
+
+
+def test_a_thrown_away_batch_changes_nothing(teacher_path):
+    criterion = TaughtLoss(teacher_path, total_steps=10)
+    before = criterion.applied.state_dict()
+    criterion(torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]))
+    assert criterion.applied.state_dict() == before
+
+
+def test_wrong_sizes(teacher_path):
+    with pytest.raises(UserError, match="4 classes, the logits have 5"):
+        TaughtLoss(teacher_path, total_steps=10)(torch.randn(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="at least 1"):
+        TaughtLoss(teacher_path, total_steps=0)
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return OnceOnly.apply(x**3)
+
+
+def test_probe_names_the_module_without_second_derivative():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Cube()), nn.Linear(3, 1))
+    with pytest.raises(UserError, match=r"Cube '1\.0'"):
+        probe(model, lambda: model(torch.ones(2, 3)).sum())
+    fine = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    probe(fine, lambda: fine(torch.ones(2, 3)).sum())
+
+
+def test_fused_attention_can_be_differentiated_twice_inside_the_context():
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with twice_differentiable(nn.Identity()):
+        out = nn.functional.scaled_dot_product_attention(q, q, q).sum()
+        first = torch.autograd.grad(out, q, create_graph=True)[0]
+        second = torch.autograd.grad(first.sum(), q)[0]
+    assert torch.isfinite(second).all()

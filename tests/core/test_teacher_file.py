@@ -1,0 +1,111 @@
+"""The teacher file: round trip, safety, and one clear line for everything that does not fit."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from l2t_core.errors import UserError
+from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.teacher_file import (
+    TeacherHeader,
+    check_fits,
+    load_header,
+    load_teacher,
+    save_teacher,
+)
+from l2t_core.teachers import build_teacher
+
+
+@pytest.fixture
+def saved(tmp_path):
+    spec = TeacherSpec(slots=3, features=["progress", "class_accuracy"])
+    loss = LossSpec("lowrank", "softplus", rank=2, warmup_steps=10)
+    teacher = build_teacher(spec, loss, 5, 6, seed=1)
+    fingerprint = {"kind": "dictionary", "num_classes": 5, "sha256": "abc"}
+    header = TeacherHeader(spec, loss, 5, 100, 10, fingerprint, {"recipe": "toy"})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, teacher, header)
+    return path, teacher, header
+
+
+def test_round_trip(saved):
+    path, teacher, header = saved
+    loaded, found = load_teacher(path)
+    assert found == header
+    features = torch.linspace(-1, 1, 6)
+    for name, value in teacher(features).items():
+        assert torch.equal(value, loaded(features)[name])
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_warmup_and_dev_interval_scale_with_the_steps(saved):
+    _, _, header = saved
+    assert header.loss_for(1000).warmup_steps == 100
+    assert header.loss_for(1000, warmup_steps=7).warmup_steps == 7
+    assert header.dev_interval_for(1000) == 100
+    assert header.dev_interval_for(5) == 1
+
+
+def test_every_truncation_is_one_clear_line(saved, tmp_path):
+    path = saved[0]
+    content = path.read_bytes()
+    for length in (0, 4, 8, 50, len(content) // 2, len(content) - 1):
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(content[:length])
+        with pytest.raises(UserError, match="cut short") as error:
+            load_teacher(cut)
+        assert "\n" not in str(error.value)
+
+
+def test_other_files_are_refused(saved, tmp_path):
+    path = saved[0]
+    with pytest.raises(UserError, match="no teacher file"):
+        load_teacher(tmp_path / "missing.safetensors")
+    with pytest.raises(UserError, match="cannot read"):
+        load_teacher(tmp_path)
+    pickled = tmp_path / "model.pt"
+    torch.save({"a": torch.ones(2)}, pickled)
+    with pytest.raises(UserError, match="not a teacher file"):
+        load_teacher(pickled)
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, other)
+    with pytest.raises(UserError, match="holds no l2t teacher"):
+        load_teacher(other)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as handle:
+        content = json.loads(handle.metadata()["l2t"])
+
+    def rewrite(**changes):
+        metadata = {"l2t": json.dumps({**content, **changes})}
+        safetensors.torch.save_file(tensors, other, metadata)
+
+    rewrite(version=99)
+    with pytest.raises(UserError, match="version 99"):
+        load_teacher(other)
+    bad = content["header"]
+    bad["teacher"]["slots"] = 4
+    rewrite(header=bad)
+    with pytest.raises(UserError, match="has shape"):
+        load_teacher(other)
+    bad["surprise"] = 1
+    rewrite(header=bad)
+    with pytest.raises(UserError, match="damaged header"):
+        load_header(other)
+    other.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(UserError, match="not a teacher file"):
+        load_teacher(other)
+
+
+def test_fit_names_both_sizes(saved):
+    path, _, header = saved
+    check_fits(header, dict(header.fingerprint), path)
+    with pytest.raises(UserError, match="5 dictionary entries, the student has 7"):
+        check_fits(header, {**header.fingerprint, "num_classes": 7}, path)
+    with pytest.raises(UserError, match="another order"):
+        check_fits(header, {**header.fingerprint, "sha256": "x"}, path)
+    with pytest.raises(UserError, match="trained for dictionary, the student has classes"):
+        check_fits(header, {"kind": "classes", "num_classes": 5}, path)
