@@ -1,0 +1,279 @@
+"""fairseq's criterion ``l2t_dynamic``: a frozen teacher's loss instead of cross-entropy.
+
+One path serves the task ``l2t_translation`` and the stock ``translation``. What happened in an
+update is read where fairseq reports it, in ``reduce_metrics``: that runs once after an optimiser
+step, never for a batch that was dropped, overflowed or only validated, and sees the same numbers
+on every process. The student's state s_t moves there and nowhere else.
+"""
+
+# No `from __future__ import annotations`: fairseq reads the types of its configurations.
+
+import logging
+import math
+import sys
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+import torch
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from l2t_core.applied import AppliedTeacher
+from l2t_core.errors import UserError
+from l2t_core.losses import cross_entropy
+from l2t_core.student_state import DevStatistics, TrainStatistics
+from l2t_core.teacher_file import check_fits
+from l2t_fairseq.fingerprint import dictionary_fingerprint
+from omegaconf import II
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Marks the logging outputs of training batches; they are summed, so it counts batches.
+TRAINING = "l2t_training"
+
+
+@dataclass
+class L2TDynamicCriterionConfig(FairseqDataclass):
+    """Settings of ``l2t_dynamic``; everything else is in the teacher file."""
+
+    l2t_teacher: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "teacher file written by `l2t train-teacher` (required)"},
+    )
+    l2t_warmup_steps: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "first updates on plain cross-entropy (default: the teacher's own, scaled "
+            "to this run's length)"
+        },
+    )
+    l2t_total_steps: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "length of this student's training in updates (default: --max-update)"},
+    )
+    # Not interpolated in the field above: under argparse, one with a flag of its own ends as null.
+    max_update: int = II("optimization.max_update")
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("l2t_dynamic", dataclass=L2TDynamicCriterionConfig)
+class L2TDynamicCriterion(FairseqCriterion):
+    """The loss l_phi of a frozen teacher (L2T-DLF, section 3.1), phi_t from the state s_t.
+
+    In training the loss is the sum of l_phi over the target tokens; in validation it is the plain
+    negative log-likelihood, so that checkpoints of all criterions compare. The teacher is held
+    outside the module tree: fairseq sees a criterion without parameters.
+
+    Raises:
+        UserError: if the teacher file cannot be used or does not fit the target dictionary, or if
+            the length of the training is not given.
+    """
+
+    # The criterion whose outputs are being reduced: fairseq's reduce_metrics is static.
+    _live: ClassVar["weakref.ref[L2TDynamicCriterion] | None"] = None
+
+    def __init__(
+        self,
+        task: Any,
+        l2t_teacher: str | None,
+        l2t_total_steps: int,
+        l2t_warmup_steps: int | None = None,
+        sentence_avg: bool = False,
+    ) -> None:
+        super().__init__(task)
+        if not l2t_teacher:
+            raise UserError(
+                "--criterion l2t_dynamic needs --l2t-teacher FILE, a teacher that "
+                "`l2t train-teacher` wrote"
+            )
+        if l2t_total_steps <= 0:
+            raise UserError(
+                "--criterion l2t_dynamic has to know how long the student trains; "
+                "add --max-update N (or --l2t-total-steps N)"
+            )
+        self.sentence_avg = sentence_avg
+        self.applied = AppliedTeacher.from_file(
+            l2t_teacher, l2t_total_steps, warmup_steps=l2t_warmup_steps
+        )
+        header = self.applied.header
+        assert header is not None  # from_file always has one
+        check_fits(header, dictionary_fingerprint(task.target_dictionary), l2t_teacher)
+        self._dev_interval = header.dev_interval_for(l2t_total_steps)
+        self._dev = _DevPass()
+        self._dev_counted_at = 0
+        # Set by a task that calls begin_update itself.
+        self.fed_by_task = False
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> "L2TDynamicCriterion":
+        """Build the criterion for fairseq; the user's mistakes end the program in one line."""
+        steps = cfg.max_update if cfg.l2t_total_steps is None else cfg.l2t_total_steps
+        try:
+            return cls(task, cfg.l2t_teacher, steps, cfg.l2t_warmup_steps, cfg.sentence_avg)
+        except UserError as error:
+            print(f"l2t: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    # -- the update that comes
+
+    def begin_update(self, update: int, learning_rate: float) -> None:
+        """Take note of the 0-based update that comes and of its learning rate.
+
+        Called before each of the update's batches; all but the first call change nothing. An
+        update that does not follow the last committed one (a fresh optimiser, a checkpoint
+        without s_t) starts a new s_t.
+        """
+        self._settle_dev()
+        if update != self.applied.step:
+            logger.info(
+                "the student's state starts anew at update %d%s",
+                update,
+                "; --task l2t_translation carries it through checkpoints" if update else "",
+            )
+            self._restart(update)
+        self.applied.begin_step(learning_rate)
+
+    def forward(
+        self, model: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Return loss (a sum, in nats), sample size and summable logging outputs of ``sample``.
+
+        With ``reduce`` False the loss is one value per target position, zero at padding.
+        """
+        type(self)._live = weakref.ref(self)
+        training = self.training and torch.is_grad_enabled()
+        log_probs, target = self._predict(model, sample)
+        pad = target.eq(self.padding_idx)
+        with torch.no_grad():
+            nll = cross_entropy(log_probs, target).masked_fill(pad, 0.0)
+            correct = (log_probs.argmax(1).eq(target) & ~pad).sum()
+        if training:
+            if not self.fed_by_task:
+                self.begin_update(*_announced_update())
+            loss = self.applied.loss(log_probs, target).masked_fill(pad, 0.0)
+        else:
+            loss = nll
+        if reduce:
+            loss = loss.sum()
+        sample_size = self._sample_size(sample)
+        outputs = {
+            "loss": loss.data if reduce else loss.data.sum(),
+            "nll_loss": nll.sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            "n_correct": correct,
+            TRAINING: int(training),
+        }
+        return loss, sample_size, outputs
+
+    def _sample_size(self, sample: dict[str, Any]) -> Any:
+        return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+
+    def _predict(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [N, K] and targets [N], padding included."""
+        net_output = model(**sample["net_input"])
+        log_probs = model.get_normalized_probs(net_output, log_probs=True)
+        target = model.get_targets(sample, net_output).view(-1)
+        return log_probs.view(-1, log_probs.size(-1)), target
+
+    # -- what happened
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Log loss and nll_loss (base 2), ppl and accuracy; move the student's state s_t on."""
+        sums = {
+            key: sum(log.get(key, 0) for log in logging_outputs)
+            for key in ("loss", "nll_loss", "ntokens", "sample_size", "n_correct", TRAINING)
+        }
+        ntokens, sample_size = sums["ntokens"], sums["sample_size"]
+        if not ntokens:
+            return  # nothing but dummy batches, which only keep processes in step
+        nll, accuracy = sums["nll_loss"] / ntokens, sums["n_correct"] / ntokens
+        # The same expressions, in the same order, as fairseq's cross_entropy: base 2, 3 digits.
+        loss = sums["loss"] / sample_size / math.log(2)
+        metrics.log_scalar("loss", loss, sample_size, round=3)
+        metrics.log_scalar("nll_loss", nll / math.log(2), ntokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_scalar("l2t_accuracy", accuracy, ntokens, round=4)
+        live = cls._live() if cls._live is not None else None
+        if live is None:
+            return
+        if sums[TRAINING] > 0:
+            live.applied.commit(TrainStatistics(float(nll), float(accuracy)))
+        else:
+            live._dev.add(float(sums["nll_loss"]), float(sums["n_correct"]), float(ntokens))
+
+    def _settle_dev(self) -> None:
+        """Give the teacher the finished pass over the dev set, if there is one and it is due.
+
+        It is due once the teacher's own interval (scaled to this run) has passed: a validation
+        at an epoch's end in between would show the teacher fresher numbers than in its training.
+        """
+        found = self._dev.take()
+        if found and self.applied.step - self._dev_counted_at >= self._dev_interval:
+            self.applied.observe_dev(found)
+            self._dev_counted_at = self.applied.step
+
+    def _restart(self, update: int) -> None:
+        fresh = {"step": update, "state": {"train": None, "dev": None}}
+        self.applied.load_state_dict(fresh)
+        self._dev_counted_at = update
+
+    # -- life beyond this process
+
+    def teacher_state(self) -> dict[str, Any]:
+        """Return s_t and the update it belongs to as plain Python values, for a checkpoint."""
+        self._settle_dev()
+        return {"applied": self.applied.state_dict(), "dev_counted_at": self._dev_counted_at}
+
+    def load_teacher_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`teacher_state` returned."""
+        self.applied.load_state_dict(state["applied"])
+        self._dev_counted_at = int(state["dev_counted_at"])
+        self._dev = _DevPass()
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """Tell fairseq that all logging outputs are numbers which may be added up."""
+        return True
+
+
+class _DevPass:
+    """Sums of one pass over the first validation subset."""
+
+    def __init__(self) -> None:
+        self._sums = (0.0, 0.0, 0.0)  # nll in nats, correct tokens, tokens
+        self._root: Any = None
+
+    def add(self, nll: float, correct: float, tokens: float) -> None:
+        """Count one batch, unless it is of another subset."""
+        # fairseq opens a new root aggregator for every subset; the first one is the dev set.
+        root = metrics.get_active_aggregators()[0]
+        if self._root is None:
+            self._root = root
+        if root is self._root:
+            old = self._sums
+            self._sums = (old[0] + nll, old[1] + correct, old[2] + tokens)
+
+    def take(self) -> DevStatistics | None:
+        """Return the statistics, if there are any, and begin anew."""
+        nll, correct, tokens = self._sums
+        self._sums, self._root = (0.0, 0.0, 0.0), None
+        return DevStatistics(nll / tokens, correct / tokens) if tokens else None
+
+
+def _announced_update() -> tuple[int, float]:
+    """Return update number and learning rate as fairseq's trainer logged them last.
+
+    The path of tasks that do not feed the criterion. The trainer logs the rate before the first
+    update and the number after it. Read from the live aggregator: after a resume, the one called
+    "default" is a copy from the checkpoint that nobody writes to.
+    """
+    live = metrics.get_active_aggregators()[0]
+    update = live.get_smoothed_value("num_updates") if "num_updates" in live else 0
+    rate = next((live.get_smoothed_value(k) for k in ("lr", "lr_default") if k in live), 0.0)
+    return int(update), float(rate)

@@ -1,0 +1,190 @@
+"""A checkpoint's BLEU: fairseq-generate in a process of its own, sacreBLEU on the raw reference.
+
+The score is of detokenised output against the text as it was before any preprocessing, so that it
+compares with other people's; fairseq-generate's own "BLEU" line does not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+_DETOKENISED = re.compile(r"D-(\d+)\t[^\t]*\t?(.*)")
+# Notes and progress that may follow the line that says what went wrong.
+_NOISE = re.compile(r"\s|.*(Warning:|warnings\.warn)|.*\| (INFO|WARNING) \|")
+
+
+@dataclass(frozen=True)
+class ScoredOutput:
+    """BLEU in [0, 100], sacreBLEU's signature, and the files written."""
+
+    bleu: float
+    signature: str
+    hypotheses: Path
+    log: Path
+
+
+def score_checkpoint(
+    prepared: Path,
+    checkpoint: Path,
+    generate_flags: Sequence[str] | str = (),
+    split: str = "test",
+    out: Path = Path(),
+) -> ScoredOutput:
+    """Translate ``split`` of a prepared data folder with ``checkpoint`` and score it.
+
+    ``prepared`` holds raw/, data-bin/ and spm.model. ``generate_flags`` are fairseq-generate's
+    (``--beam 5``), a list or a line. Writes ``out/SPLIT.hyp.LANGUAGE``, one detokenised line per
+    sentence, and ``out/generate-SPLIT.log``.
+
+    Raises:
+        UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
+    """
+    flags = shlex.split(generate_flags) if isinstance(generate_flags, str) else generate_flags
+    source, target = language_pair(prepared / "data-bin", split)
+    references = read_lines(prepared / "raw" / f"{split}.{target}")
+    log = out / f"generate-{split}.log"
+    spm = prepared / "spm.model"
+    if not spm.is_file():
+        raise UserError(f"{prepared} holds no spm.model; prepare the data again")
+    generated = generate(
+        prepared / "data-bin",
+        checkpoint,
+        [
+            *flags,
+            *("--source-lang", source, "--target-lang", target, "--gen-subset", split),
+            *("--bpe", "sentencepiece", "--sentencepiece-model", str(spm)),
+        ],
+        log,
+    )
+    hypotheses = in_order(generated, len(references), log)
+    path = out / f"{split}.hyp.{target}"
+    atomic_write(path, "".join(f"{line}\n" for line in hypotheses))
+    bleu, signature = corpus_bleu(hypotheses, references)
+    return ScoredOutput(bleu, signature, path, log)
+
+
+def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """Return sacreBLEU's corpus BLEU in [0, 100] and its signature.
+
+    Raises:
+        UserError: if there is nothing to score.
+    """
+    if not references:
+        raise UserError("the reference is empty: nothing to score; prepare the data again")
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    score = metric.corpus_score(list(hypotheses), [list(references)]).score
+    return float(score), str(metric.get_signature())
+
+
+def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) -> dict[int, str]:
+    """Run fairseq-generate; return the best detokenised hypothesis by sentence id.
+
+    Everything it prints goes to ``log``.
+
+    Raises:
+        UserError: if the checkpoint is missing or fairseq-generate fails.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"no checkpoint at {checkpoint}; train the student first")
+    user_dir = Path(__file__).resolve().parent
+    # The plugin first of all lets torch read the checkpoint, whatever criterion wrote it.
+    command = [sys.executable, "-m", "fairseq_cli.generate", str(data_bin), *flags]
+    command += ["--path", str(checkpoint), "--user-dir", str(user_dir)]
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as handle:
+            code = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUTF8": "1"},
+                check=False,
+            ).returncode
+    except OSError as error:
+        raise UserError(f"cannot write {log}: {error.strerror}; choose another folder") from error
+    if code != 0:
+        raise UserError(f"fairseq-generate failed ({_reason(log, code)}); its output is in {log}")
+    return read_hypotheses(log)
+
+
+def read_hypotheses(log: Path) -> dict[int, str]:
+    """Return the detokenised hypotheses (``D-`` lines) in fairseq-generate's output by id.
+
+    With ``--nbest`` the first of a sentence, which is its best, counts.
+    """
+    found: dict[int, str] = {}
+    # Split at newlines only: a translation may hold other characters that end a line for Python.
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if match := _DETOKENISED.fullmatch(line.rstrip("\r")):
+            found.setdefault(int(match[1]), match[2])
+    return found
+
+
+def in_order(generated: dict[int, str], count: int, log: Path) -> list[str]:
+    """Return ``count`` hypotheses in the order of the data.
+
+    Raises:
+        UserError: if fairseq-generate left sentences out, or has more than the reference.
+    """
+    missing = [number for number in range(count) if number not in generated]
+    if missing or len(generated) != count:
+        what = (
+            f"sentence {missing[0] + 1} and {len(missing) - 1} more are missing"
+            if missing
+            else f"it has {len(generated)}"
+        )
+        raise UserError(
+            f"fairseq-generate did not translate just the {count} sentences of the reference: "
+            f"{what}; see {log}, and generate without --skip-invalid-size-inputs-valid-test"
+        )
+    return [generated[number] for number in range(count)]
+
+
+def language_pair(data_bin: Path, split: str) -> tuple[str, str]:
+    """Return source and target language of ``split`` in a fairseq-preprocess folder.
+
+    Raises:
+        UserError: if the split is not there.
+    """
+    for index in sorted(data_bin.glob(f"{split}.*-*.*.idx")):
+        pair = index.name[len(split) + 1 :].split(".")[0]
+        source, _, target = pair.partition("-")
+        return source, target
+    raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, without their ends.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); prepare the data again") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _reason(log: Path, code: int) -> str:
+    """Return the last line of ``log`` that says something, or the signal that ended the program."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    telling = [line.strip() for line in lines if line.strip() and not _NOISE.match(line)]
+    return telling[-1] if telling else f"exit code {code}"

@@ -1,0 +1,86 @@
+"""fairseq's task ``l2t_translation``: ``translation`` that tells ``l2t_dynamic`` where it is.
+
+It feeds the criterion each update's number and learning rate, ends a pass over the dev set where
+it ends, and carries the student's state s_t through checkpoints, so that a resumed run is the run
+that was interrupted, to the bit. With any other criterion it is ``translation``.
+"""
+
+# No `from __future__ import annotations`: fairseq reads the types of its configurations.
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from l2t_fairseq.criterion import L2TDynamicCriterion
+
+# The key of s_t in the train iterator's state: of all that fairseq saves, what every version
+# restores in mid-epoch.
+STATE = "l2t"
+
+
+@dataclass
+class L2TTranslationConfig(TranslationConfig):
+    """The settings of ``translation``."""
+
+
+@register_task("l2t_translation", dataclass=L2TTranslationConfig)
+class L2TTranslationTask(TranslationTask):
+    """Translation with a teacher following the student."""
+
+    _criterion: Any = None
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """Build the criterion and keep it, unwrapped: fairseq may wrap what it calls."""
+        criterion = super().build_criterion(cfg)
+        if isinstance(criterion, L2TDynamicCriterion):
+            self._criterion = criterion
+            criterion.fed_by_task = True
+        return criterion
+
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the iterator; the training set's carries s_t in its state."""
+        iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        train = self.datasets.get(self.cfg.train_subset)
+        if self._criterion is not None and dataset is train:
+            carry_state(iterator, self._criterion)
+        return iterator
+
+    def train_step(
+        self,
+        sample: Any,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Announce the update to the criterion, then do what ``translation`` does."""
+        if self._criterion is not None:
+            self._criterion.begin_update(update_num, optimizer.get_lr())
+        return super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+        )
+
+
+def carry_state(iterator: Any, criterion: L2TDynamicCriterion) -> None:
+    """Make ``iterator`` save and load s_t together with its own position.
+
+    fairseq reuses an iterator from epoch to epoch; one that carries already is left alone.
+    """
+    if getattr(iterator, "l2t_carries", None) is criterion:
+        return
+    own_state, own_load = iterator.state_dict, iterator.load_state_dict
+
+    def state_dict() -> Any:
+        return {**own_state(), STATE: criterion.teacher_state()}
+
+    def load_state_dict(state: Any) -> None:
+        own_load(state)
+        if STATE in state:  # not in the checkpoint of another criterion or task
+            criterion.load_teacher_state(state[STATE])
+
+    iterator.state_dict = state_dict
+    iterator.load_state_dict = load_state_dict
+    iterator.l2t_carries = criterion

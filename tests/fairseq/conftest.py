@@ -1,0 +1,119 @@
+"""A toy parallel corpus, preprocessed by fairseq, and a way to run fairseq's commands."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+USER_DIR = PLUGINS / "l2t_fairseq"
+
+# A model small enough for 20 updates in a second.
+TINY_MODEL = shlex.split(
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 "
+    "--decoder-embed-dim 16 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 "
+    "--encoder-attention-heads 2 --decoder-attention-heads 2 --dropout 0.1"
+)
+TINY_RUN = shlex.split(
+    "--cpu --optimizer adam --lr 0.003 --lr-scheduler inverse_sqrt --warmup-updates 4 "
+    "--batch-size 8 --num-workers 0 --log-format json --log-interval 1 --seed 3 "
+    "--save-interval-updates 5 --max-update 20"
+)
+
+
+def run_module(
+    module: str, arguments: Sequence[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module arguments`` without anything of this checkout on the path."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
+def write_corpus(folder: Path) -> None:
+    """Write 60 training pairs and 12 each of valid and test, words numbered in two languages."""
+    generator = random.Random(7)
+    for split, size in (("train", 60), ("valid", 12), ("test", 12)):
+        pairs = [
+            [generator.randrange(12) for _ in range(generator.randint(3, 7))] for _ in range(size)
+        ]
+        for language, prefix in (("de", "wort"), ("en", "word")):
+            lines = [" ".join(f"{prefix}{n}" for n in pair) for pair in pairs]
+            (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a fairseq data-bin folder of a toy German-English corpus."""
+    pytest.importorskip("fairseq")
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder)
+    result = run_module(
+        "fairseq_cli.preprocess",
+        [
+            "--source-lang",
+            "de",
+            "--target-lang",
+            "en",
+            "--destdir",
+            str(folder / "data-bin"),
+            "--joined-dictionary",
+            *(x for s in ("train", "valid", "test") for x in (f"--{s}pref", str(folder / s))),
+        ],
+    )
+    assert result.returncode == 0, result.stderr
+    return folder / "data-bin"
+
+
+@pytest.fixture
+def write_teacher() -> Callable[..., Path]:
+    """Return a function that writes a teacher file for the dictionary of a data-bin folder."""
+    pytest.importorskip("fairseq")
+    import torch
+    from fairseq.data import Dictionary
+    from l2t_core.specs import LossSpec, TeacherSpec
+    from l2t_core.student_state import NMT_FEATURES
+    from l2t_core.teacher_file import TeacherHeader, save_teacher
+    from l2t_core.teachers import build_teacher
+    from l2t_fairseq.fingerprint import dictionary_fingerprint
+
+    def write(
+        path: Path,
+        data: Path,
+        *,
+        form: str = "dense",
+        sigma: str = "identity",
+        neutral: bool = False,
+        warmup_steps: int = 0,
+        total_steps: int = 10,
+        dev_interval: int = 2,
+    ) -> Path:
+        fingerprint = dictionary_fingerprint(Dictionary.load(str(data / "dict.en.txt")))
+        size = int(fingerprint["num_classes"])
+        loss = LossSpec(form=form, sigma=sigma, warmup_steps=warmup_steps)
+        features = list(NMT_FEATURES)
+        name, scale = ("static", 0.0) if neutral else ("attention", 0.3)
+        spec = TeacherSpec(name=name, slots=3, init_scale=scale, features=features)
+        teacher = build_teacher(spec, loss, size, len(features), seed=11)
+        if not neutral:
+            with torch.no_grad():  # attend sharply, so that phi_t really follows s_t
+                teacher.weight_keys.mul_(8.0)
+                teacher.bias_keys.mul_(8.0)
+        header = TeacherHeader(spec, loss, size, total_steps, dev_interval, fingerprint)
+        save_teacher(path, teacher, header)
+        return path
+
+    return write
