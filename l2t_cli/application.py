@@ -1,0 +1,257 @@
+"""Applying a teacher: what every field does alike. Seeds, reuse of finished students, the table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from l2t_cli import console
+from l2t_cli.console import LogFormat
+from l2t_cli.errors import Interrupted
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
+LABELS = {TAUGHT: "taught", CROSS_ENTROPY: "cross-entropy"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one trained student reached on test. ``signature`` makes the number repeatable."""
+
+    value: float
+    signature: str
+    seconds: float
+
+
+class Application(Protocol):
+    """What a field does to apply a teacher.
+
+    ``name`` names the output folder, ``measure`` the score; ``config`` identifies the student,
+    so that another run's folder is refused. ``teacher`` None trains by cross-entropy.
+    """
+
+    name: str
+    measure: str
+    lower_is_better: bool
+
+    def config(self) -> dict[str, Any]: ...
+
+    def check(self, teacher: Path) -> None:
+        """Raise UserError if the teacher or the data cannot be used."""
+
+    def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
+        """Return the lines that say exactly what :meth:`run` would do."""
+
+    def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
+        """Train one student, or go on training it, and score it on test."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All scores of one application, by arm (``taught``, ``cross_entropy``) and seed."""
+
+    name: str
+    measure: str
+    lower_is_better: bool
+    scores: dict[str, dict[int, Score]]
+    folder: Path
+
+    def values(self, arm: str) -> list[float]:
+        """Return the scores of an arm in the order of its seeds."""
+        return [score.value for _, score in sorted(self.scores.get(arm, {}).items())]
+
+    def signature(self) -> str:
+        """Return the signature of the taught students' scores."""
+        return next(iter(self.scores[TAUGHT].values())).signature
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table's rows: arm, students, score, difference, seconds a student."""
+        reference = self.values(CROSS_ENTROPY)
+        rows = []
+        for arm in (TAUGHT, CROSS_ENTROPY):
+            values = self.values(arm)
+            if not values:
+                continue
+            difference = ""
+            if arm == TAUGHT and reference:
+                difference = f"{_mean(values) - _mean(reference):+.2f}"
+            seconds = _mean([s.seconds for s in self.scores[arm].values()])
+            first, last = min(self.scores[arm]), max(self.scores[arm])
+            seeds = str(first) if first == last else f"{first}-{last}"
+            rows.append(
+                (LABELS[arm], seeds, mean_and_deviation(values), difference,
+                 console.duration(seconds))
+            )
+        return rows
+
+    def verdict(self) -> str:
+        """Return one sentence that says what came out, win or not."""
+        taught, reference = self.values(TAUGHT), self.values(CROSS_ENTROPY)
+        if not reference:
+            return ""
+        gain = _mean(taught) - _mean(reference)
+        better = gain < 0 if self.lower_is_better else gain > 0
+        students = f"{len(taught)} student{'s' if len(taught) > 1 else ''} each"
+        if abs(gain) < 0.005:
+            return f"{self.name}: taught and cross-entropy came out equal ({students})."
+        word = "better" if better else "worse"
+        return (
+            f"{self.name}: taught came out {word} than cross-entropy by {abs(gain):.2f} "
+            f"{self.measure} ({students})."
+        )
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def seeds_from(first: int, count: int) -> range:
+    """Return ``count`` seeds from ``first`` on."""
+    if count < 1:
+        raise UserError(f"--seeds is {count}; it must be at least 1")
+    return range(first, first + count)
+
+
+def show_plan(
+    application: Application, teacher: Path, folder: Path, seeds: range, baseline: bool
+) -> None:
+    """Print what :func:`apply` would do, and do nothing."""
+    application.check(teacher)
+    for arm, seed, place in _jobs(folder, seeds, baseline):
+        console.line(f"# {LABELS[arm]}, seed {seed}")
+        for text in application.plan(seed, teacher if arm == TAUGHT else None, place):
+            console.line(text)
+
+
+def apply(
+    application: Application,
+    teacher: Path,
+    folder: Path,
+    seeds: range,
+    *,
+    baseline: bool,
+    log_format: LogFormat,
+) -> Comparison:
+    """Train and score a student for each seed and arm; finished ones are reused.
+
+    Raises:
+        UserError: if the teacher does not fit, or the folder holds another application.
+        Interrupted: after Ctrl-C.
+    """
+    from l2t_core.run_folder import open_run
+
+    application.check(teacher)
+    config = {"teacher": checksum(teacher), "student": application.config()}
+    open_run(folder, config)
+    scores: dict[str, dict[int, Score]] = {}
+    try:
+        for arm, seed, place in _jobs(folder, seeds, baseline):
+            used = teacher if arm == TAUGHT else None
+            scores.setdefault(arm, {})[seed] = _finished_or_run(
+                application, arm, seed, used, place, log_format
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("finished students are kept; the same command continues") from None
+    comparison = Comparison(
+        application.name, application.measure, application.lower_is_better, scores, folder
+    )
+    _write_result(comparison, teacher, config)
+    return comparison
+
+
+def report(comparison: Comparison, log_format: LogFormat) -> None:
+    """Print the table, the signature and what was written."""
+    if log_format is LogFormat.json:
+        print((comparison.folder / "result.json").read_text(encoding="utf-8").rstrip())
+        return
+    if log_format is LogFormat.none:
+        return
+    columns = ["student", "seeds", f"test {comparison.measure}", "difference", "time each"]
+    console.table(f"{comparison.name}: same steps, batches and seeds"
+                  if len(comparison.scores) > 1 else comparison.name,
+                  columns, comparison.rows(), numbers=(2, 3, 4))
+    console.line(f"signature: {comparison.signature()}")
+    if verdict := comparison.verdict():
+        console.line(verdict)
+    console.files([("result", comparison.folder / "result.json"), ("students", comparison.folder)])
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return ``27.31 ± 0.12``, the deviation being the sample's; the number alone for one."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    mean = _mean(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _jobs(folder: Path, seeds: range, baseline: bool) -> Iterator[tuple[str, int, Path]]:
+    for seed in seeds:
+        for arm in (TAUGHT, CROSS_ENTROPY) if baseline else (TAUGHT,):
+            yield arm, seed, folder / arm / f"seed-{seed}"
+
+
+def _finished_or_run(
+    application: Application,
+    arm: str,
+    seed: int,
+    teacher: Path | None,
+    place: Path,
+    log_format: LogFormat,
+) -> Score:
+    kept = place / "score.json"
+    loud = log_format in (LogFormat.rich, LogFormat.simple)
+    if kept.exists():
+        try:
+            score = Score(**json.loads(kept.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{kept} is damaged; delete {place} to train it again") from error
+        if loud:
+            console.line(
+                f"{LABELS[arm]}, seed {seed}: {score.value:.2f} {application.measure} "
+                "(finished before)"
+            )
+        return score
+    if loud:
+        for text in application.plan(seed, teacher, place):
+            if text.startswith("fairseq"):
+                console.show_command(text)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {place}: {error.strerror}") from None
+    score = application.run(seed, teacher, place, log_format)
+    atomic_write(kept, json.dumps(asdict(score), indent=2) + "\n")
+    if loud:
+        console.line(
+            f"{LABELS[arm]}, seed {seed}: {score.value:.2f} {application.measure} "
+            f"in {console.duration(score.seconds)}"
+        )
+    return score
+
+
+def _write_result(comparison: Comparison, teacher: Path, config: dict[str, Any]) -> None:
+    content = {
+        "name": comparison.name,
+        "teacher": str(teacher),
+        "teacher_sha256": config["teacher"],
+        "measure": comparison.measure,
+        "lower_is_better": comparison.lower_is_better,
+        "signature": comparison.signature(),
+        "scores": {
+            arm: [{"seed": seed, **asdict(score)} for seed, score in sorted(by_seed.items())]
+            for arm, by_seed in comparison.scores.items()
+        },
+    }
+    atomic_write(comparison.folder / "result.json", json.dumps(content, indent=2) + "\n")

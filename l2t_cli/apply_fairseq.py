@@ -1,0 +1,143 @@
+"""Applying a teacher to a fairseq command: from a recipe, after ``--``, or out of a script."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from l2t_cli.application import Score
+from l2t_cli.console import LogFormat
+from l2t_cli.fairseq_process import run_logged, this_python
+from l2t_cli.progress import bar
+from l2t_cli.recipe_loading import Recipe
+from l2t_cli.user_dir import plugin_folder
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+from l2t_core.teacher_file import load_header
+from l2t_fairseq.command import (
+    FairseqCommand,
+    has_flag,
+    parse_command,
+    parse_script,
+    save_dir,
+    shell_text,
+    teach_command,
+    total_steps,
+    value_of,
+    with_value,
+    without,
+)
+
+
+class FairseqApplication:
+    """A fairseq-train command that a teacher is applied to."""
+
+    measure = "BLEU"
+    lower_is_better = False
+
+    def __init__(self, name: str, command: FairseqCommand, generate: str = "") -> None:
+        self.name, self.command, self.generate = name, command, generate
+        self._teacher = Path()
+        self.default_seed = int(value_of(command, "--seed") or 1)
+
+    @classmethod
+    def from_words(cls, words: list[str]) -> FairseqApplication:
+        """Take the command as the shell split it."""
+        command = parse_command(words)
+        return cls(_name_of(command), command)
+
+    @classmethod
+    def from_script(cls, path: Path) -> FairseqApplication:
+        """Take the command that a shell script holds."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the script {path}: {error}") from None
+        try:
+            return cls(path.stem, parse_script(text))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def config(self) -> dict[str, Any]:
+        """Return what identifies the student: the command without its seed."""
+        command = without(self.command, "--seed", takes_value=True)
+        return {"command": shell_text(command), "generate": self.generate}
+
+    def check(self, teacher: Path) -> None:
+        """Refuse what cannot be taught, missing data, and a teacher for another dictionary."""
+        self._teacher = teacher
+        check_data(self.command, teacher)
+        self.taught(teacher)
+
+    def taught(self, teacher: Path) -> FairseqCommand:
+        """Return the command with the teacher in it."""
+        header = load_header(teacher)
+        return teach_command(self.command, teacher.resolve(), header, plugin_folder()).command
+
+    def baseline(self, teacher: Path) -> FairseqCommand:
+        """Return the same command on cross-entropy, validating as often as the taught one."""
+        command = self.taught(teacher)
+        for flag in ("--user-dir", "--l2t-teacher"):
+            if value_of(self.command, flag) is None:
+                command = without(command, flag, takes_value=True)
+        if value_of(self.command, "--task") is None:
+            command = without(command, "--task", takes_value=True)
+        else:
+            command = with_value(command, "--task", "translation")
+        command = with_value(command, "--criterion", "cross_entropy")
+        if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
+            # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.
+            command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
+            command = with_value(command, "--label-smoothing", "0")
+            command = with_value(command, "--best-checkpoint-metric", "accuracy")
+            command = replace(command, arguments=[*command.arguments, "--report-accuracy"])
+        return command
+
+    def command_for(self, seed: int, teacher: Path | None, folder: Path) -> FairseqCommand:
+        """Return exactly what is run for one student."""
+        command = self.taught(teacher) if teacher else self.baseline(self._teacher)
+        command = with_value(command, "--seed", str(seed))
+        return with_value(command, "--save-dir", str(self.checkpoints(seed, teacher, folder)))
+
+    def checkpoints(self, seed: int, teacher: Path | None, folder: Path) -> Path:
+        """Return where a student's checkpoints go: where the user said, for the one asked for."""
+        if teacher and seed == self.default_seed and value_of(self.command, "--save-dir"):
+            return save_dir(self.command)
+        return folder / "checkpoints"
+
+    def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
+        """Return the training command, ready to be pasted into a shell."""
+        return [shell_text(self.command_for(seed, teacher, folder))]
+
+    def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
+        """Run fairseq-train, or let it go on from its last checkpoint; generate and score."""
+        began = time.monotonic()
+        command = self.command_for(seed, teacher, folder)
+        checkpoints = self.checkpoints(seed, teacher, folder)
+        self._claim(checkpoints, folder, shell_text(command))
+        title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
+        steps = total_steps(command)
+        with bar(title, log_format, quiet=True) as update:
+            update(0, steps)
+            run_logged(
+                [*this_python(command.program), *command.arguments],
+                command.environment,
+                folder / "train.log",
+                lambda updates, note: update(updates, steps, note),
+            )
+        with bar("generating and scoring", log_format, quiet=True):
+            value, signature = self.score(checkpoints, folder)
+        return Score(value, signature, time.monotonic() - began)
+
+    def _claim(self, checkpoints: Path, folder: Path, text: str) -> None:
+        """Refuse checkpoints of another run: fairseq would go on from them."""
+        mark = folder / "command.sh"
+        if (checkpoints / "checkpoint_last.pt").exists() and not mark.exists():
+            raise UserError(
+                f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "
+                "go on from; choose another --save-dir"
+            )
+        atomic_write(mark, text + "\n")

@@ -1,0 +1,96 @@
+"""Applying a teacher to an image recipe: a fresh student, plain training, test error."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+from l2t_cli.application import Score
+from l2t_cli.console import LogFormat
+from l2t_cli.progress import bar
+from l2t_cli.recipe_loading import Recipe
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+
+def build_student(spec: Any, seed: int) -> Any:
+    """Return the image student of ``spec``; it takes its seed from ``reset``."""
+    from l2t_vision.student import build_student as build
+
+    return build(spec)
+
+
+class ImageApplication:
+    """An image recipe's student, taught or trained by cross-entropy."""
+
+    measure = "error %"
+    lower_is_better = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.name = recipe.short_name
+        self._student: Any = None
+
+    def config(self) -> dict[str, Any]:
+        """Return what identifies the student: its section of the recipe."""
+        return {"recipe": self.recipe.name, "image": self.recipe.config()["image"]}
+
+    def check(self, teacher: Path) -> None:
+        """Refuse a teacher that does not fit the classes."""
+        from l2t_core.teacher_file import check_fits, load_teacher
+
+        _, header = load_teacher(teacher)
+        check_fits(header, self.student().fingerprint(), teacher)
+
+    def student(self) -> Any:
+        """Return the student, built once: reset() makes it fresh for each seed."""
+        if self._student is None:
+            self._student = self.recipe.field.build_student(self.recipe.student, 1)
+        return self._student
+
+    def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
+        """Return the plan in words: there is no command behind it."""
+        loss = f"the loss that {teacher} writes" if teacher else "cross-entropy"
+        return [f"train {self.name} for {self.student().total_steps} steps on {loss}, into {folder}"]
+
+    def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
+        """Train one student and read its error on the test set, once, at the end."""
+        import torch
+
+        from l2t_core.applied import AppliedTeacher
+        from l2t_core.apply import train_student
+
+        began = time.monotonic()
+        student = self.student()
+        applied = AppliedTeacher.from_file(teacher, student.total_steps) if teacher else None
+        title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
+        with bar(title, log_format, quiet=True) as update:
+
+            def on_event(event: dict[str, Any]) -> None:
+                update(event["step"] + 1, event["of"], f"train nll {event['train_nll']:.3f}")
+
+            try:
+                train_student(
+                    student, seed, applied,
+                    snapshot=folder / "snapshot.safetensors", on_event=on_event,
+                )
+            except FloatingPointError as error:
+                raise UserError(f"{title}: {error}; lower image.optimiser.lr") from None
+        error_rate = 100.0 * student.test_error()
+        content = io.BytesIO()
+        torch.save(student.module.state_dict(), content)
+        atomic_write(folder / "student.pt", content.getvalue())
+        return Score(error_rate, self._signature(applied), time.monotonic() - began)
+
+    def _signature(self, applied: Any) -> str:
+        from l2t_core import __version__
+
+        spec = self.recipe.student
+        loss = f"{applied.spec.form}+{applied.spec.sigma}" if applied else "cross-entropy"
+        return "|".join(
+            [f"data:{spec.data}", f"model:{spec.model}", f"steps:{spec.steps}",
+             f"batch:{spec.batch_size}", f"noise:{spec.label_noise:g}", f"loss:{loss}",
+             f"l2t:{__version__}"]
+        )

@@ -1,0 +1,112 @@
+"""``l2t apply-teacher``: a teacher applied to a recipe, a fairseq command or a shell script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l2t_cli import application as applying
+from l2t_cli import console
+from l2t_cli.console import LogFormat
+from l2t_cli.recipe_loading import Recipe, load_recipe
+from l2t_core.errors import UserError
+
+def command(
+    teacher: Path = typer.Argument(..., help="A file that `l2t train-teacher` wrote."),
+    target: list[str] = typer.Argument(
+        ..., metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
+        help="What to train.",
+    ),
+    out: Path = typer.Option(None, help="Output folder [default: runs/NAME-taught]."),
+    seed: int = typer.Option(
+        None, help="The first student's seed [default: that of the fairseq command, or 1]."
+    ),
+    seeds: int = typer.Option(1, help="How many students, with consecutive seeds."),
+    baseline: bool = typer.Option(
+        False, "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands or the plan only."),
+    log_format: LogFormat = typer.Option(
+        None, help="How to report [default: rich on a terminal, else simple]."
+    ),
+) -> None:
+    """Train a student under a teacher and score it on test.
+
+    Three ways to say what to train: a recipe; `-- fairseq-train ...` as you would run it; a
+    shell script that holds a fairseq-train command.
+    """
+    application = application_for(target)
+    folder = out or Path("runs") / f"{application.name}-taught"
+    first = seed if seed is not None else getattr(application, "default_seed", 1)
+    wanted = applying.seeds_from(first, seeds)
+    if dry_run:
+        applying.show_plan(application, teacher, folder, wanted, baseline)
+        return
+    run(
+        application, teacher, folder, wanted, baseline=baseline,
+        log_format=console.default_format(log_format),
+    )
+
+
+def run(
+    application: Any,
+    teacher: Path,
+    folder: Path,
+    seeds: range,
+    *,
+    baseline: bool,
+    log_format: LogFormat,
+) -> applying.Comparison:
+    """Apply ``teacher`` and report.
+
+    Raises:
+        UserError: if the teacher, the data or the folder cannot be used.
+    """
+    comparison = applying.apply(
+        application, teacher, folder, seeds, baseline=baseline, log_format=log_format
+    )
+    applying.report(comparison, log_format)
+    return comparison
+
+
+def application_for(target: list[str]) -> Any:
+    """Return the application that the command line's target asks for.
+
+    Raises:
+        UserError: if it is neither a recipe nor a fairseq command nor a script.
+    """
+    first = target[0]
+    if is_training_command(target):
+        return _command_application().from_words(target)
+    path = Path(first)
+    if path.suffix not in (".yaml", ".yml") and (path.is_file() or path.suffix == ".sh"):
+        if len(target) > 1:
+            raise UserError(f"{target[1]!r} after the script {first}: change the script itself")
+        return _command_application().from_script(path)
+    return application_for_recipe(load_recipe(first, target[1:]))
+
+
+def application_for_recipe(recipe: Recipe) -> Any:
+    """Return the application of a recipe's field."""
+    return recipe.field.load("application")(recipe)
+
+
+def is_training_command(words: list[str]) -> bool:
+    """Tell a command line (``CUDA_VISIBLE_DEVICES=0 fairseq-train ...``) from a recipe's name."""
+    for word in words:
+        if "=" in word and not word.startswith("-"):
+            continue  # an environment variable, if a command follows
+        name = Path(word).name
+        return name.startswith(("fairseq-", "python", "torchrun")) or name == "train.py"
+    return False
+
+
+def _command_application() -> Any:
+    from l2t_cli.fields import FIELDS
+
+    FIELDS.get("nmt").require()
+    from l2t_cli.apply_fairseq import FairseqApplication
+
+    return FairseqApplication

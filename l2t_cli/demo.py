@@ -1,0 +1,144 @@
+"""``l2t demo``: the whole story on data made on the spot, through the commands a user would type."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l2t_cli import application as applying
+from l2t_cli import apply_teacher, console, data, train_teacher
+from l2t_cli.application import CROSS_ENTROPY, TAUGHT, Comparison
+from l2t_cli.console import LogFormat
+from l2t_cli.recipe_loading import load_recipe
+from l2t_core.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of the demo: its recipe, its students' seeds and what the table calls it."""
+
+    recipe: str
+    title: str
+    seeds: int
+    dataset: str = ""
+
+
+PARTS = (
+    Part("demo-de-en", "German–English, fairseq Transformer", seeds=1, dataset="demo"),
+    Part("digits", "handwritten digits", seeds=5),
+)
+
+
+def command(
+    out: Path = typer.Option(Path("runs/demo"), help="Output folder."),
+    log_format: LogFormat = typer.Option(
+        None, help="How to report [default: rich on a terminal, else simple]."
+    ),
+) -> None:
+    """Train and apply a teacher for translation and for images, in a few minutes.
+
+    Prints every command that it runs, so that each can be repeated or changed. A demo that was
+    stopped goes on where it was.
+    """
+    chosen = console.default_format(log_format)
+    began = time.monotonic()
+    finished = [(part, run_part(part, out, chosen)) for part in PARTS]
+    write_summary(finished, out)
+    if chosen is LogFormat.json:
+        print((out / "demo.json").read_text(encoding="utf-8").rstrip())
+    elif chosen is not LogFormat.none:
+        show_summary(finished, out, time.monotonic() - began)
+
+
+def run_part(part: Part, out: Path, log_format: LogFormat) -> Comparison:
+    """Prepare the data of a part, train its teacher and apply it beside cross-entropy."""
+    loud = log_format in (LogFormat.rich, LogFormat.simple)
+    teacher_folder, taught_folder = out / f"{part.recipe}-teacher", out / f"{part.recipe}-taught"
+    if loud:
+        console.line()
+        console.line(f"== {part.title} ==", style="bold")
+    if part.dataset:
+        if loud:
+            console.show_command(f"l2t data prepare {part.dataset}")
+        data.prepare_data_set(part.dataset, None, None, log_format)
+    recipe = load_recipe(part.recipe)
+    if loud:
+        console.show_command(f"l2t train-teacher {part.recipe} --out {teacher_folder}")
+    teacher = train_teacher.run(recipe, teacher_folder, log_format=log_format)
+    if loud:
+        console.show_command(
+            f"l2t apply-teacher {teacher} {part.recipe} --baseline --seeds {part.seeds} "
+            f"--out {taught_folder}"
+        )
+    return apply_teacher.run(
+        apply_teacher.application_for_recipe(recipe),
+        teacher,
+        taught_folder,
+        applying.seeds_from(1, part.seeds),
+        baseline=True,
+        log_format=log_format,
+    )
+
+
+def show_summary(finished: list[tuple[Part, Comparison]], out: Path, seconds: float) -> None:
+    """Print the one table of the demo."""
+    console.line()
+    rows = []
+    for part, result in finished:
+        taught, reference = result.values(TAUGHT), result.values(CROSS_ENTROPY)
+        difference = sum(taught) / len(taught) - sum(reference) / len(reference)
+        better = "lower" if result.lower_is_better else "higher"
+        rows.append(
+            (
+                part.title,
+                f"{result.measure} ({better} is better)",
+                applying.mean_and_deviation(taught),
+                applying.mean_and_deviation(reference),
+                f"{difference:+.2f}",
+                str(len(taught)),
+            )
+        )
+    console.table(
+        "Taught against cross-entropy: same steps, batches and seeds, test set",
+        ["task", "measure", "taught", "cross-entropy", "difference", "seeds"],
+        rows,
+        numbers=(2, 3, 4, 5),
+    )
+    for _, result in finished:
+        console.line(f"signature {result.name}: {result.signature()}")
+    for _, result in finished:
+        console.line(result.verdict())
+    entries = [("summary", out / "demo.json"), ("picture", out / "demo.png")]
+    for part, result in finished:
+        teacher = out / f"{part.recipe}-teacher"
+        entries.append((f"teacher {part.recipe}", teacher / "teacher_best.safetensors"))
+        entries.append((f"its training {part.recipe}", teacher / "dev_measure.png"))
+        entries.append((f"students {part.recipe}", result.folder))
+    console.files(entries)
+    console.line(f"time: {console.duration(seconds)}")
+
+
+def write_summary(finished: list[tuple[Part, Comparison]], out: Path) -> None:
+    """Write ``demo.json`` and ``demo.png``."""
+    from l2t_cli.plots import plot_comparison
+
+    panels: list[dict[str, Any]] = [
+        {
+            "title": part.title,
+            "measure": f"test {result.measure}",
+            TAUGHT: result.values(TAUGHT),
+            CROSS_ENTROPY: result.values(CROSS_ENTROPY),
+        }
+        for part, result in finished
+    ]
+    content = [
+        {**panel, "signature": result.signature(), "verdict": result.verdict()}
+        for panel, (_, result) in zip(panels, finished, strict=True)
+    ]
+    atomic_write(out / "demo.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    plot_comparison(panels, out / "demo.png")

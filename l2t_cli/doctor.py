@@ -1,0 +1,74 @@
+"""``l2t doctor``: what is installed, and what that is good for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+
+from l2t_cli import console
+
+DISTRIBUTIONS = ("torch", "numpy", "safetensors", "omegaconf", "typer", "rich", "sacrebleu",
+                 "sentencepiece", "scikit-learn", "matplotlib", "tensorboard", "Babel", "num2words")
+
+
+def command() -> None:
+    """Show versions and what works here: torch, fairseq, extras, cores."""
+    from l2t_core import __version__
+
+    rows = [
+        ("l2t", __version__, ""),
+        ("Python", platform.python_version(), sys.executable),
+        ("cores", str(_cores()), f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
+    ]
+    rows += [(name, *_version(name)) for name in DISTRIBUTIONS]
+    rows.append(("fairseq", *_fairseq()))
+    rows.append(("devices", *_devices()))
+    console.table("l2t doctor", ["", "version", "note"], rows)
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _version(distribution: str) -> tuple[str, str]:
+    try:
+        return importlib.metadata.version(distribution), ""
+    except importlib.metadata.PackageNotFoundError:
+        return "missing", f"pip install {distribution}"
+
+
+def _fairseq() -> tuple[str, str]:
+    """Return version and note of whichever distribution or checkout gives `import fairseq`."""
+    logging.disable(logging.INFO)  # fairseq advertises optional packages when it is imported
+    try:
+        module = importlib.import_module("fairseq")
+    except ModuleNotFoundError as error:
+        if error.name == "fairseq":
+            return "missing", 'translation needs it: pip install "l2t[nmt]"'
+        return "broken", f"does not import: {error}"
+    except Exception as error:  # noqa: BLE001 - a broken fairseq raises whatever it likes
+        reason = str(error).strip().splitlines()
+        return "broken", f"does not import here: {reason[0] if reason else type(error).__name__}"
+    finally:
+        logging.disable(logging.NOTSET)
+    for name in ("fairseq-fixed", "fairseq"):
+        try:
+            return importlib.metadata.version(name), f"from the distribution {name}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return getattr(module, "__version__", "unknown"), "from a checkout"
+
+
+def _devices() -> tuple[str, str]:
+    try:
+        import torch
+    except ImportError:
+        return "none", "torch does not import"
+    if torch.cuda.is_available():
+        return f"cpu, {torch.cuda.device_count()} cuda", torch.cuda.get_device_name(0)
+    return "cpu", f"{torch.get_num_threads()} threads"

@@ -1,0 +1,77 @@
+"""What a failed command says: one line on stderr, never a stack trace for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+
+from l2t_core.errors import UserError, suggestion
+
+# Recent Typer carries its own Click, older Typer imports it: this finds the classes in both.
+UsageError: Any = typer.BadParameter.__base__
+ClickError: Any = UsageError.__base__
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a long run; the message says how to go on."""
+
+
+def say(message: str) -> None:
+    """Print one line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """Report ``error`` in one line and return the exit code, or None where it is a bug."""
+    if isinstance(error, UserError):
+        say(f"l2t: error: {error}")
+        return USER_MISTAKE
+    if isinstance(error, ClickError):
+        say(f"l2t: error: {usage_message(error)}")
+        return USER_MISTAKE
+    if isinstance(error, Interrupted):
+        say(f"l2t: interrupted: {error}")
+        return INTERRUPTED
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        say("l2t: interrupted")
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output went away (`l2t recipes ls | head`); Python would complain
+        # once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError) and error.filename is not None:
+        say(f"l2t: error: {error.filename}: {error.strerror}; check the path and its permissions")
+        return USER_MISTAKE
+    return None
+
+
+def usage_message(error: Any) -> str:
+    """Return one line for a Click usage error, with the nearest flag or command named."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    path = context.command_path if context else "l2t"
+    known: Iterable[str] = ()
+    name = ""
+    if match := re.match(r"No such command ['\"]?([^'\"]+?)['\"]?(?:\.|$| )", message):
+        name = match.group(1)
+        known = context.command.list_commands(context) if context else ()
+        message = f"no command {name!r}"
+    elif option := getattr(error, "option_name", None):
+        if type(error).__name__ == "NoSuchOption":
+            name = option
+            known = [o for p in context.command.params for o in p.opts] if context else ()
+            message = f"no option {option!r}"
+    elif match := re.search(r"'([^']*)' is not one of (.*)$", message):
+        name = match.group(1)
+        known = re.findall(r"'([^']*)'", match.group(2))
+    message = message[:1].lower() + message[1:]
+    return f"{message}{suggestion(name, known)} (see `{path} --help`)"

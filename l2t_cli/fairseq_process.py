@@ -1,0 +1,115 @@
+"""Running fairseq-train as a child: its full output in a file, a bar on the screen."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from l2t_core.errors import UserError
+
+# fairseq says both in every log format: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
+_UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
+_DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
+_EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:?\s*(.*)")
+_USAGE = re.compile(r"^\S+: error: (.*)")
+
+
+def run_logged(
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    on_progress: Callable[[int, str], None],
+) -> None:
+    """Run a command, appending what it prints to ``log``.
+
+    ``on_progress(updates, note)`` is called as fairseq reports. Ctrl-C ends the child, too.
+
+    Raises:
+        UserError: if the command cannot be started or fails; names the reason and the log.
+    """
+    try:
+        handle = log.open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write {log}: {error.strerror}; choose another --out") from None
+    with handle:
+        start = handle.tell()
+        try:
+            # Into the file, not through a pipe: a child that outlives us must not block or die.
+            child = subprocess.Popen(
+                list(arguments), stdout=handle, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+            )
+        except OSError as error:
+            raise UserError(f"cannot run {arguments[0]}: {error.strerror}") from None
+        try:
+            _follow(child, log, start, on_progress)
+        finally:
+            _end(child)
+    if child.returncode:
+        raise UserError(
+            f"{_program(arguments)} failed ({failure(log, start)}); its full output is in {log}"
+        )
+
+
+def _follow(
+    child: subprocess.Popen[bytes], log: Path, start: int, on_progress: Callable[[int, str], None]
+) -> None:
+    note = ""
+    with log.open("r", encoding="utf-8", errors="replace") as reader:
+        reader.seek(start)
+        while True:
+            ended = child.poll() is not None
+            for line in reader:
+                if found := _DEV_NLL.search(line):
+                    note = f"dev nll {float(found.group(1)):.3f}"
+                if counted := _UPDATES.search(line):
+                    on_progress(int(counted.group(1)), note)
+            if ended:
+                return
+            time.sleep(0.2)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        child.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def failure(log: Path, start: int = 0) -> str:
+    """Return the most telling line that a failed fairseq command printed from ``start`` on."""
+    content = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if found := _USAGE.match(line):
+            return found.group(1)
+        if found := _EXCEPTION.match(line):
+            name, text = found.groups()
+            return text if name == "UserError" and text else f"{name}: {text}".rstrip(": ")
+    return lines[-1] if lines else "it printed nothing"
+
+
+def this_python(program: Sequence[str]) -> list[str]:
+    """Return ``program`` with fairseq's script replaced by this interpreter's fairseq.
+
+    The fairseq-train on the PATH may belong to another environment, without our plugin.
+    """
+    if list(program) == ["fairseq-train"]:
+        return [sys.executable, "-m", "fairseq_cli.train"]
+    return list(program)
+
+
+def _program(arguments: Sequence[str]) -> str:
+    for word in arguments:
+        if word.startswith("fairseq"):
+            return word.replace("fairseq_cli.", "fairseq-")
+    return Path(arguments[0]).name

@@ -1,0 +1,100 @@
+"""The fields that a recipe can be about. A new field is its package and one entry here.
+
+Everything is named, not imported: fairseq is loaded for a translation recipe only, and torch for
+none of the commands that merely list or explain.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from l2t_core.errors import UserError
+from l2t_core.registry import Registry
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a field's parts are, as ``module:attribute``.
+
+    ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from
+    ``(spec, seed)``, ``application`` applies a teacher to a recipe (see
+    :class:`l2t_cli.application.Application`), ``datasets`` is the registry behind
+    ``l2t data prepare``. ``extra`` is what to install where ``needs`` cannot be imported.
+    """
+
+    name: str
+    spec: str
+    student: str
+    application: str
+    datasets: str
+    needs: str = ""
+    extra: str = ""
+
+    def load(self, part: str) -> Any:
+        """Import and return what ``part`` (one of the attributes above) names."""
+        module, attribute = getattr(self, part).split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def require(self) -> None:
+        """Import the package that the field needs, if any.
+
+        Raises:
+            UserError: if it is not installed or does not work here.
+        """
+        if not self.needs:
+            return
+        mend = f'pip install "l2t[{self.extra}]"'
+        logging.disable(logging.INFO)  # fairseq advertises optional packages as it is imported
+        try:
+            importlib.import_module(self.needs)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != self.needs:
+                raise
+            raise UserError(
+                f"{self.name} recipes need {self.needs}, which is not installed; {mend}"
+            ) from None
+        except Exception as error:
+            # fairseq 0.12.2 on Python 3.11 dies of a ValueError about dataclasses, for example.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the installed {self.needs} does not import here ({reason}); {mend}"
+            ) from error
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def build_student(self, spec: Any, seed: int) -> Any:
+        """Return the student that ``spec`` describes.
+
+        Raises:
+            UserError: if it cannot be built, for want of data or of a package.
+        """
+        self.require()
+        builder: Callable[[Any, int], Any] = self.load("student")
+        return builder(spec, seed)
+
+
+FIELDS: Registry[Field] = Registry("field")
+FIELDS.register("image")(
+    Field(
+        name="image",
+        spec="l2t_vision.recipe:ImageSpec",
+        student="l2t_cli.apply_image:build_student",
+        application="l2t_cli.apply_image:ImageApplication",
+        datasets="l2t_vision.prepare:DATASETS",
+    )
+)
+FIELDS.register("nmt")(
+    Field(
+        name="nmt",
+        spec="l2t_fairseq.recipe:NmtSpec",
+        student="l2t_fairseq.student:build_student",
+        application="l2t_cli.apply_fairseq:RecipeApplication",
+        datasets="l2t_fairseq.prepare:DATASETS",
+        needs="fairseq",
+        extra="nmt",
+    )
+)

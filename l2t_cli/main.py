@@ -1,0 +1,75 @@
+"""The ``l2t`` command: the subcommands put together, and errors told in one line.
+
+Nothing here imports torch: ``l2t --help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from l2t_cli import (
+    apply_teacher,
+    data,
+    demo,
+    doctor,
+    inspect_teacher,
+    recipe_commands,
+    train_teacher,
+    user_dir,
+)
+from l2t_cli.errors import exit_code_of
+
+app = typer.Typer(
+    name="l2t",
+    help="Train a teacher that writes a student's loss function, and apply it to fairseq and "
+    "image recipes.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train-teacher")(train_teacher.command)
+app.command("apply-teacher")(apply_teacher.command)
+app.add_typer(data.app, name="data")
+app.add_typer(recipe_commands.app, name="recipes")
+app.command("inspect")(inspect_teacher.command)
+app.command("doctor")(doctor.command)
+app.command("user-dir")(user_dir.command)
+app.command("demo")(demo.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from l2t_core import __version__
+
+        print(f"l2t {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            prog_name="l2t",
+            standalone_mode=False,
+        )
+    except BaseException as error:  # noqa: BLE001 - anything that is not a mistake is re-raised
+        code = exit_code_of(error)
+        if code is None:
+            raise
+    sys.exit(code if isinstance(code, int) else 0)

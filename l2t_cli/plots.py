@@ -1,0 +1,76 @@
+"""The picture of a teacher's training."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from l2t_core.files import atomic_write
+
+
+def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str, to: Path) -> None:
+    """Write a PNG of the true dev measure by episode, the best episode marked.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in history if row.get("dev_measure") is not None]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120)
+    axes.plot([r["episode"] for r in rows], [r["dev_measure"] for r in rows], marker="o", ms=3)
+    best = [r for r in rows if r.get("best")]
+    if best:
+        axes.plot(best[-1]["episode"], best[-1]["dev_measure"], "o", color="tab:red", label="best")
+        axes.legend(frameon=False)
+    axes.set_xlabel("episode")
+    axes.set_ylabel(f"dev {measure}")
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    plt.close(figure)
+    atomic_write(to, content.getvalue())
+
+
+def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
+    """Write a PNG that sets taught students beside cross-entropy's, one panel per task.
+
+    A panel is ``{"title", "measure", "taught": [...], "cross_entropy": [...]}``, with one number
+    per seed.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.2), dpi=120)
+    for axes, panel in zip([grid] if len(panels) == 1 else list(grid), panels, strict=True):
+        pairs = [("cross-entropy", panel["cross_entropy"]), ("taught", panel["taught"])]
+        for position, (label, scores) in enumerate(pairs):
+            mean = sum(scores) / len(scores)
+            color = "tab:gray" if position == 0 else "tab:blue"
+            axes.bar(position, mean, width=0.6, color=color, alpha=0.75, label=label)
+            axes.plot([position] * len(scores), scores, "o", color="black", ms=3)
+            axes.annotate(f"{mean:.2f}", (position, mean), ha="center", va="bottom",
+                          xytext=(0, 4), textcoords="offset points")
+        axes.set_xticks(range(len(pairs)), [label for label, _ in pairs])
+        axes.set_ylabel(panel["measure"])
+        axes.set_title(panel["title"], fontsize=10)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    plt.close(figure)
+    atomic_write(to, content.getvalue())

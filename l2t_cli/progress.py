@@ -1,0 +1,201 @@
+"""How a long run shows itself: bars on a terminal, a line per episode, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from l2t_cli import console
+from l2t_cli.console import LogFormat
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
+
+
+class TeacherView:
+    """Shows teacher training from its events, of which ``episodes`` are to come in all."""
+
+    def __init__(self, episodes: int, measure: str, log_format: LogFormat) -> None:
+        self.episodes, self.measure, self.format = episodes, measure, log_format
+        self.best: tuple[float, int] | None = None
+        self._bars: _EpisodeBars | None = None
+
+    @contextmanager
+    def running(self, done: list[Event]) -> Iterator[OnEvent]:
+        """Yield the receiver of events; ``done`` are the episodes of an earlier start."""
+        for row in done:
+            self._remember(row)
+        if self.format is LogFormat.rich:
+            self._bars = _EpisodeBars(self.episodes, len(done))
+            with self._bars.live:
+                yield self.receive
+        else:
+            yield self.receive
+
+    def receive(self, event: Event) -> None:
+        """Take one event of ``l2t_core.training``."""
+        if event["event"] == "step":
+            if self._bars:
+                self._bars.step(event)
+            return
+        self._remember(event)
+        if self.format is LogFormat.json:
+            print(json.dumps(event), flush=True)
+        elif self.format is LogFormat.simple:
+            console.line(self.summary(event))
+        elif self._bars:
+            self._bars.episode(event, self.summary(event))
+
+    def _remember(self, row: Event) -> None:
+        if row.get("best"):
+            self.best = (row["dev_measure"], row["episode"])
+
+    def summary(self, row: Event) -> str:
+        """Return one line about an episode."""
+        head = f"episode {row['episode']:>3}/{self.episodes - 1}"
+        if row.get("dev_measure") is None:
+            return f"{head}  skipped: {row.get('reason') or 'the hypergradient is not finite'}"
+        norm = row.get("hypergradient_norm")
+        parts = [
+            head,
+            f"dev {self.measure} {row['dev_measure']:.4f}" + (" *" if row.get("best") else "  "),
+            f"smoothed {row['smoothed']:.4f}",
+            f"hypergradient {norm:.3g}" if norm is not None else "hypergradient not finite, skipped",
+            console.duration(row["seconds"]),
+        ]
+        return "  ".join(parts)
+
+
+class _EpisodeBars:
+    """The episode bar over the bar of the steps within the episode."""
+
+    def __init__(self, episodes: int, done: int) -> None:
+        layout = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._episodes = Progress(*layout, TimeElapsedColumn(), console=console.out())
+        self._steps = Progress(*layout, console=console.out())
+        self._all = self._episodes.add_task("episodes", total=episodes, completed=done, note="")
+        self._inner = self._steps.add_task("", total=None, note="")
+        self._status = Text("the first episode is running", style="dim")
+        self._started, self._first, self._last = time.monotonic(), done, 0.0
+        self.live = Live(
+            Group(self._episodes, self._steps), console=console.out(), refresh_per_second=8,
+            transient=True,
+        )
+
+    def step(self, event: Event) -> None:
+        now = time.monotonic()
+        finished = event["step"] + 1
+        # Thousands of events a second cost more than they show.
+        if now - self._last < 0.1 and finished < event["of"]:
+            return
+        self._last = now
+        forward = event["phase"] == "forward"
+        shown = finished if forward else event["of"] - event["step"]
+        self._steps.update(
+            self._inner,
+            description="student learns" if forward else "hypergradient",
+            total=event["of"],
+            completed=shown,
+        )
+
+    def episode(self, event: Event, summary: str) -> None:
+        finished = event["episode"] + 1
+        task = self._episodes.tasks[0]
+        each = (time.monotonic() - self._started) / max(1, finished - self._first)
+        left = each * ((task.total or 0) - finished)
+        note = f"about {console.duration(left)} left" if left > 0 else ""
+        self._episodes.update(self._all, completed=finished, note=note)
+        self.live.console.print(Text(summary))
+
+
+class ScalarLog:
+    """TensorBoard scalars by episode; does nothing without a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def receive(self, event: Event) -> None:
+        """Write the numbers of a finished episode."""
+        if self._writer is None or event["event"] != "episode":
+            return
+        for key in ("dev_measure", "smoothed", "hypergradient_norm", "seconds", "skipped_total"):
+            value = event.get(key)
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(f"teacher/{key}", value, event["episode"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextmanager
+def bar(
+    title: str, log_format: LogFormat, unit: str = "", quiet: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Yield ``update(completed, total, note="")`` of one bar.
+
+    Off a terminal it prints a line at the end only, or nothing if ``quiet``; JSON and none print
+    nothing.
+    """
+    if log_format is LogFormat.rich:
+        with _one_bar(title, unit) as update:
+            yield update
+        return
+    began = time.monotonic()
+    yield lambda completed, total=None, note="": None
+    if log_format is LogFormat.simple and not quiet:
+        console.line(f"{title}: done in {console.duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def _one_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=console.out(), transient=True) as progress:
+        task: TaskID = progress.add_task(title, total=None, amount="", note="")
+
+        def update(completed: float, total: float | None = None, note: str = "") -> None:
+            of = f"/{_amount(total, unit)}" if total else ""
+            progress.update(
+                task, completed=completed, total=total, note=note,
+                amount=f"{_amount(completed, unit)}{of}",
+            )
+
+        yield update
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{value / 1e6:.1f} MB" if unit == "bytes" else f"{value:.0f}"

@@ -1,0 +1,75 @@
+"""``l2t recipes``: listed, shown, copied, validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from l2t_cli import console
+from l2t_cli.errors import say
+from l2t_cli.recipe_loading import check_recipe, find_recipe, read_yaml, shipped_recipes
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+app = typer.Typer(help="List, show, copy and validate recipes.", no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("ls")
+def list_recipes() -> None:
+    """List the recipes that come with l2t."""
+    rows = [
+        (name, str(read_yaml(path).get("description", "")))
+        for name, path in shipped_recipes().items()
+    ]
+    console.table("", ["recipe", "what it trains"], rows)
+
+
+@app.command()
+def show(name: str = typer.Argument(..., help="A recipe's name or file.")) -> None:
+    """Print a recipe as it is written."""
+    _, path = find_recipe(name)
+    print(path.read_text(encoding="utf-8").rstrip())
+
+
+@app.command()
+def cp(
+    name: str = typer.Argument(..., help="A recipe's name."),
+    destination: Path = typer.Argument(..., help="A file or a folder."),
+    no_clobber: bool = typer.Option(False, "--no-clobber", help="Refuse to overwrite a file."),
+) -> None:
+    """Copy a recipe, to be changed and given back by its path."""
+    _, path = find_recipe(name)
+    target = destination / path.name if destination.is_dir() else destination
+    if target.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{target}: a recipe file ends in .yaml; name it so")
+    if no_clobber and target.exists():
+        raise UserError(f"{target} exists; drop --no-clobber to overwrite it")
+    atomic_write(target, path.read_text(encoding="utf-8"))
+    console.line(f"copied {name} to {console.shown(target)}")
+
+
+@app.command()
+def validate(
+    names: list[str] = typer.Argument(..., help="Recipes by name or file."),
+) -> None:
+    """Check recipes and list everything that is wrong with them."""
+    problems: list[str] = []
+    for name in names:
+        try:
+            recipe, found = check_recipe(name)
+        except UserError as error:
+            recipe, found = None, [str(error)]
+        if recipe is not None:
+            console.line(f"{recipe.name}: ok")
+        problems += found
+    for problem in problems[:-1]:
+        say(f"l2t: error: {problem}")
+    if problems:
+        raise UserError(problems[-1])

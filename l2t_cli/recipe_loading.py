@@ -1,0 +1,296 @@
+"""Recipes: found by name or path, checked key by key against the specs, with overrides.
+
+Works with omegaconf 2.0 and 2.3, which the fairseq releases pin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from l2t_cli.fields import FIELDS, Field
+from l2t_core.errors import UserError, suggestion
+from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+
+CORE_SECTIONS: dict[str, type] = {
+    "loss": LossSpec,
+    "teacher": TeacherSpec,
+    "training": TrainingSpec,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as resolved. ``student`` is the field's section (e.g. ``ImageSpec``)."""
+
+    name: str
+    source: Path
+    description: str
+    field: Field
+    student: Any
+    loss: LossSpec
+    teacher: TeacherSpec
+    training: TrainingSpec
+
+    @property
+    def short_name(self) -> str:
+        """``demo-de-en`` of ``nmt/demo-de-en``."""
+        return self.name.rsplit("/", 1)[-1]
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain values, in the layout of the recipe file."""
+        return {
+            "field": self.field.name,
+            "description": self.description,
+            self.field.name: dataclasses.asdict(self.student),
+            "loss": dataclasses.asdict(self.loss),
+            "teacher": dataclasses.asdict(self.teacher),
+            "training": dataclasses.asdict(self.training),
+        }
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the paths of the recipes that come with l2t, by name (``image/digits``)."""
+    try:
+        root = Path(str(importlib.resources.files("l2t_cli.recipes")))
+    except ModuleNotFoundError:  # run from a checkout that is not installed
+        root = Path(__file__).resolve().parent.parent / "recipes"
+    paths = sorted(root.glob("*/*.yaml"))
+    return {f"{path.parent.name}/{path.stem}": path for path in paths}
+
+
+def find_recipe(name: str) -> tuple[str, Path]:
+    """Return the full name and the path of a recipe given by name or as a file.
+
+    Raises:
+        UserError: if there is none; the nearest name is suggested.
+    """
+    shipped = shipped_recipes()
+    if name in shipped:
+        return name, shipped[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t")
+        return path.stem, path
+    short = [full for full in shipped if full.split("/")[1] == name]
+    if len(short) == 1:
+        return short[0], shipped[short[0]]
+    if short:
+        raise UserError(f"recipe {name!r} is ambiguous; give one of {', '.join(short)}")
+    names = [*shipped, *(full.split("/")[1] for full in shipped)]
+    raise UserError(
+        f"no recipe {name!r}{suggestion(name, names)} (`l2t recipes ls` lists them; "
+        "a file of your own ends in .yaml)"
+    )
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe ``name`` with ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: at the first thing wrong with it; :func:`check_recipe` lists all.
+    """
+    recipe, problems = check_recipe(name, overrides)
+    if recipe is None:
+        raise UserError(problems[0])
+    return recipe
+
+
+def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe, or None and every problem with it, one line each.
+
+    Raises:
+        UserError: if there is no such recipe, or it cannot be read as YAML.
+    """
+    full_name, path = find_recipe(name)
+    content = read_yaml(path)
+    problems: list[str] = []
+    field = _field_of(content, path)
+    sections = {field.name: field.load("spec"), **CORE_SECTIONS}
+    built: dict[str, Any] = {}
+    trees = {key: OmegaConf.structured(spec) for key, spec in sections.items()}
+    changes = [(key, value, str(path)) for key, value in _leaves(content)]
+    for override in overrides:
+        changes.append((*_parse_override(override), "the command line"))
+    texts = {"field": field.name, "description": ""}
+    for key, value, where in changes:
+        problem = _apply(key, value, trees, sections, texts)
+        if problem:
+            problems.append(f"{where}: {problem}")
+    if not problems:
+        for key, spec in sections.items():
+            try:
+                built[key] = _instantiate(spec, OmegaConf.to_container(trees[key], resolve=True))
+            except _Missing as error:
+                problems.append(f"{path}: {key}.{error} is missing; add it to the {key} section")
+            except OmegaConfBaseException as error:
+                problems.append(f"{path}: {_first_line(error)}")
+    if problems:
+        return None, problems
+    recipe = Recipe(
+        name=full_name,
+        source=path,
+        description=texts["description"],
+        field=field,
+        student=built[field.name],
+        **{key: built[key] for key in CORE_SECTIONS},
+    )
+    return recipe, []
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UserError: if it cannot be read, is no YAML (with the line) or no mapping.
+    """
+    try:
+        # omegaconf's reader refuses duplicate keys and takes 1e-3 for the number that it is.
+        content = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8") or "{}"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is a {_kind(content)}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _field_of(content: dict[str, Any], path: Path) -> Field:
+    name = content.get("field")
+    if name is None:
+        raise UserError(f"{path}: no `field`; add one of: {', '.join(FIELDS.names())}")
+    try:
+        return FIELDS.get(str(name))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values; an empty section has no leaves."""
+    for key, value in content.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{dotted}.") if value else ((dotted, value),)
+        elif value is None and not prefix and key in (*CORE_SECTIONS, *FIELDS.names()):
+            continue
+        else:
+            yield dotted, value
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"cannot read {text!r} as an override; write key.sub=value")
+    try:
+        container = OmegaConf.to_container(OmegaConf.create(f"value: {value or repr('')}"))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return key, value
+    return key, container["value"] if isinstance(container, dict) else value
+
+
+def _apply(
+    key: str, value: Any, trees: dict[str, Any], sections: dict[str, type], texts: dict[str, str]
+) -> str:
+    """Set one dotted key; return what is wrong with it, or an empty string."""
+    if key in texts:
+        if not isinstance(value, str):
+            return f"{key} = {value!r} is a {_kind(value)}, expected text"
+        if key == "field" and value != texts["field"]:
+            return f"field = {value!r} cannot be changed; use a recipe of that field"
+        texts[key] = value
+        return ""
+    known = [*texts, *sections, *_known_keys(sections)]
+    section, _, rest = key.partition(".")
+    expected = _type_at(sections, key)
+    if expected is None:
+        return f"unknown key {key!r}{suggestion(key, known)}"
+    if dataclasses.is_dataclass(expected):
+        if value == {}:
+            return ""
+        return f"{key} = {value!r} is a {_kind(value)}, expected a section"
+    if isinstance(value, dict):
+        return f"{key} is a section here, expected {_type_name(expected)}"
+    try:
+        OmegaConf.update(trees[section], rest, value, merge=False)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        return f"{key} = {value!r} is a {_kind(value)}, expected {_type_name(expected)}"
+    taken = OmegaConf.select(trees[section], rest)
+    # omegaconf 2.0 turns 0.5 into 0 and true into 1 without a word.
+    changed = not isinstance(taken, str) and not isinstance(value, str) and taken != value
+    if changed or (isinstance(value, bool) and not isinstance(taken, bool)):
+        return f"{key} = {value!r} is a {_kind(value)}, expected {_type_name(expected)}"
+    return ""
+
+
+def _known_keys(sections: dict[str, type]) -> list[str]:
+    found: list[str] = []
+    for name, spec in sections.items():
+        for key, kind in _types(spec).items():
+            found.append(f"{name}.{key}")
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+                found += [f"{name}.{inner}" for inner in _known_keys({key: kind})]
+    return found
+
+
+def _types(spec: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(spec)
+    return {item.name: hints[item.name] for item in dataclasses.fields(spec)}
+
+
+def _type_at(sections: dict[str, type], key: str) -> Any:
+    """Return the declared type of a dotted key, or None if there is no such key."""
+    kind: Any = None
+    level: dict[str, Any] = dict(sections)
+    for part in key.split("."):
+        if part not in level:
+            return None
+        kind = level[part]
+        level = _types(kind) if dataclasses.is_dataclass(kind) else {}
+    return kind
+
+
+class _Missing(Exception):
+    """A key without a default that the recipe does not set."""
+
+
+def _instantiate(spec: type, values: Any) -> Any:
+    arguments: dict[str, Any] = {}
+    for name, kind in _types(spec).items():
+        value = values[name]
+        if value == "???":
+            raise _Missing(name)
+        nested = dataclasses.is_dataclass(kind) and isinstance(kind, type)
+        arguments[name] = _instantiate(kind, value) if nested else value
+    return spec(**arguments)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "yes/no value", int: "whole number", float: "number", str: "text",
+             list: "list", dict: "section", type(None): "empty value"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _type_name(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if typing.get_origin(kind) is list:
+        return "a list"
+    return names.get(kind, str(kind))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,166 @@
+"""``l2t train-teacher``: Algorithm 1 for a recipe, shown, resumable, with a table at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l2t_cli import console
+from l2t_cli.console import LogFormat
+from l2t_cli.errors import Interrupted
+from l2t_cli.progress import ScalarLog, TeacherView
+from l2t_cli.recipe_loading import Recipe, load_recipe, shipped_recipes
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Complete recipe names in the shell."""
+    return [name for name in shipped_recipes() if incomplete in name]
+
+
+def command(
+    recipe: str = typer.Argument(
+        ..., help="A recipe's name (see `l2t recipes ls`) or YAML file.",
+        autocompletion=complete_recipe,
+    ),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Changes, e.g. training.episodes=5."
+    ),
+    out: Path = typer.Option(None, help="Output folder [default: runs/RECIPE]."),
+    resume: bool = typer.Option(True, help="Continue the run that the folder holds."),
+    seed: int = typer.Option(None, help="Seed of teacher and students (training.seed)."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print configuration and plan only."),
+    log_format: LogFormat = typer.Option(
+        None, help="How to report [default: rich on a terminal, else simple]."
+    ),
+    tensorboard_logdir: Path = typer.Option(None, help="Write TensorBoard scalars here."),
+) -> None:
+    """Train a teacher that writes the loss of a recipe's student."""
+    changes = list(overrides or [])
+    if seed is not None:
+        changes.append(f"training.seed={seed}")
+    loaded = load_recipe(recipe, changes)
+    folder = out or Path("runs") / loaded.short_name
+    chosen = console.default_format(log_format)
+    if dry_run:
+        show_plan(loaded, folder)
+        return
+    run(loaded, folder, resume=resume, log_format=chosen, tensorboard_logdir=tensorboard_logdir)
+
+
+def show_plan(recipe: Recipe, folder: Path) -> None:
+    """Print the configuration as resolved and what would be done."""
+    import yaml
+
+    console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
+    episodes = recipe.training.episodes
+    steps = getattr(recipe.student, "steps", 0)
+    console.line()
+    console.line(
+        f"plan: {episodes} updates of the teacher, {episodes + 1} students of {steps} steps each, "
+        f"into {console.shown(folder)}"
+    )
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = True,
+    log_format: LogFormat = LogFormat.simple,
+    tensorboard_logdir: Path | None = None,
+) -> Path:
+    """Train or go on training the teacher of ``recipe``; return the best teacher's file.
+
+    Raises:
+        UserError: if the recipe, its data or the folder cannot be used.
+        Interrupted: after Ctrl-C; what was finished is kept.
+    """
+    from l2t_core.run_folder import open_run
+    from l2t_core.training import train_teacher
+
+    config = {"recipe": recipe.name, **recipe.config()}
+    # The student first: a missing data set should not leave an empty run folder behind.
+    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    opened = open_run(folder, config, resume=resume)
+    done = finished_episodes(opened.metrics)
+    view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
+    scalars = ScalarLog(tensorboard_logdir)
+    if done and log_format in (LogFormat.rich, LogFormat.simple):
+        console.line(f"continuing {console.shown(folder)} after {len(done)} episodes")
+    try:
+        with view.running(done) as show:
+
+            def receive(event: dict[str, Any]) -> None:
+                show(event)
+                scalars.receive(event)
+
+            result = train_teacher(
+                student,
+                recipe.loss,
+                recipe.teacher,
+                recipe.training,
+                opened,
+                record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
+                on_event=receive,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("the finished episodes are kept; the same command continues") from None
+    finally:
+        scalars.close()
+    picture = folder / "dev_measure.png"
+    _plot(result.history, student.measure_name, recipe.name, picture)
+    if log_format is LogFormat.json:
+        summary = {"event": "result", "teacher": str(result.best_path), "plot": str(picture),
+                   "best_dev_measure": result.best_measure, "best_episode": result.best_episode}
+        print(json.dumps(summary), flush=True)
+    elif log_format is not LogFormat.none:
+        _report(result, student.measure_name, recipe, folder, picture)
+    return Path(result.best_path)
+
+
+def finished_episodes(metrics: Path) -> list[dict[str, Any]]:
+    """Return the episodes that a run's log holds so far."""
+    if not metrics.exists():
+        return []
+    rows = [json.loads(row) for row in metrics.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row.get("event") == "episode"]
+
+
+def _plot(history: list[dict[str, Any]], measure: str, title: str, to: Path) -> None:
+    from l2t_cli.plots import plot_dev_measure
+
+    plot_dev_measure(history, measure, title, to)
+
+
+def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Path) -> None:
+    measured = [r for r in result.history if r.get("dev_measure") is not None]
+    seconds = sum(row["seconds"] for row in result.history)
+    rows = [
+        ("recipe", recipe.name),
+        ("teacher updates", str(len(result.history) - 1)),
+        (f"dev {measure}, first teacher", f"{measured[0]['dev_measure']:.4f}" if measured else "-"),
+        (
+            f"dev {measure}, best teacher",
+            f"{result.best_measure:.4f} (episode {result.best_episode})" if measured else "-",
+        ),
+        ("hypergradients skipped", str(result.skipped)),
+        ("time", console.duration(seconds)),
+    ]
+    console.table("Teacher trained", ["", ""], rows)
+    console.files(
+        [
+            ("teacher", result.best_path),
+            ("last", result.last_path),
+            ("plot", picture),
+            ("log", folder / "metrics.jsonl"),
+        ]
+    )
+
+
+def _version() -> str:
+    from l2t_core import __version__
+
+    return __version__

@@ -1,0 +1,97 @@
+"""Every mistake a user can make here is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Run  # type: ignore[import-not-found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trainteacher"], "did you mean 'train-teacher'?"),
+        (["recipes", "lss"], "did you mean 'ls'?"),
+        (["train-teacher", "digits", "--drrun"], "did you mean '--dry-run'?"),
+        (["train-teacher", "digits", "--log-format", "jsn"], "did you mean 'json'?"),
+        (["train-teacher", "digits", "--seed", "one"], "'one' is not a valid int"),
+        (["train-teacher"], "missing argument"),
+        (["train-teacher", "digitss"], "no recipe 'digitss'; did you mean 'digits'?"),
+        (["train-teacher", "nmt/demo-de-eng"], "did you mean 'nmt/demo-de-en'?"),
+        (["train-teacher", "gone.yaml"], "no recipe file gone.yaml"),
+        (["train-teacher", "digits", "trainin.episodes=3"], "did you mean 'training.episodes'?"),
+        (["train-teacher", "digits", "image.step=3"], "did you mean 'image.steps'?"),
+        (["train-teacher", "digits", "image.optimiser.l=3"], "'image.optimiser.lr'?"),
+        (["train-teacher", "digits", "training.episodes=many"], "expected a whole number"),
+        (["train-teacher", "digits", "training.episodes=2.5"], "expected a whole number"),
+        (["train-teacher", "digits", "training.episodes=true"], "expected a whole number"),
+        (["train-teacher", "digits", "image.optimiser.lr=fast"], "expected a number"),
+        (["train-teacher", "digits", "image.optimiser=sgd"], "expected a section"),
+        (["train-teacher", "digits", "teacher.features=progress"], "expected a list"),
+        (["train-teacher", "digits", "episodes"], "write key.sub=value"),
+        (["train-teacher", "digits", "training.episodes=0"], "must be at least 1"),
+        (["train-teacher", "digits", "loss.form=densee"], "did you mean 'dense'?"),
+        (["train-teacher", "digits", "teacher.name=attn"], "unknown teacher"),
+        (["train-teacher", "digits", "image.optimiser.name=adm"], "did you mean 'adam'?"),
+        (["train-teacher", "digits", "field=nmt"], "cannot be changed"),
+        (["apply-teacher", "gone.safetensors", "digits"], "no teacher file at gone.safetensors"),
+        (["apply-teacher", "gone.safetensors", "digits", "--seeds", "0"], "at least 1"),
+        (["inspect", "gone.safetensors"], "no teacher file"),
+        (["data", "prepare", "mnst"], "did you mean 'mnist'?"),
+        (["data", "prepare", "mnist", "--from", "nowhere"], "nowhere"),
+    ],
+)
+def test_one_line_that_names_the_mend(l2t: Run, arguments: list[str], expected: str) -> None:
+    assert expected in l2t(*arguments).error()
+    assert not Path("runs").exists() and not Path("data").exists()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_that_is_no_yaml_names_the_line(l2t: Run, tmp_path: Path) -> None:
+    broken = write(tmp_path / "broken.yaml", "field: image\nimage:\n  steps: [1, 2\nloss: {}\n")
+    line = l2t("train-teacher", broken).error()
+    assert "broken.yaml line 4" in line and "not valid YAML" in line
+
+
+def test_a_key_given_twice_is_an_error(l2t: Run, tmp_path: Path) -> None:
+    twice = write(tmp_path / "twice.yaml", "field: image\nfield: image\n")
+    assert "twice.yaml" in l2t("train-teacher", twice).error()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "field: vision\n", "field: image\nimage: 3\n"])
+def test_a_recipe_of_another_shape(l2t: Run, tmp_path: Path, text: str) -> None:
+    assert "odd.yaml" in l2t("train-teacher", write(tmp_path / "odd.yaml", text)).error()
+
+
+def test_validate_lists_all_errors_at_once(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    text = digits.read_text().replace("steps: 24", "stepz: 24").replace("lr: 0.003", "lr: fast")
+    bad = write(tmp_path / "bad.yaml", text)
+    outcome = l2t("recipes", "validate", bad, digits, "nonesuch")
+    assert outcome.code == 2
+    assert "tiny: ok" in outcome.out
+    lines = outcome.err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("l2t: error: ") for line in lines)
+    assert "image.stepz" in lines[0] and "image.steps" in lines[0] and "bad.yaml" in lines[0]
+    assert "training.lr" in lines[1] and "'fast'" in lines[1]
+    assert "nonesuch" in lines[2]
+
+
+def test_an_output_folder_that_cannot_be_written(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    # A file in the way of the folder fails for every user, root too; a read-only folder does not.
+    write(tmp_path / "file", "here")
+    assert "file" in l2t("train-teacher", digits, "--out", tmp_path / "file").error()
+    assert "file" in l2t("train-teacher", digits, "--out", tmp_path / "file" / "run").error()
+    assert (tmp_path / "file").read_text() == "here"
+
+
+def test_a_folder_of_other_files_is_refused(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    write(folder / "letter.txt", "dear")
+    assert "choose another --out" in l2t("train-teacher", digits, "--out", folder).error()
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]

@@ -1,0 +1,105 @@
+"""The commands that list, show and explain."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Run  # type: ignore[import-not-found]
+
+COMMANDS = [
+    [], ["train-teacher"], ["apply-teacher"], ["data"], ["data", "prepare"], ["recipes"],
+    ["recipes", "ls"], ["recipes", "show"], ["recipes", "cp"], ["recipes", "validate"],
+    ["inspect"], ["doctor"], ["user-dir"], ["demo"],
+]
+SHIPPED = ["image/digits", "image/mnist-lenet", "image/mnist-mlp", "nmt/demo-de-en",
+           "nmt/multi30k-de-en"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(l2t: Run, command: list[str]) -> None:
+    outcome = l2t(*command, "--help")
+    assert outcome.code == 0 and "Usage: l2t" in outcome.out and not outcome.err
+
+
+def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom l2t_cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, 'fairseq' in sys.modules)"
+    )
+    for arguments in (["--help"], ["train-teacher", "--hlp"], ["recipes", "ls"]):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, check=True, cwd=tmp_path, env=environment(),
+        )
+        assert run.stdout.splitlines()[-1] == "False False"
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'plugins'}"}
+
+
+def test_module_and_command_are_the_same(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "l2t_cli", "--version"],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env=environment(),
+    )
+    from l2t_core import __version__
+
+    assert run.stdout == f"l2t {__version__}\n"
+
+
+def test_user_dir_is_the_plugin(l2t: Run) -> None:
+    folder = Path(l2t("user-dir").out.strip())
+    assert folder.name == "l2t_fairseq" and (folder / "criterion.py").exists()
+
+
+def test_recipes_are_listed_and_valid(l2t: Run) -> None:
+    listed = l2t("recipes", "ls").out
+    assert all(name in listed for name in SHIPPED)
+    outcome = l2t("recipes", "validate", *SHIPPED)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == [f"{name}: ok" for name in SHIPPED]
+
+
+def test_recipe_copied_and_used_by_path(l2t: Run, tmp_path: Path) -> None:
+    assert l2t("recipes", "cp", "digits", "mine.yaml").code == 0
+    assert (tmp_path / "mine.yaml").read_text().rstrip() == l2t("recipes", "show", "digits").out.rstrip()
+    assert l2t("train-teacher", "mine.yaml", "--dry-run").code == 0
+    (tmp_path / "mine.yaml").write_text("changed")
+    assert "--no-clobber" in l2t("recipes", "cp", "digits", "mine.yaml", "--no-clobber").error()
+    assert (tmp_path / "mine.yaml").read_text() == "changed"
+
+
+def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(l2t: Run, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    outcome = l2t("train-teacher", "digits", "image.optimiser.lr=3e-2", "--seed", "7", "--dry-run")
+    config, plan = outcome.out.split("\nplan: ")
+    resolved = yaml.safe_load(config)
+    assert resolved["image"]["optimiser"]["lr"] == 0.03
+    assert resolved["training"]["seed"] == 7
+    assert "runs/digits" in plan
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_doctor_reports_versions(l2t: Run) -> None:
+    import torch
+
+    outcome = l2t("doctor")
+    assert outcome.code == 0 and torch.__version__ in outcome.out and "fairseq" in outcome.out
+
+
+def test_a_recipe_without_its_package_says_what_to_install(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fairseq", None)  # what `import fairseq` then says: missing
+    line = l2t("train-teacher", "demo-de-en").error()
+    assert 'pip install "l2t[nmt]"' in line
+    line = l2t("apply-teacher", "t.safetensors", "--", "fairseq-train", "data").error()
+    assert 'pip install "l2t[nmt]"' in line
