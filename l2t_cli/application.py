@@ -73,7 +73,7 @@ class Comparison:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table's rows: arm, students, score, difference, seconds a student."""
         reference = self.values(CROSS_ENTROPY)
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for arm in (TAUGHT, CROSS_ENTROPY):
             values = self.values(arm)
             if not values:
@@ -85,8 +85,13 @@ class Comparison:
             first, last = min(self.scores[arm]), max(self.scores[arm])
             seeds = str(first) if first == last else f"{first}-{last}"
             rows.append(
-                (LABELS[arm], seeds, mean_and_deviation(values), difference,
-                 console.duration(seconds))
+                (
+                    LABELS[arm],
+                    seeds,
+                    mean_and_deviation(values),
+                    difference,
+                    console.duration(seconds),
+                )
             )
         return rows
 
@@ -174,9 +179,14 @@ def report(comparison: Comparison, log_format: LogFormat) -> None:
     if log_format is LogFormat.none:
         return
     columns = ["student", "seeds", f"test {comparison.measure}", "difference", "time each"]
-    console.table(f"{comparison.name}: same steps, batches and seeds"
-                  if len(comparison.scores) > 1 else comparison.name,
-                  columns, comparison.rows(), numbers=(2, 3, 4))
+    console.table(
+        f"{comparison.name}: same steps, batches and seeds"
+        if len(comparison.scores) > 1
+        else comparison.name,
+        columns,
+        comparison.rows(),
+        numbers=(2, 3, 4),
+    )
     console.line(f"signature: {comparison.signature()}")
     if verdict := comparison.verdict():
         console.line(verdict)
@@ -225,7 +235,7 @@ def _finished_or_run(
         return score
     if loud:
         for text in application.plan(seed, teacher, place):
-            if text.startswith("fairseq"):
+            if "fairseq" in text.split(" --")[0]:
                 console.show_command(text)
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 from l2t_cli.application import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
+from l2t_cli.fairseq_scoring import TestSet
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -19,7 +20,6 @@ from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
 from l2t_fairseq.command import (
     FairseqCommand,
-    has_flag,
     parse_command,
     parse_script,
     save_dir,
@@ -33,44 +33,68 @@ from l2t_fairseq.command import (
 
 
 class FairseqApplication:
-    """A fairseq-train command that a teacher is applied to."""
+    """A fairseq-train command that a teacher is applied to.
+
+    ``generate`` are flags for fairseq-generate, ``reference`` a raw text of the test set; both may
+    be left to :class:`~l2t_cli.fairseq_scoring.TestSet`.
+    """
 
     measure = "BLEU"
     lower_is_better = False
 
-    def __init__(self, name: str, command: FairseqCommand, generate: str = "") -> None:
-        self.name, self.command, self.generate = name, command, generate
+    def __init__(
+        self,
+        name: str,
+        command: FairseqCommand,
+        generate: str = "",
+        reference: Path | None = None,
+    ) -> None:
+        self.name, self.command = name, command
+        self.generate, self.reference = generate, reference
         self._teacher = Path()
-        self.default_seed = int(value_of(command, "--seed") or 1)
+        self.default_seed = _seed(command)
 
     @classmethod
-    def from_words(cls, words: list[str]) -> FairseqApplication:
+    def from_words(
+        cls, words: list[str], generate: str = "", reference: Path | None = None
+    ) -> FairseqApplication:
         """Take the command as the shell split it."""
         command = parse_command(words)
-        return cls(_name_of(command), command)
+        name = save_dir(command).name if value_of(command, "--save-dir") else "fairseq"
+        return cls(name, command, generate, reference)
 
     @classmethod
-    def from_script(cls, path: Path) -> FairseqApplication:
+    def from_script(
+        cls, path: Path, generate: str = "", reference: Path | None = None
+    ) -> FairseqApplication:
         """Take the command that a shell script holds."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the script {path}: {error}") from None
         try:
-            return cls(path.stem, parse_script(text))
+            return cls(path.stem, parse_script(text), generate, reference)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def config(self) -> dict[str, Any]:
         """Return what identifies the student: the command without its seed."""
         command = without(self.command, "--seed", takes_value=True)
-        return {"command": shell_text(command), "generate": self.generate}
+        return {
+            "command": shell_text(command),
+            "generate": self.generate,
+            "reference": str(self.reference) if self.reference else None,
+        }
 
     def check(self, teacher: Path) -> None:
         """Refuse what cannot be taught, missing data, and a teacher for another dictionary."""
         self._teacher = teacher
-        check_data(self.command, teacher)
         self.taught(teacher)
+        self.test_set().check(teacher)
+
+    def test_set(self) -> TestSet:
+        """Return what the student is scored on."""
+        return TestSet.of(self.command, self.generate, self.reference)
 
     def taught(self, teacher: Path) -> FairseqCommand:
         """Return the command with the teacher in it."""
@@ -117,7 +141,7 @@ class FairseqApplication:
         began = time.monotonic()
         command = self.command_for(seed, teacher, folder)
         checkpoints = self.checkpoints(seed, teacher, folder)
-        self._claim(checkpoints, folder, shell_text(command))
+        _claim(checkpoints, folder, shell_text(command))
         title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
         steps = total_steps(command)
         with bar(title, log_format, quiet=True) as update:
@@ -129,15 +153,40 @@ class FairseqApplication:
                 lambda updates, note: update(updates, steps, note),
             )
         with bar("generating and scoring", log_format, quiet=True):
-            value, signature = self.score(checkpoints, folder)
+            value, signature = self.test_set().score(_checkpoint_of(checkpoints), folder)
         return Score(value, signature, time.monotonic() - began)
 
-    def _claim(self, checkpoints: Path, folder: Path, text: str) -> None:
-        """Refuse checkpoints of another run: fairseq would go on from them."""
-        mark = folder / "command.sh"
-        if (checkpoints / "checkpoint_last.pt").exists() and not mark.exists():
-            raise UserError(
-                f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "
-                "go on from; choose another --save-dir"
-            )
-        atomic_write(mark, text + "\n")
+
+class RecipeApplication(FairseqApplication):
+    """An NMT recipe's fairseq command."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        spec = recipe.student
+        data_bin = Path(spec.data) / "data-bin"
+        words = ["fairseq-train", str(data_bin), *shlex.split(spec.train)]
+        super().__init__(recipe.short_name, parse_command(words), spec.generate)
+
+
+def _seed(command: FairseqCommand) -> int:
+    text = value_of(command, "--seed") or "1"
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--seed {text} is no whole number; write --seed N") from None
+
+
+def _claim(checkpoints: Path, folder: Path, text: str) -> None:
+    """Refuse checkpoints of another run: fairseq would go on from them."""
+    mark = folder / "command.sh"
+    if (checkpoints / "checkpoint_last.pt").exists() and not mark.exists():
+        raise UserError(
+            f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "
+            "go on from; choose another --save-dir"
+        )
+    atomic_write(mark, text + "\n")
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    """Return the checkpoint to score: the best on dev, or the last where none was kept."""
+    best = folder / "checkpoint_best.pt"
+    return best if best.exists() else folder / "checkpoint_last.pt"

@@ -53,7 +53,9 @@ class ImageApplication:
     def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
         """Return the plan in words: there is no command behind it."""
         loss = f"the loss that {teacher} writes" if teacher else "cross-entropy"
-        return [f"train {self.name} for {self.student().total_steps} steps on {loss}, into {folder}"]
+        return [
+            f"train {self.name} for {self.student().total_steps} steps on {loss}, into {folder}"
+        ]
 
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Train one student and read its error on the test set, once, at the end."""
@@ -73,8 +75,11 @@ class ImageApplication:
 
             try:
                 train_student(
-                    student, seed, applied,
-                    snapshot=folder / "snapshot.safetensors", on_event=on_event,
+                    student,
+                    seed,
+                    applied,
+                    snapshot=folder / "snapshot.safetensors",
+                    on_event=on_event,
                 )
             except FloatingPointError as error:
                 raise UserError(f"{title}: {error}; lower image.optimiser.lr") from None
@@ -90,7 +95,13 @@ class ImageApplication:
         spec = self.recipe.student
         loss = f"{applied.spec.form}+{applied.spec.sigma}" if applied else "cross-entropy"
         return "|".join(
-            [f"data:{spec.data}", f"model:{spec.model}", f"steps:{spec.steps}",
-             f"batch:{spec.batch_size}", f"noise:{spec.label_noise:g}", f"loss:{loss}",
-             f"l2t:{__version__}"]
+            [
+                f"data:{spec.data}",
+                f"model:{spec.model}",
+                f"steps:{spec.steps}",
+                f"batch:{spec.batch_size}",
+                f"noise:{spec.label_noise:g}",
+                f"loss:{loss}",
+                f"l2t:{__version__}",
+            ]
         )

@@ -13,10 +13,12 @@ from l2t_cli.console import LogFormat
 from l2t_cli.recipe_loading import Recipe, load_recipe
 from l2t_core.errors import UserError
 
+
 def command(
     teacher: Path = typer.Argument(..., help="A file that `l2t train-teacher` wrote."),
     target: list[str] = typer.Argument(
-        ..., metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
+        ...,
+        metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
         help="What to train.",
     ),
     out: Path = typer.Option(None, help="Output folder [default: runs/NAME-taught]."),
@@ -26,6 +28,12 @@ def command(
     seeds: int = typer.Option(1, help="How many students, with consecutive seeds."),
     baseline: bool = typer.Option(
         False, "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
+    ),
+    generate: str = typer.Option(
+        "", help="fairseq-generate's flags for a command or script [default: --beam 5]."
+    ),
+    reference: Path = typer.Option(
+        None, help="Raw text of the test set's target side, for a command or script."
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands or the plan only."),
     log_format: LogFormat = typer.Option(
@@ -37,7 +45,7 @@ def command(
     Three ways to say what to train: a recipe; `-- fairseq-train ...` as you would run it; a
     shell script that holds a fairseq-train command.
     """
-    application = application_for(target)
+    application = application_for(target, generate, reference)
     folder = out or Path("runs") / f"{application.name}-taught"
     first = seed if seed is not None else getattr(application, "default_seed", 1)
     wanted = applying.seeds_from(first, seeds)
@@ -45,7 +53,11 @@ def command(
         applying.show_plan(application, teacher, folder, wanted, baseline)
         return
     run(
-        application, teacher, folder, wanted, baseline=baseline,
+        application,
+        teacher,
+        folder,
+        wanted,
+        baseline=baseline,
         log_format=console.default_format(log_format),
     )
 
@@ -71,7 +83,7 @@ def run(
     return comparison
 
 
-def application_for(target: list[str]) -> Any:
+def application_for(target: list[str], generate: str = "", reference: Path | None = None) -> Any:
     """Return the application that the command line's target asks for.
 
     Raises:
@@ -79,12 +91,14 @@ def application_for(target: list[str]) -> Any:
     """
     first = target[0]
     if is_training_command(target):
-        return _command_application().from_words(target)
+        return _command_application().from_words(target, generate, reference)
     path = Path(first)
     if path.suffix not in (".yaml", ".yml") and (path.is_file() or path.suffix == ".sh"):
         if len(target) > 1:
             raise UserError(f"{target[1]!r} after the script {first}: change the script itself")
-        return _command_application().from_script(path)
+        return _command_application().from_script(path, generate, reference)
+    if generate or reference:
+        raise UserError("--generate and --reference are for commands; a recipe has its own")
     return application_for_recipe(load_recipe(first, target[1:]))
 
 

@@ -63,7 +63,11 @@ def default_format(chosen: LogFormat | None) -> LogFormat:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers: Sequence[int] = (),
 ) -> None:
     """Print a table; the columns whose positions are in ``numbers`` are right-aligned."""
     if title:
@@ -71,9 +75,7 @@ def table(
     grid = Table(box=box.ROUNDED, show_header=any(columns))
     for position, name in enumerate(columns):
         # Folded, never cut: a path or a signature has to stay whole.
-        grid.add_column(
-            name, overflow="fold", justify="right" if position in numbers else "left"
-        )
+        grid.add_column(name, overflow="fold", justify="right" if position in numbers else "left")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     out().print(grid)
@@ -102,4 +104,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import typer
-
-from l2t_cli import console
-from l2t_cli.console import LogFormat
 
 app = typer.Typer(help="Prepare data sets.")

@@ -1,4 +1,4 @@
-"""``l2t demo``: the whole story on data made on the spot, through the commands a user would type."""
+"""``l2t demo``: the whole story on data made on the spot, by the commands a user would type."""
 
 from __future__ import annotations
 

@@ -11,8 +11,21 @@ import sys
 
 from l2t_cli import console
 
-DISTRIBUTIONS = ("torch", "numpy", "safetensors", "omegaconf", "typer", "rich", "sacrebleu",
-                 "sentencepiece", "scikit-learn", "matplotlib", "tensorboard", "Babel", "num2words")
+DISTRIBUTIONS = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "omegaconf",
+    "typer",
+    "rich",
+    "sacrebleu",
+    "sentencepiece",
+    "scikit-learn",
+    "matplotlib",
+    "tensorboard",
+    "Babel",
+    "num2words",
+)
 
 
 def command() -> None:
@@ -51,7 +64,7 @@ def _fairseq() -> tuple[str, str]:
         if error.name == "fairseq":
             return "missing", 'translation needs it: pip install "l2t[nmt]"'
         return "broken", f"does not import: {error}"
-    except Exception as error:  # noqa: BLE001 - a broken fairseq raises whatever it likes
+    except Exception as error:
         reason = str(error).strip().splitlines()
         return "broken", f"does not import here: {reason[0] if reason else type(error).__name__}"
     finally:

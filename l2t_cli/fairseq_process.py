@@ -12,7 +12,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 
-# fairseq says both in every log format: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
+# All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
 _UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:?\s*(.*)")
@@ -41,8 +41,11 @@ def run_logged(
         try:
             # Into the file, not through a pipe: a child that outlives us must not block or die.
             child = subprocess.Popen(
-                list(arguments), stdout=handle, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+                list(arguments),
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment},
             )
         except OSError as error:
             raise UserError(f"cannot run {arguments[0]}: {error.strerror}") from None

@@ -44,8 +44,12 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     mix = f", {loss.ce_mix:g} of cross-entropy mixed in" if loss.ce_mix else ""
     rank = f", rank {loss.rank}" if loss.form == "lowrank" else ""
     rows = [
-        ("teacher", f"{teacher.name}, {teacher.slots} slots"
-         if teacher.name == "attention" else teacher.name),
+        (
+            "teacher",
+            f"{teacher.name}, {teacher.slots} slots"
+            if teacher.name == "attention"
+            else teacher.name,
+        ),
         ("sees", ", ".join(teacher.features)),
         ("loss", f"{loss.form}{rank}, {loss.sigma}{warmup}{mix}"),
         ("fits", f"{header.num_classes:,} {header.fingerprint.get('kind', 'classes')}"),
@@ -55,8 +59,12 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     if checksum := header.fingerprint.get("sha256"):
         rows.append(("fingerprint", str(checksum)))
     measure = record.get("measure", "measure")
-    for key, label in (("recipe", "recipe"), ("episodes", "episodes"),
-                       ("best_episode", "best episode"), ("version", "made by l2t")):
+    for key, label in (
+        ("recipe", "recipe"),
+        ("episodes", "episodes"),
+        ("best_episode", "best episode"),
+        ("version", "made by l2t"),
+    ):
         if record.get(key) is not None:
             rows.append((label, str(record[key])))
     if record.get("best_dev_measure") is not None:

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog_name="l2t",
             standalone_mode=False,
         )
-    except BaseException as error:  # noqa: BLE001 - anything that is not a mistake is re-raised
+    except BaseException as error:
         code = exit_code_of(error)
         if code is None:
             raise

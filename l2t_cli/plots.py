@@ -62,8 +62,14 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
             color = "tab:gray" if position == 0 else "tab:blue"
             axes.bar(position, mean, width=0.6, color=color, alpha=0.75, label=label)
             axes.plot([position] * len(scores), scores, "o", color="black", ms=3)
-            axes.annotate(f"{mean:.2f}", (position, mean), ha="center", va="bottom",
-                          xytext=(0, 4), textcoords="offset points")
+            axes.annotate(
+                f"{mean:.2f}",
+                (position, mean),
+                ha="center",
+                va="bottom",
+                xytext=(0, 4),
+                textcoords="offset points",
+            )
         axes.set_xticks(range(len(pairs)), [label for label, _ in pairs])
         axes.set_ylabel(panel["measure"])
         axes.set_title(panel["title"], fontsize=10)

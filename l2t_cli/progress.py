@@ -77,7 +77,9 @@ class TeacherView:
             head,
             f"dev {self.measure} {row['dev_measure']:.4f}" + (" *" if row.get("best") else "  "),
             f"smoothed {row['smoothed']:.4f}",
-            f"hypergradient {norm:.3g}" if norm is not None else "hypergradient not finite, skipped",
+            f"hypergradient {norm:.3g}"
+            if norm is not None
+            else "hypergradient not finite, skipped",
             console.duration(row["seconds"]),
         ]
         return "  ".join(parts)
@@ -100,7 +102,9 @@ class _EpisodeBars:
         self._status = Text("the first episode is running", style="dim")
         self._started, self._first, self._last = time.monotonic(), done, 0.0
         self.live = Live(
-            Group(self._episodes, self._steps), console=console.out(), refresh_per_second=8,
+            Group(self._episodes, self._steps),
+            console=console.out(),
+            refresh_per_second=8,
             transient=True,
         )
 
@@ -190,7 +194,10 @@ def _one_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
         def update(completed: float, total: float | None = None, note: str = "") -> None:
             of = f"/{_amount(total, unit)}" if total else ""
             progress.update(
-                task, completed=completed, total=total, note=note,
+                task,
+                completed=completed,
+                total=total,
+                note=note,
                 amount=f"{_amount(completed, unit)}{of}",
             )
 

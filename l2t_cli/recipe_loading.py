@@ -10,6 +10,7 @@ import importlib.resources
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def find_recipe(name: str) -> tuple[str, Path]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t")
+            raise UserError(
+                f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t"
+            )
         return path.stem, path
     short = [full for full in shipped if full.split("/")[1] == name]
     if len(short) == 1:
@@ -118,7 +121,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     field = _field_of(content, path)
     sections = {field.name: field.load("spec"), **CORE_SECTIONS}
     built: dict[str, Any] = {}
-    trees = {key: OmegaConf.structured(spec) for key, spec in sections.items()}
+    trees = {key: OmegaConf.structured(_schema(spec)) for key, spec in sections.items()}
     changes = [(key, value, str(path)) for key, value in _leaves(content)]
     for override in overrides:
         changes.append((*_parse_override(override), "the command line"))
@@ -160,7 +163,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {error.problem or error.context}") from None
+        raise UserError(
+            f"{path}{place}: not valid YAML: {error.problem or error.context}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
     except OSError as error:
@@ -252,6 +257,33 @@ def _types(spec: type) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in dataclasses.fields(spec)}
 
 
+def _schema(spec: type, example: Any = None) -> type:
+    """Return a copy of the dataclass ``spec`` that omegaconf 2.0 understands.
+
+    It reads neither postponed annotations nor ``list[str]``. Defaults are those of ``example``,
+    an instance of ``spec``, if given.
+    """
+    copies: list[tuple[str, Any, Any]] = []
+    kinds = _types(spec)
+    for item in dataclasses.fields(spec):
+        kind, default = kinds[item.name], item.default
+        if example is not None:
+            default = getattr(example, item.name)
+        elif item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            kind = _schema(kind, None if default is dataclasses.MISSING else default)
+            entry = dataclasses.field(default_factory=kind)
+        elif typing.get_origin(kind) is list:
+            kind = typing.List[typing.get_args(kind)]  # noqa: UP006
+            values = [] if default is dataclasses.MISSING else list(default)
+            entry = dataclasses.field(default_factory=partial(list, values))
+        else:
+            entry = dataclasses.field(default="???" if default is dataclasses.MISSING else default)
+        copies.append((item.name, kind, entry))
+    return dataclasses.make_dataclass(spec.__name__, copies)
+
+
 def _type_at(sections: dict[str, type], key: str) -> Any:
     """Return the declared type of a dotted key, or None if there is no such key."""
     kind: Any = None
@@ -260,7 +292,8 @@ def _type_at(sections: dict[str, type], key: str) -> Any:
         if part not in level:
             return None
         kind = level[part]
-        level = _types(kind) if dataclasses.is_dataclass(kind) else {}
+        is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        level = _types(kind) if is_section else {}
     return kind
 
 
@@ -280,8 +313,15 @@ def _instantiate(spec: type, values: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "yes/no value", int: "whole number", float: "number", str: "text",
-             list: "list", dict: "section", type(None): "empty value"}
+    names = {
+        bool: "yes/no value",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        list: "list",
+        dict: "section",
+        type(None): "empty value",
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -13,6 +13,7 @@ from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
 from l2t_cli.progress import ScalarLog, TeacherView
 from l2t_cli.recipe_loading import Recipe, load_recipe, shipped_recipes
+from l2t_core.errors import UserError
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -22,7 +23,8 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def command(
     recipe: str = typer.Argument(
-        ..., help="A recipe's name (see `l2t recipes ls`) or YAML file.",
+        ...,
+        help="A recipe's name (see `l2t recipes ls`) or YAML file.",
         autocompletion=complete_recipe,
     ),
     overrides: list[str] = typer.Argument(
@@ -84,6 +86,7 @@ def run(
     config = {"recipe": recipe.name, **recipe.config()}
     # The student first: a missing data set should not leave an empty run folder behind.
     student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     opened = open_run(folder, config, resume=resume)
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
@@ -106,6 +109,12 @@ def run(
                 record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
                 on_event=receive,
             )
+    except UserError:
+        if missing and not opened.state.exists():
+            opened.config.unlink()  # an impossible setting: leave nothing that looks like a run
+            for path in missing:
+                path.rmdir()
+        raise
     except KeyboardInterrupt:
         raise Interrupted("the finished episodes are kept; the same command continues") from None
     finally:
@@ -113,8 +122,13 @@ def run(
     picture = folder / "dev_measure.png"
     _plot(result.history, student.measure_name, recipe.name, picture)
     if log_format is LogFormat.json:
-        summary = {"event": "result", "teacher": str(result.best_path), "plot": str(picture),
-                   "best_dev_measure": result.best_measure, "best_episode": result.best_episode}
+        summary = {
+            "event": "result",
+            "teacher": str(result.best_path),
+            "plot": str(picture),
+            "best_dev_measure": result.best_measure,
+            "best_episode": result.best_episode,
+        }
         print(json.dumps(summary), flush=True)
     elif log_format is not LogFormat.none:
         _report(result, student.measure_name, recipe, folder, picture)

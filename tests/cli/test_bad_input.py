@@ -15,7 +15,7 @@ from conftest import Run  # type: ignore[import-not-found]
         (["recipes", "lss"], "did you mean 'ls'?"),
         (["train-teacher", "digits", "--drrun"], "did you mean '--dry-run'?"),
         (["train-teacher", "digits", "--log-format", "jsn"], "did you mean 'json'?"),
-        (["train-teacher", "digits", "--seed", "one"], "'one' is not a valid int"),
+        (["train-teacher", "digits", "--seed", "one"], "invalid value for '--seed'"),
         (["train-teacher"], "missing argument"),
         (["train-teacher", "digitss"], "no recipe 'digitss'; did you mean 'digits'?"),
         (["train-teacher", "nmt/demo-de-eng"], "did you mean 'nmt/demo-de-en'?"),

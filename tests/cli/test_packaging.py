@@ -26,9 +26,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     target = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
-         "--quiet", "-w", str(target)],
-        cwd=copy, check=True, capture_output=True,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--quiet",
+            "-w",
+            str(target),
+        ],
+        cwd=copy,
+        check=True,
+        capture_output=True,
     )
     return next(target.glob("l2t-*.whl"))
 
@@ -49,7 +61,7 @@ def test_every_module_and_recipe_is_in_the_wheel(wheel: Path) -> None:
                 continue
             for start, place in moved.items():
                 if inside.startswith(start):
-                    inside = place + inside[len(start):]
+                    inside = place + inside[len(start) :]
             assert inside in names
 
 
@@ -69,13 +81,19 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
     zipfile.ZipFile(wheel).extractall(site)
     run = subprocess.run(
         [sys.executable, "-m", "l2t_cli", "recipes", "ls"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "image/digits" in run.stdout and "nmt/demo-de-en" in run.stdout
     folder = subprocess.run(
         [sys.executable, "-m", "l2t_cli", "user-dir"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     assert Path(folder) == site / "l2t_fairseq"

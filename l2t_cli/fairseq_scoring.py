@@ -1,0 +1,117 @@
+"""Scoring a student of a fairseq command: on raw text where there is some, and saying so if not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+from l2t_core.teacher_file import check_fits, load_teacher
+from l2t_fairseq.command import FairseqCommand
+from l2t_fairseq.fingerprint import dictionary_fingerprint
+from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair, read_lines
+from l2t_fairseq.scoring import score_checkpoint as score_prepared
+
+_TARGET = re.compile(r"T-(\d+)\t(.*)")
+DEFAULT_GENERATE = "--beam 5"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Where a command's test data is, and how to score on it.
+
+    ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
+    sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
+    that, the data-bin's own target side with its subwords joined.
+    """
+
+    data_bin: Path
+    generate: str = DEFAULT_GENERATE
+    reference: Path | None = None
+
+    @classmethod
+    def of(
+        cls, command: FairseqCommand, generate: str = "", reference: Path | None = None
+    ) -> TestSet:
+        """Return the test set in the data folder that ``command`` names.
+
+        Raises:
+            UserError: if it names none, or there is no test split to score on.
+        """
+        folders = [Path(a.split(":")[0]) for a in command.arguments if not a.startswith("-")]
+        found = [folder for folder in folders if folder.is_dir() and any(folder.glob("dict.*.txt"))]
+        if not found:
+            looked = f" (first argument: {folders[0]})" if folders else ""
+            raise UserError(
+                f"the command names no folder with dict.*.txt{looked}; give the folder that "
+                "fairseq-preprocess or `l2t data prepare` wrote"
+            )
+        language_pair(found[0], "train")
+        language_pair(found[0], "test")
+        if reference is not None:
+            read_lines(reference)
+        return cls(found[0], generate or DEFAULT_GENERATE, reference)
+
+    @property
+    def target(self) -> str:
+        """The target language's code."""
+        return language_pair(self.data_bin, "test")[1]
+
+    def check(self, teacher: Path) -> None:
+        """Refuse a teacher for another target dictionary.
+
+        Raises:
+            UserError: with the two sizes side by side.
+        """
+        from fairseq.data import Dictionary
+
+        _, header = load_teacher(teacher)
+        dictionary = Dictionary.load(str(self.data_bin / f"dict.{self.target}.txt"))
+        check_fits(header, dictionary_fingerprint(dictionary), teacher)
+
+    def score(self, checkpoint: Path, folder: Path) -> tuple[float, str]:
+        """Generate with ``checkpoint``, write hypotheses into ``folder``; return BLEU, signature.
+
+        Raises:
+            UserError: if fairseq-generate fails or leaves sentences out.
+        """
+        prepared = self.data_bin.parent
+        if self.reference is None and (prepared / "prepared.json").is_file():
+            result = score_prepared(prepared, checkpoint, self.generate, "test", folder)
+            return result.bleu, result.signature
+        log = folder / "generate-test.log"
+        source, target = language_pair(self.data_bin, "test")
+        flags = [*shlex.split(self.generate), "--source-lang", source, "--target-lang", target]
+        if not any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags):
+            flags += self._joining()
+        generated = generate(self.data_bin, checkpoint, [*flags, "--gen-subset", "test"], log)
+        origin = ""
+        if self.reference is not None:
+            references = read_lines(self.reference)
+        else:
+            references, origin = _targets(log), "|ref:data-bin"
+        hypotheses = in_order(generated, len(references), log)
+        text = "".join(f"{line}\n" for line in hypotheses)
+        atomic_write(folder / f"test.hyp.{target}", text)
+        bleu, signature = corpus_bleu(hypotheses, references)
+        return bleu, signature + origin
+
+    def _joining(self) -> list[str]:
+        """Return the flags that join this dictionary's subwords."""
+        path = self.data_bin / f"dict.{self.target}.txt"
+        symbols = [line.rsplit(" ", 1)[0] for line in read_lines(path)]
+        if any(symbol.startswith("▁") for symbol in symbols):
+            return ["--remove-bpe", "sentencepiece"]
+        return ["--remove-bpe"] if any(symbol.endswith("@@") for symbol in symbols) else []
+
+
+def _targets(log: Path) -> list[str]:
+    """Return the references that fairseq-generate printed, in the order of the data."""
+    found: dict[int, str] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if match := _TARGET.fullmatch(line.rstrip("\r")):
+            found[int(match[1])] = match[2]
+    return [found[number] for number in sorted(found)]

@@ -1,0 +1,170 @@
+"""A teacher applied to fairseq commands as people write them, with the real fairseq."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Run  # type: ignore[import-not-found]
+
+pytest.importorskip("fairseq")
+
+WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five"}
+TRAIN = (
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 "
+    "--decoder-embed-dim 16 --encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 "
+    "--encoder-attention-heads 2 --decoder-attention-heads 2 --optimizer adam --lr 0.01 "
+    "--max-tokens 200 --max-update 12 --cpu --no-epoch-checkpoints"
+)
+
+
+@pytest.fixture(scope="module")
+def data_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a preprocessed corpus of numbers with its raw text beside it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(1)
+    for split, size in (("train", 100), ("valid", 10), ("test", 10)):
+        lines = [draw.choices(list(WORDS), k=draw.randint(2, 6)) for _ in range(size)]
+        source = "".join(" ".join(line) + "\n" for line in lines)
+        target = "".join(" ".join(WORDS[w] for w in line) + "\n" for line in lines)
+        (folder / f"{split}.de").write_text(source, encoding="utf-8")
+        (folder / f"{split}.en").write_text(target, encoding="utf-8")
+    preprocess = "-s de -t en --joined-dictionary --trainpref train --validpref valid"
+    subprocess.run(
+        [sys.executable, "-m", "fairseq_cli.preprocess", *shlex.split(preprocess)]
+        + ["--testpref", "test", "--destdir", "data-bin"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    return folder / "data-bin"
+
+
+def make_teacher(path: Path, data_bin: Path, drop: int = 0) -> Path:
+    """Write a teacher for the corpus's dictionary, or for one that is ``drop`` entries smaller."""
+    from fairseq.data import Dictionary
+
+    from l2t_core.specs import LossSpec, TeacherSpec
+    from l2t_core.student_state import NMT_FEATURES, feature_count
+    from l2t_core.teacher_file import TeacherHeader, save_teacher
+    from l2t_core.teachers import build_teacher
+    from l2t_fairseq.fingerprint import dictionary_fingerprint
+
+    dictionary = Dictionary.load(str(data_bin / "dict.en.txt"))
+    size = len(dictionary) - drop
+    fingerprint = {**dictionary_fingerprint(dictionary), "num_classes": size}
+    spec = TeacherSpec(slots=2, features=list(NMT_FEATURES))
+    loss = LossSpec(form="diagonal", sigma="softplus")
+    teacher = build_teacher(spec, loss, size, feature_count(NMT_FEATURES, size), seed=1)
+    save_teacher(path, teacher, TeacherHeader(spec, loss, size, 12, 4, fingerprint))
+    return path
+
+
+def test_command_trained_scored_and_compared(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--save-dir", "mine"]
+    arguments = ["apply-teacher", teacher, "--baseline", "--out", "out"]
+    arguments += ["--reference", str(data_bin.parent / "test.en"), "--", *command]
+    outcome = l2t(*arguments)
+    assert outcome.code == 0, outcome.err
+    printed = [line for line in outcome.out.splitlines() if line.startswith("$ ")]
+    assert len(printed) == 2
+    taught, baseline = (shlex.split(line[2:]) for line in printed)
+    assert taught[: len(command)] == command  # untouched, ours come after
+    assert taught[taught.index("--criterion") + 1] == "l2t_dynamic"
+    assert baseline[baseline.index("--criterion") + 1] == "cross_entropy"
+    assert "--user-dir" not in baseline
+    # The student asked for lands where its command says, the one to compare with elsewhere.
+    assert Path("mine/checkpoint_best.pt").exists()
+    assert Path("out/cross_entropy/seed-1/checkpoints/checkpoint_best.pt").exists()
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["signature"].startswith("nrefs:1|") and "ref:" not in result["signature"]
+    hypotheses = Path("out/taught/seed-1/test.hyp.en").read_text().splitlines()
+    assert len(hypotheses) == 10
+    from sacrebleu.metrics import BLEU
+
+    references = (data_bin.parent / "test.en").read_text().splitlines()
+    assert result["scores"]["taught"][0]["value"] == pytest.approx(
+        BLEU().corpus_score(hypotheses, [references]).score
+    )
+    log = Path("out/taught/seed-1/train.log").read_text()
+    assert "num_updates" in log
+    again = l2t(*arguments)
+    assert again.out.count("(finished before)") == 2
+
+
+def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    script = tmp_path / "train.sh"
+    script.write_text(
+        f"#!/bin/bash\nDATA={data_bin}\nfairseq-train $DATA \\\n  --criterion=label_smoothed_"
+        f"cross_entropy --label-smoothing 0.1 \\\n  {TRAIN} --seed 5\n"
+    )
+    before = set(tmp_path.iterdir())
+    outcome = l2t("apply-teacher", teacher, script, "--dry-run", "--baseline")
+    assert set(tmp_path.iterdir()) == before
+    comment, taught, _, baseline = outcome.out.splitlines()
+    assert comment == "# taught, seed 5"
+    assert "--criterion=l2t_dynamic" in taught and "--label-smoothing" not in taught
+    assert "--criterion=cross_entropy" in baseline and "--label-smoothing" not in baseline
+    assert taught.count("--seed 5") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["--task", "language_modeling"], "cannot be taught"),
+        (["--seed", "x"], "--seed x"),
+        (["--max-update", "many"], "--max-update many"),
+        (["--user-dir", "elsewhere"], "--user-dir elsewhere"),
+    ],
+)
+def test_what_cannot_be_taught(
+    l2t: Run, data_bin: Path, tmp_path: Path, change: list[str], expected: str
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), *change]
+    assert expected in l2t("apply-teacher", teacher, "--", *command).error()
+    assert not Path("runs").exists()
+
+
+def test_unfit_dictionary_missing_data_and_other_commands(
+    l2t: Run, data_bin: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin, drop=3)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    line = l2t("apply-teacher", teacher, "--", *command).error()
+    assert "trained for 6 dictionary entries, the student has 9" in line
+    fitting = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command[1] = "nowhere"
+    assert "nowhere" in l2t("apply-teacher", fitting, "--", *command).error()
+    line = l2t("apply-teacher", fitting, "--", "fairseq-generate", str(data_bin)).error()
+    assert "no fairseq-train command" in line
+    line = l2t("apply-teacher", fitting, "fairseq-train", "data", "--arch", "x").error()
+    assert "--" in line
+    assert "gone.sh" in l2t("apply-teacher", fitting, "gone.sh").error()
+    assert not Path("runs").exists()
+
+
+def test_a_failing_run_is_told_in_one_line(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--dropuot", "0.1"]
+    line = l2t("apply-teacher", teacher, "--out", "out", "--", *command).error()
+    assert "--dropuot" in line and "out/taught/seed-1/train.log" in line
+
+
+def test_checkpoints_of_another_run_are_not_continued(
+    l2t: Run, data_bin: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    kept = tmp_path / "mine" / "checkpoint_last.pt"
+    kept.parent.mkdir()
+    kept.write_bytes(b"somebody's")
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--save-dir", "mine"]
+    assert "another run" in l2t("apply-teacher", teacher, "--", *command).error()
+    assert kept.read_bytes() == b"somebody's"

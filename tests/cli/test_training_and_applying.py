@@ -1,0 +1,166 @@
+"""A teacher trained, stopped, continued and applied, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run  # type: ignore[import-not-found]
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def trained(l2t: Run, digits: Path, tmp_path: Path) -> Path:
+    """Return the folder of a finished tiny run."""
+    outcome = l2t("train-teacher", digits, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    outcome = l2t("train-teacher", digits, "--tensorboard-logdir", "tb")
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in rows] == [0, 1, 2]
+    best = max(row["dev_measure"] for row in rows)
+    assert f"{best:.4f}" in outcome.out and "Teacher trained" in outcome.out
+    assert "runs/tiny/teacher_best.safetensors" in outcome.out
+    assert (run / "dev_measure.png").read_bytes().startswith(b"\x89PNG")
+    assert load_file(run / "teacher_best.safetensors")
+    assert any((tmp_path / "tb").iterdir())
+    assert "\x1b" not in outcome.out  # no terminal, no colours
+
+
+def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
+    rows = l2t("train-teacher", digits, "--log-format", "json").out.splitlines()
+    events = [json.loads(row)["event"] for row in rows]
+    assert events == ["step"] * 0 + ["episode"] * 3 + ["result"]
+    assert l2t("train-teacher", digits, "--out", "quiet", "--log-format", "none").out == ""
+
+
+def test_the_same_command_again_changes_nothing(l2t: Run, digits: Path, trained: Path) -> None:
+    before = {p.name: p.read_bytes() for p in trained.iterdir() if p.suffix != ".png"}
+    outcome = l2t("train-teacher", digits, "--out", trained)
+    assert outcome.code == 0 and "continuing" in outcome.out
+    assert {p.name: p.read_bytes() for p in trained.iterdir() if p.suffix != ".png"} == before
+
+
+def test_another_runs_folder_is_refused(l2t: Run, digits: Path, trained: Path) -> None:
+    line = l2t("train-teacher", digits, "training.lr=0.5", "--out", trained).error()
+    assert "training.lr is 0.003 there, 0.5 here" in line
+    assert "--out" in l2t("train-teacher", digits, "--no-resume", "--out", trained).error()
+
+
+def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
+    assert l2t("train-teacher", longer, "--out", "whole").code == 0
+    command = [sys.executable, "-m", "l2t_cli", "train-teacher", str(longer), "--out", "parts"]
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'plugins'}"
+    child = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "parts" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    if child.returncode != 0:  # it may have finished before the signal came
+        assert child.returncode == 130
+        assert errors.splitlines() == [
+            "l2t: interrupted: the finished episodes are kept; the same command continues"
+        ]
+    assert l2t("train-teacher", longer, "--out", "parts").code == 0
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    arguments = ("apply-teacher", teacher, digits, "--out", "applied", "--baseline")
+    outcome = l2t(*arguments, "--seeds", "2")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(Path("applied/result.json").read_text())
+    assert {arm: [s["seed"] for s in scores] for arm, scores in result["scores"].items()} == {
+        "taught": [1, 2],
+        "cross_entropy": [1, 2],
+    }
+    values = [score["value"] for score in result["scores"]["taught"]]
+    mean = sum(values) / 2
+    assert f"{mean:.2f} ± " in outcome.out and "signature: " in outcome.out
+    assert "better than" in outcome.out or "worse than" in outcome.out or "equal" in outcome.out
+    state = torch.load("applied/taught/seed-1/student.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    # A third seed trains one student more for each arm and leaves the finished ones alone.
+    again = l2t(*arguments, "--seeds", "3")
+    assert again.out.count("(finished before)") == 4
+    assert len(json.loads(Path("applied/result.json").read_text())["scores"]["taught"]) == 3
+
+
+def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    for out in ("first", "second"):
+        assert l2t("apply-teacher", teacher, digits, "--out", out).code == 0
+    name = "taught/seed-1/student.pt"
+    first, second = (torch.load(Path(o) / name, weights_only=True) for o in ("first", "second"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_dry_run_of_an_application_writes_nothing(l2t: Run, digits: Path, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    before = set(Path().iterdir())
+    outcome = l2t("apply-teacher", teacher, digits, "--baseline", "--dry-run")
+    assert outcome.code == 0 and "24 steps" in outcome.out and "cross-entropy" in outcome.out
+    assert set(Path().iterdir()) == before
+
+
+def test_damaged_and_foreign_teachers_are_refused(
+    l2t: Run, digits: Path, trained: Path, tmp_path: Path
+) -> None:
+    whole = (trained / "teacher_best.safetensors").read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    for content in (
+        b"",
+        whole[:5],
+        whole[:100],
+        whole[:-8],
+        b"x" * 5000,
+        torch.ones(3).numpy().tobytes(),
+    ):
+        bad.write_bytes(content)
+        assert "bad.safetensors" in l2t("apply-teacher", bad, digits).error()
+        assert "bad.safetensors" in l2t("inspect", bad).error()
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, bad)
+    assert "holds no l2t teacher" in l2t("apply-teacher", bad, digits).error()
+    assert not Path("runs").exists()
+
+
+def test_another_application_in_the_folder_is_refused(
+    l2t: Run, digits: Path, trained: Path
+) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    assert l2t("apply-teacher", teacher, digits, "--out", "applied").code == 0
+    line = l2t("apply-teacher", teacher, digits, "image.hidden=8", "--out", "applied").error()
+    assert "hidden is 16 there, 8 here" in line
+
+
+def test_inspect_shows_header_and_coefficients(l2t: Run, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    outcome = l2t("inspect", teacher)
+    for text in ("diagonal, softplus", "10 classes", "24 steps", "t/T = 0.5", "tiny"):
+        assert text in outcome.out
+    header = json.loads(l2t("inspect", teacher, "--json").out)
+    assert header["num_classes"] == 10 and header["loss"]["form"] == "diagonal"
