@@ -63,6 +63,8 @@ def score_checkpoint(
         [
             *flags,
             *("--source-lang", source, "--target-lang", target, "--gen-subset", split),
+            # At any other value some builds of fairseq drop the sentences left over at the end.
+            *("--required-batch-size-multiple", "1"),
             *("--bpe", "sentencepiece", "--sentencepiece-model", str(spm)),
         ],
         log,
@@ -128,8 +130,8 @@ def read_hypotheses(log: Path) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     # Split at newlines only: a translation may hold other characters that end a line for Python.
-    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if match := _DETOKENISED.fullmatch(line.rstrip("\r")):
+    for line in log.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        if match := _DETOKENISED.fullmatch(line):
             found.setdefault(int(match[1]), match[2])
     return found
 
@@ -168,13 +170,14 @@ def language_pair(data_bin: Path, split: str) -> tuple[str, str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, without their ends.
+    """Return the lines of a UTF-8 file, without the newlines that end them.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Not read_text: it would take a lone carriage return within a sentence for a line end.
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); prepare the data again") from error
     return text.removesuffix("\n").split("\n") if text else []

@@ -1,8 +1,8 @@
 """fairseq's task ``l2t_translation``: ``translation`` that tells ``l2t_dynamic`` where it is.
 
-It feeds the criterion each update's number and learning rate, ends a pass over the dev set where
-it ends, and carries the student's state s_t through checkpoints, so that a resumed run is the run
-that was interrupted, to the bit. With any other criterion it is ``translation``.
+It feeds the criterion each update's number and learning rate, and carries the student's state s_t
+through checkpoints, so that a resumed run is the run that was interrupted, to the bit. With any
+other criterion it is ``translation``, whose resumed runs it makes exact, too.
 """
 
 # No `from __future__ import annotations`: fairseq reads the types of its configurations.
@@ -12,6 +12,7 @@ from typing import Any
 
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
 from l2t_fairseq.criterion import L2TDynamicCriterion
 
 # The key of s_t in the train iterator's state: of all that fairseq saves, what every version
@@ -39,12 +40,31 @@ class L2TTranslationTask(TranslationTask):
         return criterion
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the iterator; the training set's carries s_t in its state."""
-        iterator = super().get_batch_iterator(dataset, *args, **kwargs)
-        train = self.datasets.get(self.cfg.train_subset)
-        if self._criterion is not None and dataset is train:
+        """Return the iterator; the training set's carries s_t and makes the first run's batches."""
+        if dataset is not self.datasets.get(self.cfg.train_subset):
+            return super().get_batch_iterator(dataset, *args, **kwargs)
+        if self._makes_batches_once(dataset, kwargs):
+            # fairseq makes batches in an order that depends on the epoch and keeps them for the
+            # epochs to come. A resumed run has to make those of epoch 1, where the first run
+            # began, or it goes on with other batches.
+            iterator = super().get_batch_iterator(dataset, *args, **{**kwargs, "epoch": 1})
+            iterator.epoch = kwargs["epoch"]
+            dataset.set_epoch(iterator.epoch)
+        else:
+            iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        if self._criterion is not None:
             carry_state(iterator, self._criterion)
         return iterator
+
+    def _makes_batches_once(self, dataset: Any, kwargs: dict[str, Any]) -> bool:
+        """Tell whether fairseq will now, later than in epoch 1, make the batches of all epochs."""
+        return (
+            kwargs.get("epoch", 1) > 1
+            and not kwargs.get("disable_iterator_cache", False)
+            and not kwargs.get("update_epoch_batch_itr", False)
+            and self.can_reuse_epoch_itr(dataset)
+            and dataset not in self.dataset_to_epoch_iter
+        )
 
     def train_step(
         self,
