@@ -78,12 +78,13 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data-bin"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_teacher() -> Callable[..., Path]:
     """Return a function that writes a teacher file for the dictionary of a data-bin folder."""
     pytest.importorskip("fairseq")
     import torch
     from fairseq.data import Dictionary
+
     from l2t_core.specs import LossSpec, TeacherSpec
     from l2t_core.student_state import NMT_FEATURES
     from l2t_core.teacher_file import TeacherHeader, save_teacher

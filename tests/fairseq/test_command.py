@@ -1,0 +1,261 @@
+"""fairseq-train commands as people write them, and what teaching them makes of them."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2t_core.errors import UserError
+from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.teacher_file import TeacherHeader
+from l2t_fairseq.command import (
+    FairseqCommand,
+    has_flag,
+    parse_command,
+    parse_script,
+    save_dir,
+    shell_text,
+    teach_command,
+    value_of,
+    with_value,
+)
+
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+TEACHER, USER_DIR = Path("t.safetensors"), Path("/plugins/l2t_fairseq")
+HEADER = TeacherHeader(TeacherSpec(features=["progress", "dev_nll"]), LossSpec(), 100, 200, 10, {})
+BASE = "fairseq-train data-bin --arch transformer --max-update 1000"
+
+
+def teach(text: str) -> list[str]:
+    return teach_command(
+        parse_command(shlex.split(text)), TEACHER, HEADER, USER_DIR
+    ).command.arguments
+
+
+def test_a_default_command_gets_all_that_the_plugin_needs() -> None:
+    # dev_interval 10 of 200 steps is 50 of 1000.
+    assert teach(BASE) == shlex.split(
+        "data-bin --arch transformer --max-update 1000 --criterion l2t_dynamic "
+        "--task l2t_translation --user-dir /plugins/l2t_fairseq --l2t-teacher t.safetensors "
+        "--validate-interval-updates 50"
+    )
+
+
+def test_other_flags_keep_their_place_and_form() -> None:
+    taught = teach(
+        "fairseq-train data-bin -a=x --task=translation --adam-betas '(0.9, 0.98)' "
+        "--criterion=label_smoothed_cross_entropy --label-smoothing 0.1 --lr 5e-4 "
+        "--report-accuracy --ignore-prefix-size=1 --fp16 --max-update=1000 "
+        "--validate-interval-updates 7"
+    )
+    assert taught == [
+        "data-bin",
+        "-a=x",
+        "--task=l2t_translation",
+        "--adam-betas",
+        "(0.9, 0.98)",
+        "--criterion=l2t_dynamic",
+        "--lr",
+        "5e-4",
+        "--fp16",
+        "--max-update=1000",
+        "--validate-interval-updates",
+        "7",
+        "--user-dir",
+        "/plugins/l2t_fairseq",
+        "--l2t-teacher",
+        "t.safetensors",
+    ]
+
+
+def test_changes_are_told() -> None:
+    command = parse_command(
+        shlex.split(f"{BASE} --criterion label_smoothed_cross_entropy --label-smoothing 0.1")
+    )
+    changes = teach_command(command, TEACHER, HEADER, USER_DIR).changes
+    assert "--criterion label_smoothed_cross_entropy -> l2t_dynamic" in changes
+    assert any(change.startswith("--label-smoothing removed") for change in changes)
+
+
+def test_teaching_twice_is_teaching_once() -> None:
+    once = teach_command(parse_command(shlex.split(BASE)), TEACHER, HEADER, USER_DIR).command
+    twice = teach_command(once, TEACHER, HEADER, USER_DIR)
+    assert twice.command == once
+    assert twice.changes == []
+
+
+def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
+    taught = teach(
+        f"{BASE} --criterion label_smoothed_cross_entropy --report-accuracy "
+        "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"
+    )
+    assert taught[taught.index("--best-checkpoint-metric") + 1] == "l2t_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{BASE} --task language_modeling", "language_modeling cannot be taught"),
+        (f"{BASE} --task=translation_lev", "translation_lev cannot be taught"),
+        (f"{BASE} --criterion masked_lm", "masked_lm cannot be replaced"),
+        (f"{BASE} --criterion=ctc", "ctc cannot be replaced"),
+        (f"{BASE} --criterion adaptive_loss", "adaptive_loss cannot be replaced"),
+        (f"{BASE} --user-dir /elsewhere", "takes only one"),
+        (f"{BASE} --disable-validation", "--disable-validation"),
+        ("fairseq-train data-bin --arch transformer", "add --max-update N"),
+        ("fairseq-train data-bin --max-update x", "no positive whole number"),
+        ("fairseq-train data-bin --max-update 0", "no positive whole number"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        teach(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fairseq-hydra-train task.data=x", "not supported yet"),
+        ("python -m fairseq_cli.hydra_train task.data=x", "not supported yet"),
+        ("fairseq-trian data", "did you mean 'fairseq-train'"),
+        ("ls -l", "no fairseq-train command"),
+        ("python train.py --epochs 3", "no fairseq-train command"),
+        ("", "no command given"),
+    ],
+)
+def test_other_commands_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_command(shlex.split(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("fairseq-train d", "fairseq-train"),
+        ("/venv/bin/fairseq-train d", "/venv/bin/fairseq-train"),
+        ("python3.11 -m fairseq_cli.train d", "python3.11 -m fairseq_cli.train"),
+        ("python train.py d", ""),
+        ("python train.py d --arch x", "python train.py"),
+        ("python ~/fairseq/train.py d", "python ~/fairseq/train.py"),
+        ("srun -n 1 fairseq-train d", "srun -n 1 fairseq-train"),
+        (
+            "python -m torch.distributed.launch --nproc_per_node=2 /b/fairseq-train d",
+            "python -m torch.distributed.launch --nproc_per_node=2 /b/fairseq-train",
+        ),
+    ],
+)
+def test_programs(text: str, program: str) -> None:
+    if not program:
+        with pytest.raises(UserError):
+            parse_command(shlex.split(text))
+        return
+    command = parse_command(shlex.split(text))
+    assert command.program == shlex.split(program)
+    assert command.arguments[0] == "d"
+
+
+def test_environment_prefixes() -> None:
+    command = parse_command(["CUDA_VISIBLE_DEVICES=0,1", "env", "A=b c", "fairseq-train", "d"])
+    assert command == FairseqCommand(
+        {"CUDA_VISIBLE_DEVICES": "0,1", "A": "b c"}, ["fairseq-train"], ["d"]
+    )
+
+
+def test_shell_text_can_be_pasted_back() -> None:
+    command = parse_command(
+        ["A=b c", "fairseq-train", "my data", "--adam-betas", "(0.9, 0.98)", "--quote", "it's $5"]
+    )
+    assert parse_command(shlex.split(shell_text(command))) == command
+    assert parse_script(shell_text(command), {}) == command
+
+
+def test_getters() -> None:
+    command = parse_command(shlex.split("fairseq-train d -a x --lr 1 --lr=2 --fp16 --save-dir s"))
+    assert value_of(command, "--arch") == "x"
+    assert value_of(command, "--lr") == "2"  # the last one counts, as in fairseq
+    assert value_of(command, "--task") is None
+    assert has_flag(command, "--fp16") and not has_flag(command, "--bf16")
+    assert save_dir(command) == Path("s")
+    assert value_of(with_value(command, "--lr", "3"), "--lr") == "3"
+    assert save_dir(parse_command(["fairseq-train", "d"])) == Path("checkpoints")
+
+
+SCRIPT = r"""#!/usr/bin/env bash
+set -e
+# a comment that ends in a backslash \
+DATA=data-bin/iwslt14   # where the data is
+LR="5e-4"
+ARGS="--dropout 0.3 --weight-decay 0.0001"
+export SAVE=${OUT:-checkpoints}/$USER
+fairseq-preprocess --source-lang de --destdir "$DATA"
+echo "fairseq-train comes next"
+CUDA_VISIBLE_DEVICES=0 fairseq-train \
+    "$DATA" --arch=transformer_iwslt_de_en \
+    --adam-betas '(0.9, 0.98)' --lr $LR $ARGS \
+    --user-note a\ b"c d" --max-up\
+date 20000 \
+    --save-dir $SAVE 2>&1 | tee "$SAVE/train.log"
+fairseq-generate $DATA --path $(ls $SAVE | head -1)
+"""
+
+
+def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
+    command = parse_script(SCRIPT, {"USER": "me"})
+    assert command.environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert command.left_out == ["2>&1", '| tee "$SAVE/train.log"']
+    # The shell itself, with stand-ins on the PATH, is the judge.
+    for name in ("fairseq-train", "fairseq-preprocess", "fairseq-generate", "tee", "ls", "head"):
+        stand_in = tmp_path / name
+        body = "cat" if name == "tee" else 'printf "%s\\n" "$@"' if name[8:] == "train" else ":"
+        stand_in.write_text(f"#!/bin/sh\n{body}\n")
+        stand_in.chmod(0o755)
+    shell = subprocess.run(
+        ["bash", "-c", SCRIPT],
+        env={"USER": "me", "PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [*shell.stdout.splitlines()[1:]] == command.arguments
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo hello", "holds no fairseq-train command"),
+        ("fairseq-train a --max-update 1\nfairseq-train b", "holds 2 fairseq-train commands"),
+        ("fairseq-train $1", r"'\$1'"),
+        ("fairseq-train $NOWHERE", r"\$NOWHERE"),
+        ("fairseq-train $(find . -name x)", "output of a command"),
+        ("D=$(mktemp -d)\nfairseq-train $D", "output of a command"),
+        ('fairseq-train "${ARGS[@]}"', "ARGS"),
+        ("for s in 1 2; do\n  fairseq-train d --seed $s\ndone", r"\$s"),
+        ("cd /somewhere && fairseq-train d", "changes folder"),
+        ("fairseq-train 'd", "never closed"),
+        ("fairseq-hydra-train task.data=x", "not supported yet"),
+    ],
+)
+def test_scripts_that_cannot_be_read_are_refused(script: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_script(script, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
+    script = "N=$(nproc)\nmkdir $UNSET\nfairseq-train d --lr 1; rm -r $ALSO_UNSET"
+    assert parse_script(script, {}).arguments == ["d", "--lr", "1"]
+
+
+def test_commands_are_understood_without_fairseq_and_torch() -> None:
+    code = (
+        "import sys; import l2t_fairseq.command; "
+        "sys.exit(bool({'fairseq', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(PLUGINS)}, check=False
+    )
+    assert done.returncode == 0

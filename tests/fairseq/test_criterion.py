@@ -1,0 +1,287 @@
+"""The criterion inside fairseq's own trainer: what is reported, and what moves the state s_t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_RUN
+
+from l2t_core.errors import UserError
+from l2t_core.losses import step_loss
+
+pytest.importorskip("fairseq")
+
+import l2t_fairseq
+
+l2t_fairseq.register()
+
+from fairseq import options, tasks  # noqa: E402
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
+from fairseq.trainer import Trainer  # noqa: E402
+from fairseq_cli.train import validate  # noqa: E402
+
+from l2t_fairseq.criterion import L2TDynamicCriterion  # noqa: E402
+from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
+
+
+class Bench:
+    """fairseq's trainer on the toy corpus with a teacher, and some batches."""
+
+    def __init__(self, data: Path, teacher: Path, tmp: Path, *flags: str) -> None:
+        metrics.reset()
+        parser = options.get_training_parser()
+        arguments = [str(data), *TINY_MODEL, *TINY_RUN, "--criterion", "l2t_dynamic"]
+        arguments += ["--l2t-teacher", str(teacher), "--save-dir", str(tmp), *flags]
+        self.config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        torch.manual_seed(1)
+        self.task = tasks.setup_task(self.config.task)
+        self.model = self.task.build_model(self.config.model)
+        self.criterion: L2TDynamicCriterion = self.task.build_criterion(self.config.criterion)
+        for split in ("train", "valid", "test"):
+            self.task.load_dataset(split)
+        self.trainer = Trainer(self.config, self.task, self.model, self.criterion)
+        self.iterator = self.trainer.get_train_iterator(1, load_dataset=False)
+        self.batches = list(self.iterator.next_epoch_itr(shuffle=False))
+        self.trainer.begin_epoch(1)
+
+    def state(self) -> dict[str, Any]:
+        return self.criterion.teacher_state()
+
+    def validate(self, *subsets: str) -> None:
+        validate(self.config, self.trainer, self.task, self.iterator, list(subsets))
+
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def make_bench(
+    tmp_path: Path, toy_data: Path, write_teacher: Callable[..., Path]
+) -> Iterator[MakeBench]:
+    def make(*flags: str, **teacher: Any) -> Bench:
+        teacher = {"warmup_steps": 1, "total_steps": 20, "dev_interval": 1, **teacher}
+        path = write_teacher(tmp_path / "teacher.safetensors", toy_data, **teacher)
+        return Bench(toy_data, path, tmp_path, *flags)
+
+    yield make
+    metrics.reset()
+
+
+@pytest.mark.parametrize("task", ["translation", "l2t_translation"])
+def test_statistics_are_those_of_the_whole_update(make_bench: MakeBench, task: str) -> None:
+    bench = make_bench("--task", task, "--dropout", "0")
+    two = bench.batches[:2]
+    bench.model.train()
+    with torch.no_grad():
+        predictions = []
+        for batch in two:
+            log_probs = bench.model.get_normalized_probs(
+                bench.model(**batch["net_input"]), log_probs=True
+            )
+            real = batch["target"] != bench.task.target_dictionary.pad()
+            predictions.append((log_probs[real], batch["target"][real]))
+    log_probs = torch.cat([p for p, _ in predictions])
+    target = torch.cat([t for _, t in predictions])
+    nll = float(torch.nn.functional.nll_loss(log_probs, target))
+    accuracy = float((log_probs.argmax(1) == target).float().mean())
+
+    logged = bench.trainer.train_step(two)
+
+    train = bench.state()["applied"]["state"]["train"]
+    assert train["nll"] == pytest.approx(nll, rel=1e-5)
+    assert train["accuracy"] == pytest.approx(accuracy)
+    assert bench.state()["applied"]["step"] == bench.trainer.get_num_updates() == 1
+    assert logged["loss"] == pytest.approx(nll / math.log(2), abs=1e-3)  # a warm-up step
+    assert logged["l2t_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_the_loss_is_the_teachers_after_the_warm_up(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation", "--dropout", "0")
+    batch = bench.batches[0]
+    bench.trainer.train_step([batch])
+    rate = bench.trainer.get_lr()
+    bench.model.train()
+    with torch.no_grad():
+        log_probs = bench.model.get_normalized_probs(
+            bench.model(**batch["net_input"]), log_probs=True
+        )
+        real = batch["target"] != bench.task.target_dictionary.pad()
+        applied = bench.criterion.applied
+        phi = applied.teacher(applied.state.features(1, rate))
+        losses = step_loss(applied.spec, log_probs[real], batch["target"][real], phi, 1)
+    logged = bench.trainer.train_step([batch])
+    assert logged["loss"] == pytest.approx(float(losses.mean()) / math.log(2), abs=2e-3)
+    assert abs(logged["loss"] - logged["nll_loss"]) > 0.01
+
+
+def test_learning_rates_are_those_of_the_updates(make_bench: MakeBench) -> None:
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for task in ("translation", "l2t_translation"):
+        bench = make_bench("--task", task)
+        begin, calls = bench.criterion.applied.begin_step, seen.setdefault(task, [])
+
+        def spy(rate: float, step: int | None = None, *, b=begin, c=calls, k=bench) -> Any:
+            c.append((k.criterion.applied.step, rate))
+            return b(rate, step)
+
+        bench.criterion.applied.begin_step = spy  # type: ignore[method-assign]
+        for batch in bench.batches[:6]:
+            bench.trainer.train_step([batch])
+    assert seen["translation"] == seen["l2t_translation"]
+    # inverse_sqrt with 4 warm-up updates to 0.003: 0 at update 0.
+    expected = [0.0, 0.00075, 0.0015, 0.00225, 0.003, 0.003 * 2 / math.sqrt(5)]
+    assert [step for step, _ in seen["translation"]] == list(range(6))
+    assert [rate for _, rate in seen["translation"]] == pytest.approx(expected)
+
+
+def test_only_a_committed_update_moves_the_state(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    bench.trainer.train_step([bench.batches[0]])
+    before = bench.state()
+    # A forward pass whose result nobody uses.
+    bench.model.train(), bench.criterion.train()
+    bench.criterion(bench.model, bench.batches[1])
+    assert bench.state() == before
+    # A batch dropped for want of memory.
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.trainer.optimizer, "backward", raiser(RuntimeError("out of memory")))
+        assert bench.trainer.train_step([bench.batches[1]]) is None
+    assert bench.state() == before
+    # A gradient that overflowed. (fairseq moves a scalar to a GPU there.)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.task, "optimizer_step", raiser(OverflowError("too large")))
+        patch.setattr(torch.Tensor, "cuda", lambda self: self)
+        assert bench.trainer.train_step([bench.batches[1]]) is None
+    assert bench.state() == before
+    assert bench.trainer.get_num_updates() == 1
+    # And one that counts.
+    bench.trainer.train_step([bench.batches[1]])
+    assert bench.state()["applied"]["step"] == 2
+    assert bench.state()["applied"]["state"]["train"] != before["applied"]["state"]["train"]
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_dummy_batches_do_not_count(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    bench.trainer.train_step([bench.batches[0]])
+    before = bench.state()
+    # What a process that has run out of batches contributes, summed over processes: zeros.
+    bench.criterion.train()
+    _, _, outputs = bench.criterion(bench.model, bench.batches[1])
+    nothing = {key: value * 0 for key, value in outputs.items()}
+    bench.task.reduce_metrics([nothing], bench.criterion)
+    assert bench.state() == before
+
+
+@pytest.mark.parametrize("task", ["translation", "l2t_translation"])
+def test_dev_statistics_come_from_the_first_subset(make_bench: MakeBench, task: str) -> None:
+    bench = make_bench("--task", task, "--valid-subset", "valid,test")
+    bench.trainer.train_step([bench.batches[0]])
+    bench.validate("valid", "test")
+    bench.model.eval()
+    nll = correct = tokens = 0.0
+    iterator = bench.trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
+    with torch.no_grad():
+        for batch in iterator:
+            log_probs = bench.model.get_normalized_probs(
+                bench.model(**batch["net_input"]), log_probs=True
+            )
+            real = batch["target"] != bench.task.target_dictionary.pad()
+            picked = log_probs[real].gather(1, batch["target"][real].unsqueeze(1))
+            nll -= float(picked.sum())
+            correct += float((log_probs.argmax(2) == batch["target"])[real].sum())
+            tokens += float(real.sum())
+    state = bench.state()["applied"]
+    assert state["step"] == 1
+    assert state["state"]["dev"]["nll"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert state["state"]["dev"]["accuracy"] == pytest.approx(correct / tokens)
+
+
+def test_a_dev_pass_counts_only_when_the_teacher_expects_one(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation", dev_interval=2)
+    seen = []
+    for batch in bench.batches[:5]:
+        bench.trainer.train_step([batch])
+        bench.validate("valid")
+        seen.append(bench.state()["applied"]["state"]["dev"])
+    assert seen[0] is None
+    assert seen[1] == seen[2] != seen[3]
+    assert seen[3] == seen[4]
+
+
+def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    for batch in bench.batches[:3]:
+        bench.trainer.train_step([batch])
+    bench.criterion.begin_update(40, 0.001)
+    assert bench.state()["applied"] == {"step": 40, "state": {"train": None, "dev": None}}
+
+
+def test_fairseq_sees_no_parameters(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    criterion = bench.criterion
+    assert not list(criterion.parameters()) and not list(criterion.buffers())
+    assert not criterion.state_dict()
+    theta = [p.clone() for p in criterion.applied.teacher.parameters()]
+    criterion.half()
+    assert criterion.logging_outputs_can_be_summed()
+    bench.trainer.train_step([bench.batches[0]])
+    after = list(criterion.applied.teacher.parameters())
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(theta, after, strict=True))
+
+
+def test_a_loss_per_token_on_request(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    bench.model.eval(), bench.criterion.eval()
+    batch = bench.batches[0]
+    with torch.no_grad():
+        each, size, outputs = bench.criterion(bench.model, batch, reduce=False)
+        total, _, _ = bench.criterion(bench.model, batch)
+    assert each.shape == (batch["target"].numel(),)
+    assert size == batch["ntokens"]
+    torch.testing.assert_close(each.sum(), total)
+    torch.testing.assert_close(outputs["loss"], total)
+
+
+def test_sentence_avg_is_as_in_cross_entropy(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation", "--sentence-avg")
+    _, size, outputs = bench.criterion(bench.model, bench.batches[0])
+    assert size == outputs["sample_size"] == bench.batches[0]["target"].size(0)
+
+
+def dictionary(*symbols: str) -> Any:
+    return type("Dictionary", (SimpleNamespace,), {"__len__": lambda self: len(self.symbols)})(
+        symbols=list(symbols)
+    )
+
+
+def test_a_fingerprint_depends_on_symbols_and_order() -> None:
+    first = dictionary_fingerprint(dictionary("a", "b"))
+    assert first["num_classes"] == 2
+    assert first == dictionary_fingerprint(dictionary("a", "b"))
+    others = [dictionary("b", "a"), dictionary("a", "b", "c"), dictionary("ab", "")]
+    assert all(dictionary_fingerprint(other)["sha256"] != first["sha256"] for other in others)
+
+
+def test_another_dictionary_is_refused(make_bench: MakeBench, tmp_path: Path) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    bench.task.tgt_dict.add_symbol("one-more")
+    with pytest.raises(UserError, match="does not fit") as caught:
+        L2TDynamicCriterion(bench.task, str(tmp_path / "teacher.safetensors"), 20)
+    size = len(bench.task.tgt_dict)
+    assert str(size) in str(caught.value) and str(size - 1) in str(caught.value)

@@ -1,0 +1,124 @@
+"""From fairseq-generate's output to a score that can be repeated."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from l2t_core.errors import UserError
+from l2t_fairseq.scoring import (
+    ScoredOutput,
+    corpus_bleu,
+    in_order,
+    language_pair,
+    read_hypotheses,
+    read_lines,
+    score_checkpoint,
+)
+
+
+def test_hypotheses_are_the_best_detokenised_lines_by_id(tmp_path: Path) -> None:
+    log = tmp_path / "generate.log"
+    log.write_text(
+        "2026-01-01 | INFO | noise\nS-2\tx\nT-2\ty\nH-2\t-0.5\t▁a ▁b\nD-2\t-0.5\ta b\n"
+        "D-2\t-0.9\tsecond best\nP-2\t-0.1\nD-0\t-0.25\tline\u2028separator, tab\there\n"
+        "D-1\t-0.1\t\nGenerate test with beam=2: BLEU4 = 0.00\n",
+        encoding="utf-8",
+        newline="\n",
+    )
+    found = read_hypotheses(log)
+    assert found == {0: "line\u2028separator, tab\there", 1: "", 2: "a b"}
+    assert in_order(found, 3, log) == ["line\u2028separator, tab\there", "", "a b"]
+
+
+@pytest.mark.parametrize("found", [{0: "a", 2: "c"}, {0: "a"}, {}, {0: "", 1: "", 2: "", 3: ""}])
+def test_missing_or_foreign_sentences_are_refused(found: dict[int, str]) -> None:
+    with pytest.raises(UserError, match="3 sentences of the reference"):
+        in_order(found, 3, Path("generate.log"))
+
+
+def test_the_score_is_sacrebleus_own() -> None:
+    hypotheses = ["The cat sat on the mat .", "there is a dog in the garden"]
+    references = ["The cat sat on the mat.", "There is a dog in the garden."]
+    bleu, signature = corpus_bleu(hypotheses, references)
+    assert bleu == sacrebleu.corpus_bleu(hypotheses, [references]).score
+    assert f"version:{sacrebleu.__version__}" in signature
+    assert "tok:13a" in signature
+    assert corpus_bleu(references, references)[0] == pytest.approx(100)
+    with pytest.raises(UserError, match="reference is empty"):
+        corpus_bleu([], [])
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("a\rb\u2028c\n\nd\n".encode())
+    assert read_lines(path) == ["a\rb\u2028c", "", "d"]
+    with pytest.raises(UserError, match="prepare the data again"):
+        read_lines(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a prepared data folder with a sentencepiece model, and an untrained checkpoint."""
+    pytest.importorskip("fairseq")
+    from conftest import TINY_MODEL, TINY_RUN, run_module, write_corpus
+
+    spm = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in ("raw", "pieces"):
+        (folder / name).mkdir()
+    write_corpus(folder / "raw")
+    sentences = [line for p in sorted((folder / "raw").iterdir()) for line in read_lines(p)]
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=40, minloglevel=2,
+        bos_id=-1, eos_id=-1, unk_id=0, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "spm.model").write_bytes(model.getvalue())
+    processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    for path in (folder / "raw").iterdir():
+        lines = [" ".join(processor.encode(line, out_type=str)) for line in read_lines(path)]
+        (folder / "pieces" / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = folder / "data-bin"
+    prefixes = [x for s in ("train", "valid", "test")
+                for x in (f"--{s}pref", str(folder / "pieces" / s))]  # fmt: skip
+    done = run_module(
+        "fairseq_cli.preprocess",
+        ["--source-lang", "de", "--target-lang", "en", "--destdir", str(data),
+         "--joined-dictionary", *prefixes],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    save = folder / "checkpoints"
+    done = run_module(
+        "fairseq_cli.train", [str(data), *TINY_MODEL, *TINY_RUN, "--save-dir", str(save)]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, save / "checkpoint_last.pt"
+
+
+def test_a_checkpoint_is_scored_against_the_raw_reference(
+    prepared: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, checkpoint = prepared
+    scored = score_checkpoint(
+        folder, checkpoint, "--cpu --beam 2 --max-len-b 12 --nbest 2", out=tmp_path / "out"
+    )
+    assert isinstance(scored, ScoredOutput)
+    references = read_lines(folder / "raw" / "test.en")
+    hypotheses = read_lines(scored.hypotheses)
+    assert len(hypotheses) == len(references) == 12
+    assert not any("▁" in line for line in hypotheses)
+    assert (scored.bleu, scored.signature) == corpus_bleu(hypotheses, references)
+
+
+def test_failures_name_reason_and_log(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, checkpoint = prepared
+    with pytest.raises(UserError, match=r"unrecognized arguments: --beem.*generate-test\.log"):
+        score_checkpoint(folder, checkpoint, "--cpu --beem 2", out=tmp_path)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        score_checkpoint(folder, tmp_path / "none.pt", out=tmp_path)
+    with pytest.raises(UserError, match="holds no split 'tset'"):
+        language_pair(folder / "data-bin", "tset")

@@ -1,0 +1,261 @@
+"""Real fairseq-train and fairseq-generate runs with the plugin, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_RUN, USER_DIR, run_module
+
+from l2t_core.applied import AppliedTeacher
+from l2t_core.teacher_file import load_header
+from l2t_fairseq.command import FairseqCommand, has_flag, teach_command, with_value
+
+pytest.importorskip("fairseq")
+
+STEPS = 20
+Result = subprocess.CompletedProcess[str]
+
+
+class Runs:
+    """The runs that the tests look at, by name: their folder, output and checkpoints."""
+
+    def __init__(self, root: Path, data: Path, write_teacher: Callable[..., Path]) -> None:
+        self.root, self.data = root, data
+        self.teachers = {
+            "neutral": write_teacher(root / "neutral.safetensors", data, neutral=True),
+            "real": write_teacher(root / "real.safetensors", data, warmup_steps=2),
+        }
+        self.results: dict[str, Result] = {}
+
+    def plain(self) -> FairseqCommand:
+        """Return the cross-entropy command that everything starts from."""
+        return FairseqCommand({}, [], [str(self.data), *TINY_MODEL, *TINY_RUN])
+
+    def taught(self, teacher: str) -> FairseqCommand:
+        """Return the command as ``l2t apply-teacher`` writes it."""
+        path = self.teachers[teacher]
+        return teach_command(self.plain(), path, load_header(path), USER_DIR).command
+
+    def run(self, name: str, command: FairseqCommand) -> None:
+        """Train under ``name``."""
+        command = with_value(command, "--save-dir", str(self.root / name))
+        self.results[name] = run_module("fairseq_cli.train", command.arguments)
+        assert self.results[name].returncode == 0, self.results[name].stderr[-2000:]
+
+    def checkpoint(self, name: str, file: str = "checkpoint_last.pt") -> dict[str, Any]:
+        """Return a checkpoint's content."""
+        # Own files of a moment ago; what a checkpoint may hold is tested by fairseq's loading.
+        return torch.load(self.root / name / file, weights_only=False)
+
+    def logged(self, name: str) -> list[dict[str, str]]:
+        """Return what fairseq logged, without times and speeds."""
+        entries = []
+        for line in self.results[name].stdout.splitlines():
+            if re.search(r"\| (train_inner|train|valid) \| \{", line):
+                entry = json.loads(line[line.index("{") :])
+                slow = ("wps", "ups", "wall")
+                entries.append({k: v for k, v in entry.items() if not k.endswith(slow)})
+        return entries
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, toy_data: Path, write_teacher: Callable[..., Path]
+) -> Runs:
+    """Train all students that the tests compare, two at a time."""
+    runs = Runs(tmp_path_factory.mktemp("runs"), toy_data, write_teacher)
+    # What matters to the comparison: all validate at the same updates.
+    plain = with_value(runs.plain(), "--validate-interval-updates", "4")
+    assert has_flag(plain, "--max-update")
+    jobs = {
+        "plain": plain,
+        "neutral": runs.taught("neutral"),
+        "neutral_stock": with_value(runs.taught("neutral"), "--task", "translation"),
+        "real": runs.taught("real"),
+        "real_stock": with_value(runs.taught("real"), "--task", "translation"),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: runs.run(*job), jobs.items()))
+    half = str(runs.root / "real" / "checkpoint_2_10.pt")
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda job: runs.run(*job),
+                {
+                    "resumed": with_value(runs.taught("real"), "--restore-file", half),
+                    "resumed_at_epoch": with_value(
+                        runs.taught("real"),
+                        "--restore-file",
+                        str(runs.root / "real/checkpoint1.pt"),
+                    ),
+                    "resumed_stock": with_value(jobs["real_stock"], "--restore-file", half),
+                }.items(),
+            )
+        )
+    return runs
+
+
+def same_parameters(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two checkpoints hold the same parameters, bit for bit."""
+    assert one["model"].keys() == other["model"].keys()
+    return all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+
+
+@pytest.mark.parametrize("name", ["neutral", "neutral_stock"])
+def test_neutral_coefficients_are_cross_entropy(runs: Runs, name: str) -> None:
+    plain, taught = runs.logged("plain"), runs.logged(name)
+    assert len(plain) == len(taught) >= STEPS
+    for expected, entry in zip(plain, taught, strict=True):
+        assert {key: entry.get(key) for key in expected} == expected
+    assert same_parameters(runs.checkpoint("plain"), runs.checkpoint(name))
+
+
+def test_a_real_teacher_changes_the_loss_and_not_what_is_reported(runs: Runs) -> None:
+    plain, taught = runs.logged("plain"), runs.logged("real")
+    losses = [(e["loss"], e["nll_loss"]) for e in taught if "loss" in e]
+    assert len(losses) == STEPS
+    # Four updates of scaled warm-up (2 of 10 are 4 of 20) are cross-entropy's own.
+    assert losses[:4] == [(e["loss"], e["loss"]) for e in plain if "loss" in e][:4]
+    assert all(loss != nll for loss, nll in losses[4:])
+    valid = [entry for entry in taught if "valid_loss" in entry]
+    assert len(valid) >= 5
+    for entry in valid:
+        assert entry["valid_loss"] == entry["valid_nll_loss"]
+        assert {"valid_ppl", "valid_l2t_accuracy"} <= entry.keys()
+    assert not same_parameters(runs.checkpoint("plain"), runs.checkpoint("real"))
+
+
+def test_both_tasks_teach_alike(runs: Runs) -> None:
+    assert same_parameters(runs.checkpoint("real"), runs.checkpoint("real_stock"))
+    assert runs.logged("real") == runs.logged("real_stock")
+
+
+def state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["extra_state"]["train_iterator"]["l2t"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "in_epoch", "steps"),
+    [("resumed", "checkpoint_2_10.pt", 3, 10), ("resumed_at_epoch", "checkpoint1.pt", 0, 7)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    runs: Runs, name: str, file: str, in_epoch: int, steps: int
+) -> None:
+    start = runs.checkpoint("real", file)
+    assert start["extra_state"]["train_iterator"]["iterations_in_epoch"] == in_epoch
+    assert state(start)["applied"]["step"] == steps
+    whole, resumed = runs.checkpoint("real"), runs.checkpoint(name)
+    assert same_parameters(whole, resumed)
+    assert state(whole) == state(resumed)
+    assert state(whole)["applied"]["step"] == STEPS
+    logged = [[e for e in runs.logged(run) if "loss" in e] for run in ("real", name)]
+    assert logged[1] == logged[0][steps:]
+
+
+def test_the_coefficients_follow_the_state(runs: Runs) -> None:
+    def coefficients(name: str, file: str = "checkpoint_last.pt") -> dict[str, torch.Tensor]:
+        applied = AppliedTeacher.from_file(runs.teachers["real"], STEPS)
+        applied.load_state_dict(state(runs.checkpoint(name, file))["applied"])
+        return applied.begin_step(0.001)
+
+    end, resumed = coefficients("real"), coefficients("resumed")
+    half = coefficients("real", "checkpoint_2_10.pt")
+    assert all(torch.equal(end[key], resumed[key]) for key in end)
+    assert (end["W"] - half["W"]).abs().max() > 1e-3
+
+
+def test_the_stock_task_resumes_with_a_new_state_and_says_so(runs: Runs) -> None:
+    # That checkpoint does hold s_t, but the stock task has no way to hand it over.
+    assert "starts anew at update 10" in runs.results["resumed_stock"].stdout
+    assert not same_parameters(runs.checkpoint("real"), runs.checkpoint("resumed_stock"))
+
+
+def test_a_taught_checkpoint_is_free_of_the_teacher(runs: Runs) -> None:
+    taught, plain = runs.checkpoint("real"), runs.checkpoint("plain")
+    assert taught["criterion"] is None
+    assert taught["model"].keys() == plain["model"].keys()
+
+
+def test_generate_with_and_without_the_plugin(runs: Runs) -> None:
+    arguments = [
+        str(runs.data),
+        "--path",
+        str(runs.root / "real" / "checkpoint_last.pt"),
+        "--cpu",
+        "--beam",
+        "2",
+        "--batch-size",
+        "12",
+        # Some builds of fairseq drop what is left over from multiples of the default, 8.
+        "--required-batch-size-multiple",
+        "1",
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        with_plugin, without = pool.map(
+            lambda extra: run_module("fairseq_cli.generate", [*arguments, *extra]),
+            [["--user-dir", str(USER_DIR)], []],
+        )
+    assert with_plugin.returncode == 0, with_plugin.stderr[-2000:]
+    assert with_plugin.stdout.count("\nD-") == 12
+    if torch.__version__ < (2, 6):
+        assert without.returncode == 0, without.stderr[-2000:]
+    else:
+        # Since 2.6 torch reads no Namespace unless told to; that much needs no plugin either.
+        assert without.returncode != 0
+        assert "argparse.Namespace" in without.stderr
+        told = run_module("fairseq_cli.generate", arguments, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+        assert told.returncode == 0, told.stderr[-2000:]
+        assert hypotheses(told) == hypotheses(with_plugin)
+
+
+def hypotheses(result: Result) -> list[str]:
+    return sorted(line for line in result.stdout.splitlines() if line.startswith("D-"))
+
+
+def one_line_error(result: Result) -> str:
+    """Return the one line in which the plugin refused, with exit code 2 and no stack trace."""
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("l2t: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_end_in_one_line(
+    tmp_path: Path, toy_data: Path, write_teacher: Callable[..., Path]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    entries = (toy_data / "dict.en.txt").read_text().splitlines()
+    (other / "dict.en.txt").write_text("\n".join(reversed(entries)) + "\n")
+    (tmp_path / "short.safetensors").write_bytes(b"\x10\x00\x00")
+    base = [str(toy_data), *TINY_MODEL, "--cpu", "--optimizer", "adam", "--batch-size", "8",
+            "--save-dir", str(tmp_path / "run"), "--criterion", "l2t_dynamic"]  # fmt: skip
+    plugin = ["--user-dir", str(USER_DIR)]
+    reordered = write_teacher(tmp_path / "reordered.safetensors", other)
+    fitting = write_teacher(tmp_path / "fitting.safetensors", toy_data)
+    cases = [
+        [*base, "--user-dir", str(USER_DIR.parent)],
+        [*base, *plugin, "--max-update", "5"],
+        [*base, *plugin, "--max-update", "5", "--l2t-teacher", str(reordered)],
+        [*base, *plugin, "--l2t-teacher", str(fitting)],
+        [*base, *plugin, "--max-update", "5", "--l2t-teacher", str(tmp_path / "short.safetensors")],
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        folder, missing, wrong, endless, cut = pool.map(
+            lambda case: run_module("fairseq_cli.train", case), cases
+        )
+    assert folder.returncode != 0
+    assert "--user-dir plugins/l2t_fairseq" in folder.stderr
+    assert "--l2t-teacher FILE" in one_line_error(missing)
+    assert "does not fit" in one_line_error(wrong)
+    assert "--max-update N" in one_line_error(endless)
+    assert "cut short" in one_line_error(cut)
