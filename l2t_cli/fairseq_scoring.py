@@ -85,6 +85,9 @@ class TestSet:
         log = folder / "generate-test.log"
         source, target = language_pair(self.data_bin, "test")
         flags = [*shlex.split(self.generate), "--source-lang", source, "--target-lang", target]
+        if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
+            # fairseq-fixed leaves out the sentences beyond the last multiple, 8 by default.
+            flags += ["--required-batch-size-multiple", "1"]
         if not any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags):
             flags += self._joining()
         generated = generate(self.data_bin, checkpoint, [*flags, "--gen-subset", "test"], log)

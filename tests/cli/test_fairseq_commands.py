@@ -34,10 +34,10 @@ def data_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = "".join(" ".join(WORDS[w] for w in line) + "\n" for line in lines)
         (folder / f"{split}.de").write_text(source, encoding="utf-8")
         (folder / f"{split}.en").write_text(target, encoding="utf-8")
-    preprocess = "-s de -t en --joined-dictionary --trainpref train --validpref valid"
+    preprocess = "-s de -t en --joined-dictionary --trainpref train --validpref valid "
+    preprocess += "--testpref test --destdir data-bin"
     subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.preprocess", *shlex.split(preprocess)]
-        + ["--testpref", "test", "--destdir", "data-bin"],
+        [sys.executable, "-m", "fairseq_cli.preprocess", *shlex.split(preprocess)],
         cwd=folder,
         check=True,
         capture_output=True,
@@ -139,7 +139,7 @@ def test_unfit_dictionary_missing_data_and_other_commands(
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin, drop=3)
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     line = l2t("apply-teacher", teacher, "--", *command).error()
-    assert "trained for 6 dictionary entries, the student has 9" in line
+    assert "trained for 13 dictionary entries, the student has 16" in line
     fitting = make_teacher(tmp_path / "t.safetensors", data_bin)
     command[1] = "nowhere"
     assert "nowhere" in l2t("apply-teacher", fitting, "--", *command).error()
