@@ -1,0 +1,1 @@
+"""Image tasks: data, models and the student that the teacher core trains."""
