@@ -2,6 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
 import typer
 
+from l2t_cli import console
+from l2t_cli.console import LogFormat
+from l2t_cli.errors import Interrupted
+from l2t_cli.fields import FIELDS, Field
+from l2t_cli.progress import bar
+from l2t_core.errors import UserError, suggestion
+
 app = typer.Typer(help="Prepare data sets.")
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def prepare(
+    name: str = typer.Argument(..., help="demo, multi30k or mnist; digits needs no preparing."),
+    source: Path = typer.Option(
+        None, "--from", help="A folder with the official files [default: download them]."
+    ),
+    out: Path = typer.Option(None, help="Output folder [default: data/NAME]."),
+    log_format: LogFormat = typer.Option(
+        None, help="How to report [default: rich on a terminal, else simple]."
+    ),
+) -> None:
+    """Bring a data set into the form that the recipes read."""
+    prepare_data_set(name, source, out, console.default_format(log_format))
+
+
+def prepare_data_set(
+    name: str, source: Path | None, out: Path | None, log_format: LogFormat
+) -> Path:
+    """Prepare the data set ``name`` in ``out`` and return the folder.
+
+    Raises:
+        UserError: if there is no such data set, its files are missing, damaged or cannot be
+            fetched, or the folder cannot be written.
+    """
+    field, run = _data_set(name)
+    if source is not None and not source.is_dir():
+        raise UserError(f"--from {source}: no such folder; give the one with the official files")
+    field.require()
+    folder = out or Path("data") / name
+    view = _View(name, log_format)
+    try:
+        with view:
+            run(folder, source, view.receive)
+    except KeyboardInterrupt:
+        raise Interrupted("nothing half-made is left; the same command starts again") from None
+    if log_format in (LogFormat.rich, LogFormat.simple):
+        console.line(f"{name} is ready in {console.shown(folder)}")
+    return folder
+
+
+def _data_set(name: str) -> tuple[Field, Callable[..., Any]]:
+    known: dict[str, Field] = {}
+    for field in (FIELDS.get(entry) for entry in FIELDS.names()):
+        registry = field.load("datasets")
+        if name in registry.names():
+            return field, registry.get(name)
+        known |= dict.fromkeys(registry.names(), field)
+    if name == "digits":
+        raise UserError("digits come with scikit-learn; there is nothing to prepare")
+    raise UserError(
+        f"no data set {name!r}{suggestion(name, known)} (known: {', '.join(sorted(known))})"
+    )
+
+
+class _View:
+    """A bar for each file that is downloaded, a line for each stage."""
+
+    def __init__(self, name: str, log_format: LogFormat) -> None:
+        self.name, self.format = name, log_format
+        self._bars = ExitStack()
+        self._file = ""
+        self._update: Callable[..., None] = lambda *a, **k: None
+
+    def __enter__(self) -> _View:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.close()
+
+    def receive(self, event: dict[str, Any]) -> None:
+        """Take one event of a field's ``prepare`` module."""
+        if event["event"] == "download":
+            if event["file"] != self._file:
+                self._bars.close()
+                self._file = event["file"]
+                title = f"downloading {self._file}"
+                self._update = self._bars.enter_context(bar(title, self.format, unit="bytes"))
+            self._update(event["done"], event["of"])
+            return
+        self._bars.close()
+        self._file = ""
+        if self.format in (LogFormat.rich, LogFormat.simple):
+            console.line(f"{self.name}: {event['stage']}")

@@ -29,6 +29,9 @@ CORE_SECTIONS: dict[str, type] = {
 }
 
 
+_LIST: Any = typing.List  # noqa: UP006 - omegaconf 2.0 knows this spelling only
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe as resolved. ``student`` is the field's section (e.g. ``ImageSpec``)."""
@@ -275,7 +278,7 @@ def _schema(spec: type, example: Any = None) -> type:
             kind = _schema(kind, None if default is dataclasses.MISSING else default)
             entry = dataclasses.field(default_factory=kind)
         elif typing.get_origin(kind) is list:
-            kind = typing.List[typing.get_args(kind)]  # noqa: UP006
+            kind = _LIST[typing.get_args(kind)[0]]
             values = [] if default is dataclasses.MISSING else list(default)
             entry = dataclasses.field(default_factory=partial(list, values))
         else:
