@@ -20,14 +20,15 @@ from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor
+
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
 from l2t_core.losses import cross_entropy
 from l2t_core.student_state import DevStatistics, TrainStatistics
 from l2t_core.teacher_file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
-from omegaconf import II
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -258,6 +258,21 @@ def test_a_loss_per_token_on_request(make_bench: MakeBench) -> None:
     torch.testing.assert_close(outputs["loss"], total)
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "warmup"),
+    [
+        ([], 20, 4),  # 2 of the teacher's 10 steps are 4 of 20
+        (["--l2t-total-steps", "40"], 40, 8),
+        (["--l2t-warmup-steps", "0"], 20, 0),
+    ],
+)
+def test_steps_are_scaled_to_the_run(
+    make_bench: MakeBench, flags: list[str], steps: int, warmup: int
+) -> None:
+    applied = make_bench(*flags, warmup_steps=2, total_steps=10).criterion.applied
+    assert (applied.state.total_steps, applied.spec.warmup_steps) == (steps, warmup)
+
+
 def test_sentence_avg_is_as_in_cross_entropy(make_bench: MakeBench) -> None:
     bench = make_bench("--task", "l2t_translation", "--sentence-avg")
     _, size, outputs = bench.criterion(bench.model, bench.batches[0])

@@ -96,6 +96,15 @@ def runs(
                         "--restore-file",
                         str(runs.root / "real/checkpoint1.pt"),
                     ),
+                    "warm_start": FairseqCommand(
+                        {},
+                        [],
+                        [
+                            *runs.taught("real").arguments,
+                            *("--restore-file", str(runs.root / "plain/checkpoint_last.pt")),
+                            *("--reset-optimizer", "--reset-dataloader", "--reset-meters"),
+                        ],
+                    ),
                     "resumed_stock": with_value(jobs["real_stock"], "--restore-file", half),
                 }.items(),
             )
@@ -176,6 +185,14 @@ def test_the_stock_task_resumes_with_a_new_state_and_says_so(runs: Runs) -> None
     # That checkpoint does hold s_t, but the stock task has no way to hand it over.
     assert "starts anew at update 10" in runs.results["resumed_stock"].stdout
     assert not same_parameters(runs.checkpoint("real"), runs.checkpoint("resumed_stock"))
+
+
+def test_a_warm_start_from_cross_entropy(runs: Runs) -> None:
+    first = next(e for e in runs.logged("warm_start") if "loss" in e)
+    plain = [e for e in runs.logged("plain") if "loss" in e]
+    assert first["num_updates"] == "1"  # the optimiser's and the teacher's clock begin anew ...
+    assert state(runs.checkpoint("warm_start"))["applied"]["step"] == STEPS
+    assert float(first["nll_loss"]) < float(plain[0]["loss"])  # ... with a trained student
 
 
 def test_a_taught_checkpoint_is_free_of_the_teacher(runs: Runs) -> None:
