@@ -103,12 +103,14 @@ class Comparison:
         gain = _mean(taught) - _mean(reference)
         better = gain < 0 if self.lower_is_better else gain > 0
         students = f"{len(taught)} student{'s' if len(taught) > 1 else ''} each"
+        if len(taught) == 1:
+            students += ", which chance alone can decide"
         if abs(gain) < 0.005:
             return f"{self.name}: taught and cross-entropy came out equal ({students})."
         word = "better" if better else "worse"
         return (
             f"{self.name}: taught came out {word} than cross-entropy by {abs(gain):.2f} "
-            f"{self.measure} ({students})."
+            f"{'points of error' if self.measure == 'error %' else self.measure} ({students})."
         )
 
 
@@ -202,6 +204,12 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {deviation:.2f}"
 
 
+def worded(measure: str, value: float) -> str:
+    """Return ``test BLEU 27.31`` or ``test error 3.00 %``."""
+    name, _, unit = measure.partition(" ")
+    return f"test {name} {value:.2f} {unit}".rstrip()
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -229,7 +237,7 @@ def _finished_or_run(
             raise UserError(f"{kept} is damaged; delete {place} to train it again") from error
         if loud:
             console.line(
-                f"{LABELS[arm]}, seed {seed}: {score.value:.2f} {application.measure} "
+                f"{LABELS[arm]}, seed {seed}: {worded(application.measure, score.value)} "
                 "(finished before)"
             )
         return score
@@ -245,7 +253,7 @@ def _finished_or_run(
     atomic_write(kept, json.dumps(asdict(score), indent=2) + "\n")
     if loud:
         console.line(
-            f"{LABELS[arm]}, seed {seed}: {score.value:.2f} {application.measure} "
+            f"{LABELS[arm]}, seed {seed}: {worded(application.measure, score.value)} "
             f"in {console.duration(score.seconds)}"
         )
     return score

@@ -30,6 +30,7 @@ from l2t_fairseq.command import (
     with_value,
     without,
 )
+from l2t_fairseq.prepare import load_prepared
 
 
 class FairseqApplication:
@@ -162,9 +163,15 @@ class RecipeApplication(FairseqApplication):
 
     def __init__(self, recipe: Recipe) -> None:
         spec = recipe.student
-        data_bin = Path(spec.data) / "data-bin"
+        self.prepared = Path(spec.data)
+        data_bin = self.prepared / "data-bin"
         words = ["fairseq-train", str(data_bin), *shlex.split(spec.train)]
         super().__init__(recipe.short_name, parse_command(words), spec.generate)
+
+    def check(self, teacher: Path) -> None:
+        """Refuse data that is missing or cut short, too."""
+        load_prepared(self.prepared)
+        super().check(teacher)
 
 
 def _seed(command: FairseqCommand) -> int:

@@ -103,7 +103,12 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
 
 
 def application_for_recipe(recipe: Recipe) -> Any:
-    """Return the application of a recipe's field."""
+    """Return the application of a recipe's field.
+
+    Raises:
+        UserError: if a package that the field needs is missing.
+    """
+    recipe.field.require()
     return recipe.field.load("application")(recipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -37,6 +38,12 @@ def run_logged(
     except OSError as error:
         raise UserError(f"cannot write {log}: {error.strerror}; choose another --out") from None
     with handle:
+        try:
+            # The child inherits the lock with its output: if we are killed and it lives on, the
+            # next start must not write into the same checkpoints beside it.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is still writing {log}; wait for it or end it") from None
         start = handle.tell()
         try:
             # Into the file, not through a pipe: a child that outlives us must not block or die.

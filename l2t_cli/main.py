@@ -5,7 +5,10 @@ Nothing here imports torch: ``l2t --help`` has to answer at once.
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -59,9 +62,20 @@ def start(
         print(context.get_help())
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C."""
     command = typer.main.get_command(app)
+    # First come, first served: fairseq would set the root logger to DEBUG as it is imported.
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if not sys.warnoptions:
+        # Advice from libraries to their callers; nothing that a user of l2t could act on.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch|fairseq|hydra")
+    # A batch system's SIGTERM ends a run as Ctrl-C does: children ended, work kept.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = command.main(
             args=list(sys.argv[1:] if arguments is None else arguments),

@@ -27,6 +27,7 @@ from l2t_cli.console import LogFormat
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class TeacherView:
@@ -166,15 +167,23 @@ def bar(
 ) -> Iterator[Callable[..., None]]:
     """Yield ``update(completed, total, note="")`` of one bar.
 
-    Off a terminal it prints a line at the end only, or nothing if ``quiet``; JSON and none print
-    nothing.
+    Off a terminal it prints a line every half minute, and at the end unless ``quiet``; JSON and
+    none print nothing.
     """
     if log_format is LogFormat.rich:
         with _one_bar(title, unit) as update:
             yield update
         return
-    began = time.monotonic()
-    yield lambda completed, total=None, note="": None
+    began = last = time.monotonic()
+
+    def report(completed: float, total: float | None = None, note: str = "") -> None:
+        nonlocal last
+        if log_format is LogFormat.simple and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            of = f"/{_amount(total, unit)}" if total else ""
+            console.line(f"{title}: {_amount(completed, unit)}{of}  {note}".rstrip())
+
+    yield report
     if log_format is LogFormat.simple and not quiet:
         console.line(f"{title}: done in {console.duration(time.monotonic() - began)}")
 
