@@ -1,0 +1,256 @@
+"""fairseq's own model, batches, schedule and optimiser, out of the flags that people write."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import optim, options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.optim import lr_scheduler
+from l2t_core.errors import UserError
+from l2t_core.optimisers import Optimiser, build_optimiser
+from l2t_core.specs import OptimiserSpec
+from l2t_fairseq import register
+from torch import nn
+
+# Flags under which a student cannot be differentiated twice, or only wrongly.
+_REFUSED = {
+    "checkpoint_activations": "--checkpoint-activations recomputes outside the second derivative",
+    "sentence_avg": "--sentence-avg scales the loss by sentences; teachers work per token",
+}
+_WRONG_ARCHITECTURES = ("fconv",)
+
+
+def parse_flags(data_bin: Path, flags: str) -> Any:
+    """Return fairseq's configuration for ``fairseq-train data_bin flags``.
+
+    Raises:
+        UserError: in one line, where fairseq's own parser refuses the flags or the student they
+            describe cannot be taught.
+    """
+    register()
+    arguments = [str(data_bin), *shlex.split(flags)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            parser = options.get_training_parser(default_task="translation")
+            namespace = options.parse_args_and_arch(parser, input_args=arguments)
+            config = convert_namespace_to_omegaconf(namespace)
+    except SystemExit:
+        lines = [line for line in said.getvalue().splitlines() if line.strip()]
+        reason = lines[-1].split("error:", 1)[-1].strip() if lines else "refused"
+        raise UserError(
+            f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
+        ) from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"nmt.train: fairseq does not accept the flags ({error})") from error
+    _refuse(namespace, config)
+    return config
+
+
+def _refuse(namespace: Any, config: Any) -> None:
+    for key, reason in _REFUSED.items():
+        if getattr(namespace, key, False):
+            raise UserError(f"nmt.train: {reason}; leave it out in teacher training")
+    if getattr(namespace, "quant_noise_pq", 0) or getattr(namespace, "quant_noise_scalar", 0):
+        raise UserError("nmt.train: --quant-noise-* cannot be differentiated twice; leave it out")
+    if str(getattr(namespace, "arch", "")).startswith(_WRONG_ARCHITECTURES):
+        raise UserError(
+            f"nmt.train: --arch {namespace.arch} has wrong second derivatives in torch (fused "
+            "weight norm, scaled gradients); teach a transformer, lightconv or lstm"
+        )
+    if config.dataset.max_tokens is None and config.dataset.batch_size is None:
+        raise UserError("nmt.train: give --max-tokens or --batch-size")
+
+
+class FairseqSetup:
+    """fairseq's task, configuration and data for one recipe.
+
+    Raises:
+        UserError: if the data cannot be loaded or the model cannot be built.
+    """
+
+    def __init__(self, data_bin: Path, flags: str) -> None:
+        self.config = parse_flags(data_bin, flags)
+        with quiet_fairseq():
+            try:
+                self.task = tasks.setup_task(self.config.task)
+                self.task.load_dataset(self.config.dataset.train_subset)
+                self.task.load_dataset(self.valid_subset)
+            except (OSError, FileNotFoundError, AssertionError, ValueError) as error:
+                raise UserError(f"fairseq cannot load the data in {data_bin}: {error}") from error
+
+    @property
+    def valid_subset(self) -> str:
+        """The first validation subset, the dev set."""
+        return str(self.config.dataset.valid_subset).split(",")[0]
+
+    def build_model(self, seed: int) -> nn.Module:
+        """Return the model with the initial parameters of ``fairseq-train --seed seed``.
+
+        Raises:
+            UserError: if fairseq refuses the model's settings.
+        """
+        with quiet_fairseq():
+            utils.set_torch_seed(seed)
+            try:
+                return self.task.build_model(copy.deepcopy(self.config.model))
+            except (ValueError, AssertionError) as error:
+                raise UserError(f"nmt.train: fairseq cannot build the model: {error}") from error
+
+    def updates(self, model: Any, seed: int) -> Iterator[tuple[list[Any], bool]]:
+        """Yield each update's micro-batches, and whether it ends an epoch, for ever.
+
+        The same batches in the same order as ``fairseq-train --seed seed`` on one process.
+        """
+        config = self.config
+        self.task.dataset_to_epoch_iter.clear()
+        epoch = 1
+        while True:
+            with quiet_fairseq():
+                iterator = self._epoch(model, seed, epoch)
+                batches = list(
+                    iterator.next_epoch_itr(
+                        fix_batches_to_gpus=config.distributed_training.fix_batches_to_gpus,
+                        shuffle=epoch > config.dataset.curriculum,
+                    )
+                )
+            frequencies = config.optimization.update_freq
+            size = frequencies[min(epoch, len(frequencies)) - 1]
+            groups = [batches[i : i + size] for i in range(0, len(batches), size)]
+            if config.optimization.skip_remainder_batch and len(groups[-1]) < size:
+                groups.pop()
+            for index, group in enumerate(groups):
+                yield group, index == len(groups) - 1
+            epoch += 1
+
+    def _epoch(self, model: Any, seed: int, epoch: int) -> Any:
+        data, config = self.config.dataset, self.config
+        # Newer versions of fairseq know more arguments; 0.12.2 does not.
+        newer = {
+            name: getattr(data, name)
+            for name in ("grouped_shuffling", "update_epoch_batch_itr")
+            if hasattr(data, name)
+        }
+        return self.task.get_batch_iterator(
+            dataset=self.task.dataset(data.train_subset),
+            max_tokens=data.max_tokens,
+            max_sentences=data.batch_size,
+            max_positions=utils.resolve_max_positions(
+                self.task.max_positions(), model.max_positions(), data.max_tokens
+            ),
+            ignore_invalid_inputs=True,
+            required_batch_size_multiple=data.required_batch_size_multiple,
+            seed=seed,
+            num_workers=0,
+            epoch=epoch,
+            data_buffer_size=0,
+            skip_remainder_batch=config.optimization.skip_remainder_batch,
+            **newer,
+        )
+
+    def valid_batches(self, model: Any) -> list[Any]:
+        """Return the dev set in fairseq's own validation batches."""
+        data = self.config.dataset
+        with quiet_fairseq():
+            iterator = self.task.get_batch_iterator(
+                dataset=self.task.dataset(self.valid_subset),
+                max_tokens=data.max_tokens_valid,
+                max_sentences=data.batch_size_valid,
+                max_positions=utils.resolve_max_positions(
+                    self.task.max_positions(), model.max_positions()
+                ),
+                ignore_invalid_inputs=data.skip_invalid_size_inputs_valid_test,
+                required_batch_size_multiple=data.required_batch_size_multiple,
+                seed=1,
+                num_workers=0,
+                data_buffer_size=0,
+            )
+            return list(iterator.next_epoch_itr(shuffle=False, set_dataset_epoch=False))
+
+    def learning_rates(self) -> RateSchedule:
+        """Return fairseq's schedule, to be driven from update to update."""
+        return RateSchedule(self.config)
+
+    def optimiser(self) -> Optimiser:
+        """Return the functional twin of fairseq's optimiser.
+
+        Raises:
+            UserError: if there is none.
+        """
+        config = self.config
+        name = str(config.optimizer._name)
+        wanted = _dummy_optimizer(config).optimizer_config
+        common = {
+            "lr": float(wanted["lr"]),
+            "weight_decay": float(wanted.get("weight_decay", 0.0)),
+            "clip_norm": float(config.optimization.clip_norm),
+        }
+        if name == "adam":
+            betas = [float(b) for b in wanted["betas"]]
+            spec = OptimiserSpec(
+                "adam", beta1=betas[0], beta2=betas[1], eps=float(wanted["eps"]), **common
+            )
+            return build_optimiser(spec, eps_form="fairseq")
+        if name == "sgd":
+            momentum = float(wanted.get("momentum", 0.0))
+            kind = "momentum" if momentum else "sgd"
+            return build_optimiser(OptimiserSpec(kind, momentum=momentum, **common))
+        raise UserError(
+            f"nmt.train: --optimizer {name} has no differentiable twin; use adam or sgd"
+        )
+
+
+class RateSchedule:
+    """fairseq's learning-rate scheduler, driven over an optimiser of one dummy parameter."""
+
+    def __init__(self, config: Any) -> None:
+        if config.lr_scheduler._name == "reduce_lr_on_plateau":
+            raise UserError(
+                "nmt.train: --lr-scheduler reduce_lr_on_plateau depends on validation; use "
+                "inverse_sqrt, cosine, polynomial_decay, tri_stage or fixed"
+            )
+        self.optimizer = _dummy_optimizer(config)
+        self.scheduler = lr_scheduler.build_lr_scheduler(config.lr_scheduler, self.optimizer)
+        self.scheduler.step_update(0)
+        self.rates: list[float] = []
+        self._epoch = 1
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.scheduler.step_begin_epoch(self._epoch)
+        self.scheduler.step_update(len(self.rates))
+
+    def next_update(self, ends_epoch: bool) -> float:
+        """Return the rate of the next update and move on, as fairseq's trainer does."""
+        rate = float(self.optimizer.get_lr())
+        self.rates.append(rate)
+        self.scheduler.step_update(len(self.rates))
+        if ends_epoch:
+            self.scheduler.step(self._epoch, None)
+            self._epoch += 1
+            self._begin_epoch()
+        return rate
+
+
+def _dummy_optimizer(config: Any) -> Any:
+    return optim.build_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))])
+
+
+@contextlib.contextmanager
+def quiet_fairseq() -> Iterator[None]:
+    """Silence fairseq's information lines, which would break a progress display."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

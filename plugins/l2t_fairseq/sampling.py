@@ -1,0 +1,162 @@
+"""Candidates from a fairseq encoder-decoder, and their log-probabilities.
+
+The law of the sampler is the law that scores: padding is impossible in both, sentences may be
+empty, and an end that is forced by the length limit is certain and so counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Candidates decoded together when scoring; chunks of one length waste less on padding.
+_CHUNK = 64
+# Finished sentences are dropped once they are this share of the rows: dropping copies the caches.
+_DROP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sentence as token ids without the end symbol; ``ended`` if it drew that symbol itself."""
+
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+def next_log_probs(model: Any, decoder_out: Any, pad: int) -> Tensor:
+    """Return log-probabilities [B, L, V] over the next symbols, with padding impossible."""
+    log_probs = model.get_normalized_probs(decoder_out, log_probs=True)
+    barred = torch.zeros(log_probs.shape[-1], dtype=torch.bool, device=log_probs.device)
+    barred[pad] = True
+    return torch.log_softmax(log_probs.masked_fill(barred, -torch.inf), -1)
+
+
+def encode(model: Any, net_input: dict[str, Tensor]) -> Any:
+    """Return the encoder's output for ``src_tokens`` [B, S] and ``src_lengths`` [B]."""
+    return model.encoder(net_input["src_tokens"], src_lengths=net_input["src_lengths"])
+
+
+def decode(
+    model: Any,
+    net_input: dict[str, Tensor],
+    copies: int,
+    max_length: int,
+    choose: Callable[[Tensor], Tensor],
+    *,
+    eos: int,
+    pad: int,
+) -> list[list[Candidate]]:
+    """Decode ``copies`` sentences per source, one symbol at a time.
+
+    ``choose`` maps log-probabilities [R, V] to symbols [R]. The model must be in evaluation mode.
+    Returns one list of candidates per source.
+    """
+    batch = net_input["src_tokens"].shape[0]
+    device = net_input["src_tokens"].device
+    rows = torch.arange(batch, device=device).repeat_interleave(copies)
+    with torch.no_grad():
+        encoder_out = model.encoder.reorder_encoder_out(encode(model, net_input), rows)
+        owner = torch.arange(len(rows), device=device)
+        previous = torch.full((len(rows), 1), eos, device=device)
+        written: list[list[int]] = [[] for _ in range(len(rows))]
+        ended = [False] * len(rows)
+        cache: dict[str, Any] = {}
+        for _ in range(max_length):
+            output = model.decoder(previous, encoder_out=encoder_out, incremental_state=cache)
+            symbols = choose(next_log_probs(model, output, pad)[:, -1])
+            for row, symbol in zip(owner.tolist(), symbols.tolist(), strict=True):
+                if symbol == eos:
+                    ended[row] = True
+                elif not ended[row]:
+                    written[row].append(symbol)
+            previous = torch.cat([previous, symbols.unsqueeze(1)], 1)
+            open_rows = torch.tensor([not ended[row] for row in owner.tolist()], device=device)
+            if not bool(open_rows.any()):
+                break
+            if float((~open_rows).float().mean()) >= _DROP_SHARE:
+                keep = open_rows.nonzero().squeeze(1)
+                model.decoder.reorder_incremental_state_scripting(cache, keep)
+                encoder_out = model.encoder.reorder_encoder_out(encoder_out, keep)
+                owner, previous = owner[keep], previous[keep]
+    found = [Candidate(tuple(w), e) for w, e in zip(written, ended, strict=True)]
+    return [found[i * copies : (i + 1) * copies] for i in range(batch)]
+
+
+def sample(
+    model: Any,
+    net_input: dict[str, Tensor],
+    copies: int,
+    max_length: int,
+    seed: int,
+    *,
+    eos: int,
+    pad: int,
+) -> list[list[Candidate]]:
+    """Draw ``copies`` independent sentences per source from the model's own distribution."""
+    generator = torch.Generator(device=net_input["src_tokens"].device).manual_seed(seed)
+
+    def choose(log_probs: Tensor) -> Tensor:
+        return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+
+    return decode(model, net_input, copies, max_length, choose, eos=eos, pad=pad)
+
+
+def greedy(
+    model: Any, net_input: dict[str, Tensor], max_length: int, *, eos: int, pad: int
+) -> list[Candidate]:
+    """Return each source's most probable continuation, symbol by symbol."""
+    found = decode(
+        model, net_input, 1, max_length, lambda log_probs: log_probs.argmax(1), eos=eos, pad=pad
+    )
+    return [candidates[0] for candidates in found]
+
+
+def candidate_log_probs(
+    model: Any,
+    net_input: dict[str, Tensor],
+    candidates: list[list[Candidate]],
+    *,
+    eos: int,
+    pad: int,
+) -> Tensor:
+    """Return log p(y'|x) [B, n] of n candidates per source, differentiable in the parameters."""
+    encoder_out = encode(model, net_input)
+    flat = [(source, c) for source, of in enumerate(candidates) for c in of]
+    order = sorted(range(len(flat)), key=lambda i: len(flat[i][1].tokens))
+    pieces = []
+    for start in range(0, len(order), _CHUNK):
+        chunk = [flat[i] for i in order[start : start + _CHUNK]]
+        pieces.append(_chunk_log_probs(model, encoder_out, chunk, eos, pad))
+    scattered = torch.cat(pieces)
+    position = torch.empty(len(order), dtype=torch.long, device=scattered.device)
+    position[torch.tensor(order, device=scattered.device)] = torch.arange(
+        len(order), device=scattered.device
+    )
+    return scattered[position].view(len(candidates), -1)
+
+
+def _chunk_log_probs(
+    model: Any, encoder_out: Any, chunk: list[tuple[int, Candidate]], eos: int, pad: int
+) -> Tensor:
+    """Return log-probabilities [C] of a chunk of (source index, candidate)."""
+    device = next(model.parameters()).device
+    length = max(len(c.tokens) for _, c in chunk) + 1
+    inputs = torch.full((len(chunk), length), pad)
+    targets = torch.full((len(chunk), length), pad)
+    for row, (_, c) in enumerate(chunk):
+        inputs[row, : len(c.tokens) + 1] = torch.tensor([eos, *c.tokens])
+        # A forced end stays padding in the targets: it was certain.
+        spelled = (*c.tokens, eos) if c.ended else c.tokens
+        targets[row, : len(spelled)] = torch.tensor(spelled, dtype=torch.long)
+    inputs, targets = inputs.to(device), targets.to(device)
+    sources = torch.tensor([source for source, _ in chunk], device=device)
+    output = model.decoder(
+        inputs, encoder_out=model.encoder.reorder_encoder_out(encoder_out, sources)
+    )
+    log_probs = next_log_probs(model, output, pad)
+    picked = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
+    return picked.masked_fill(targets == pad, 0.0).sum(1)

@@ -1,0 +1,206 @@
+"""The NMT student: a fairseq run as a pure sequence of steps that can be replayed.
+
+Model, dictionary, batches, schedule and optimiser come from fairseq itself, so that the student
+of seed s is the student of ``fairseq-train --seed s`` with the same flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from l2t_core.errors import UserError
+from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
+from l2t_core.student_state import NMT_FEATURES, DevStatistics
+from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
+from l2t_fairseq.fingerprint import dictionary_fingerprint
+from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
+from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
+from l2t_fairseq.sentence_scores import corpus_bleu, sentence_bleu
+from torch import Tensor, nn
+
+# Sources decoded together by the true measure.
+_DECODE_BATCH = 128
+
+
+class NmtStudent:
+    """A fairseq encoder-decoder; implements :class:`l2t_core.student.Student`."""
+
+    measure_name = "bleu"
+    default_features = NMT_FEATURES
+
+    def __init__(self, spec: NmtSpec, corpus: PreparedCorpus, setup: FairseqSetup) -> None:
+        self.spec, self.corpus, self.setup = spec, corpus, setup
+        self.dictionary = setup.task.target_dictionary
+        self.num_classes = len(self.dictionary)
+        self.total_steps = spec.steps
+        self.optimiser = setup.optimiser()
+        self.module: nn.Module = setup.build_model(1)
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(corpus.spm_model))
+        self.references = read_lines(corpus.raw("valid", corpus.target))
+        self.dev = setup.task.dataset(setup.valid_subset)
+        self._dev_batches = setup.valid_batches(self.module)
+        self._seed = 1
+        self._updates: Iterator[tuple[list[Any], bool]] = iter(())
+        self._batches: list[list[Any]] = []
+        self._schedule = RateSchedule(setup.config)
+
+    # -- a fresh student and its steps
+
+    def reset(self, seed: int) -> None:
+        """Fill the module as ``fairseq-train --seed seed`` does, and start its batches."""
+        # fairseq adds the update's number to the seed, and numpy wants 32 bits.
+        self._seed = seed % 2**31
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            fresh = self.setup.build_model(self._seed)
+            for mine, new in zip(self.module.parameters(), fresh.parameters(), strict=True):
+                mine.copy_(new)
+            for mine, new in zip(self.module.buffers(), fresh.buffers(), strict=True):
+                mine.copy_(new)
+        self._updates = self.setup.updates(self.module, self._seed)
+        self._batches = []
+        self._schedule = self.setup.learning_rates()
+
+    def _reach(self, step: int) -> None:
+        # Batches are kept: fairseq's order within one depends on how it was collated.
+        while len(self._batches) <= step:
+            group, ends_epoch = next(self._updates)
+            self._batches.append(group)
+            self._schedule.next_update(ends_epoch)
+
+    def batch(self, step: int) -> list[Any]:
+        """Return the micro-batches of update ``step``."""
+        self._reach(step)
+        return self._batches[step]
+
+    def step_seed(self, step: int) -> int:
+        """Return the seed that fairseq's trainer sets before update ``step``."""
+        return self._seed + step
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of fairseq's scheduler for update ``step``."""
+        self._reach(step)
+        return self._schedule.rates[step]
+
+    def predict(self, batch: list[Any]) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [N, K] and targets [N] of all tokens, in training mode."""
+        self.module.train()
+        parts = [self._tokens(sample) for sample in batch]
+        return torch.cat([p for p, _ in parts]), torch.cat([t for _, t in parts])
+
+    def _tokens(self, sample: Any) -> tuple[Tensor, Tensor]:
+        model: Any = self.module
+        output = model(**sample["net_input"])
+        log_probs = model.get_normalized_probs(output, log_probs=True)
+        targets = model.get_targets(sample, output).view(-1)
+        kept = targets != self.dictionary.pad()
+        return log_probs.view(-1, log_probs.shape[-1])[kept], targets[kept]
+
+    # -- measures on dev
+
+    def dev_statistics(self, step: int) -> DevStatistics | None:
+        """Return statistics over fairseq's validation batches every ``dev_interval`` updates."""
+        if (step + 1) % self.spec.dev_interval:
+            return None
+        self.module.eval()
+        nll = correct = tokens = 0.0
+        with torch.no_grad():
+            for sample_ in self._dev_batches:
+                log_probs, targets = self._tokens(sample_)
+                nll -= float(log_probs.gather(1, targets.unsqueeze(1)).sum())
+                correct += float((log_probs.argmax(1) == targets).sum())
+                tokens += len(targets)
+        return DevStatistics(nll / tokens, correct / tokens)
+
+    def dev_interval(self) -> int:
+        """Return the updates between dev refreshes."""
+        return self.spec.dev_interval
+
+    def smoothed_measure(self, seed: int) -> Tensor:
+        """Return M-tilde on ``dev_sentences`` dev sources drawn by ``seed``."""
+        self.module.eval()
+        generator = torch.Generator().manual_seed(seed)
+        count = min(self.spec.dev_sentences, len(self.dev))
+        chosen = torch.randperm(len(self.dev), generator=generator)[:count].tolist()
+        collated = self._collate(chosen)
+        if self.spec.measure == "log_likelihood":
+            return log_likelihood(*self._tokens(collated))
+        return self._expected_bleu(collated, seed)
+
+    def _expected_bleu(self, collated: Any, seed: int) -> Tensor:
+        ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
+        net_input = collated["net_input"]
+        candidates = sample(
+            self.module, net_input, self.spec.samples, self._max_length(net_input), seed, **ends
+        )
+        references = [self.references[i] for i in collated["id"].tolist()]
+        scores = torch.tensor(
+            [
+                [sentence_bleu(self.text(c), reference) for c in of]
+                for of, reference in zip(candidates, references, strict=True)
+            ]
+        )
+        log_probs = candidate_log_probs(self.module, net_input, candidates, **ends)
+        scores = scores.to(log_probs)
+        if self.spec.estimator == "reinforce":
+            return reinforce_measure(log_probs, scores)
+        keys = [[(*c.tokens, int(c.ended)) for c in of] for of in candidates]
+        mask = distinct_mask(keys).to(log_probs.device)
+        return mrt_measure(log_probs, scores, mask, self.spec.alpha)
+
+    def true_measure(self) -> float:
+        """Return sacreBLEU of greedy output on dev, detokenised, over 100."""
+        self.module.eval()
+        count = self.spec.true_measure_sentences or len(self.dev)
+        ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
+        # Sorted by length, so that a batch ends together.
+        order = sorted(range(min(count, len(self.dev))), key=lambda i: int(self.dev.src_sizes[i]))
+        hypotheses, references = [], []
+        for start in range(0, len(order), _DECODE_BATCH):
+            collated = self._collate(order[start : start + _DECODE_BATCH])
+            net_input = collated["net_input"]
+            found = greedy(self.module, net_input, self._max_length(net_input), **ends)
+            hypotheses += [self.text(c) for c in found]
+            references += [self.references[i] for i in collated["id"].tolist()]
+        return corpus_bleu(hypotheses, references)[0] / 100.0
+
+    def _collate(self, indices: list[int]) -> Any:
+        return self.dev.collater([self.dev[i] for i in indices])
+
+    @staticmethod
+    def _max_length(net_input: dict[str, Tensor]) -> int:
+        return int(1.5 * net_input["src_tokens"].shape[1]) + 10
+
+    def text(self, candidate: Candidate) -> str:
+        """Return a candidate's detokenised text."""
+        symbols = [self.dictionary[token] for token in candidate.tokens]
+        return str(self.pieces.decode(symbols))
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return what a teacher must fit: the target dictionary."""
+        return dictionary_fingerprint(self.dictionary)
+
+
+def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
+    """Return the student that a recipe's ``nmt`` section describes; seeds come with ``reset``.
+
+    Raises:
+        UserError: if the data or the flags cannot be used.
+    """
+    if spec.measure not in ("expected_bleu", "log_likelihood"):
+        raise UserError(f"unknown nmt.measure {spec.measure!r}; use expected_bleu or log_likelihood")
+    if spec.estimator not in ("mrt", "reinforce"):
+        raise UserError(f"unknown nmt.estimator {spec.estimator!r}; use mrt or reinforce")
+    for name in ("steps", "dev_interval", "dev_sentences"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"nmt.{name} is {getattr(spec, name)}; it must be at least 1")
+    if spec.samples < 2:
+        raise UserError(f"nmt.samples is {spec.samples}; expected BLEU needs at least 2")
+    if not spec.data:
+        raise UserError("nmt.data is empty; name a folder made by `l2t data prepare`")
+    corpus = load_prepared(Path(spec.data))
+    return NmtStudent(spec, corpus, FairseqSetup(corpus.data_bin, spec.train))
