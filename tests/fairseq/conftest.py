@@ -43,16 +43,28 @@ def run_module(
     )
 
 
-def write_corpus(folder: Path) -> None:
-    """Write 60 training pairs and 12 each of valid and test, words numbered in two languages."""
+def toy_corpus() -> dict[str, tuple[list[str], list[str]]]:
+    """Return 60 training pairs and 12 each of valid and test: numbered words in two languages."""
     generator = random.Random(7)
+    corpus = {}
     for split, size in (("train", 60), ("valid", 12), ("test", 12)):
         pairs = [
             [generator.randrange(12) for _ in range(generator.randint(3, 7))] for _ in range(size)
         ]
-        for language, prefix in (("de", "wort"), ("en", "word")):
-            lines = [" ".join(f"{prefix}{n}" for n in pair) for pair in pairs]
-            (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        sides = [[" ".join(f"{w}{n}" for n in pair) for pair in pairs] for w in ("wort", "word")]
+        corpus[split] = (sides[0], sides[1])
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def prepared_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a prepared data folder (raw text, sentencepiece, data-bin) of the toy corpus."""
+    pytest.importorskip("fairseq")
+    from l2t_fairseq.prepare import prepare_corpus
+
+    folder = tmp_path_factory.mktemp("prepared") / "toy"
+    prepare_corpus(toy_corpus(), folder, name="toy", vocabulary_size=32)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +72,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a fairseq data-bin folder of a toy German-English corpus."""
     pytest.importorskip("fairseq")
     folder = tmp_path_factory.mktemp("toy")
-    write_corpus(folder)
+    for split, sides in toy_corpus().items():
+        for language, lines in zip(("de", "en"), sides, strict=True):
+            (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = run_module(
         "fairseq_cli.preprocess",
         [

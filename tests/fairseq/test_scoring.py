@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import sacrebleu
+from conftest import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
 from l2t_fairseq.scoring import (
@@ -61,42 +61,13 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a prepared data folder with a sentencepiece model, and an untrained checkpoint."""
-    pytest.importorskip("fairseq")
-    from conftest import TINY_MODEL, TINY_RUN, run_module, write_corpus
-
-    spm = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("prepared")
-    for name in ("raw", "pieces"):
-        (folder / name).mkdir()
-    write_corpus(folder / "raw")
-    sentences = [line for p in sorted((folder / "raw").iterdir()) for line in read_lines(p)]
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=40, minloglevel=2,
-        bos_id=-1, eos_id=-1, unk_id=0, hard_vocab_limit=False,
-    )  # fmt: skip
-    (folder / "spm.model").write_bytes(model.getvalue())
-    processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
-    for path in (folder / "raw").iterdir():
-        lines = [" ".join(processor.encode(line, out_type=str)) for line in read_lines(path)]
-        (folder / "pieces" / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data = folder / "data-bin"
-    prefixes = [x for s in ("train", "valid", "test")
-                for x in (f"--{s}pref", str(folder / "pieces" / s))]  # fmt: skip
-    done = run_module(
-        "fairseq_cli.preprocess",
-        ["--source-lang", "de", "--target-lang", "en", "--destdir", str(data),
-         "--joined-dictionary", *prefixes],
-    )  # fmt: skip
+def prepared(prepared_toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a prepared data folder and the checkpoint of a hardly trained student."""
+    save = tmp_path_factory.mktemp("student")
+    data = str(prepared_toy / "data-bin")
+    done = run_module("fairseq_cli.train", [data, *TINY_MODEL, *TINY_RUN, "--save-dir", str(save)])
     assert done.returncode == 0, done.stderr[-2000:]
-    save = folder / "checkpoints"
-    done = run_module(
-        "fairseq_cli.train", [str(data), *TINY_MODEL, *TINY_RUN, "--save-dir", str(save)]
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, save / "checkpoint_last.pt"
+    return prepared_toy, save / "checkpoint_last.pt"
 
 
 def test_a_checkpoint_is_scored_against_the_raw_reference(
