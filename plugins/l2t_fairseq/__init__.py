@@ -28,5 +28,5 @@ def register() -> None:
     importlib.import_module("l2t_fairseq.task")
 
 
-if "fairseq" in sys.modules:
+if sys.modules.get("fairseq") is not None:  # None is how Python marks a blocked import
     register()

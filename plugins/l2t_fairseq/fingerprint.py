@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Protocol
 
 
@@ -29,3 +30,10 @@ def dictionary_fingerprint(dictionary: Dictionary) -> dict[str, str | int]:
         "num_classes": len(dictionary),
         "sha256": digest.hexdigest(),
     }
+
+
+def data_fingerprint(data_bin: Path, language: str) -> dict[str, str | int]:
+    """Return :func:`dictionary_fingerprint` of ``data_bin/dict.LANGUAGE.txt``, read by fairseq."""
+    from fairseq.data import Dictionary as FairseqDictionary
+
+    return dictionary_fingerprint(FairseqDictionary.load(str(data_bin / f"dict.{language}.txt")))

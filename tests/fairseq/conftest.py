@@ -97,13 +97,12 @@ def write_teacher() -> Callable[..., Path]:
     """Return a function that writes a teacher file for the dictionary of a data-bin folder."""
     pytest.importorskip("fairseq")
     import torch
-    from fairseq.data import Dictionary
 
     from l2t_core.specs import LossSpec, TeacherSpec
     from l2t_core.student_state import NMT_FEATURES
     from l2t_core.teacher_file import TeacherHeader, save_teacher
     from l2t_core.teachers import build_teacher
-    from l2t_fairseq.fingerprint import dictionary_fingerprint
+    from l2t_fairseq.fingerprint import data_fingerprint
 
     def write(
         path: Path,
@@ -116,7 +115,7 @@ def write_teacher() -> Callable[..., Path]:
         total_steps: int = 10,
         dev_interval: int = 2,
     ) -> Path:
-        fingerprint = dictionary_fingerprint(Dictionary.load(str(data / "dict.en.txt")))
+        fingerprint = data_fingerprint(data, "en")
         size = int(fingerprint["num_classes"])
         loss = LossSpec(form=form, sigma=sigma, warmup_steps=warmup_steps)
         features = list(NMT_FEATURES)

@@ -1,0 +1,66 @@
+"""What torch.load reads of fairseq's checkpoints once the plugin is there, and what it does not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l2t_fairseq.compat import register_safe_globals
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 6), reason="torch reads anything before 2.6"
+)
+
+
+def contents() -> dict[str, object]:
+    """Return what fairseq saves beside tensors: a model's flags and --eval-bleu's meters."""
+    return {
+        "model": Namespace(arch="transformer", lr=[0.1]),
+        "counts": np.array([1, 2, 3], dtype=np.int64),
+        "rates": np.array([0.5], dtype=np.float32),
+        "score": np.float64(3.5),
+    }
+
+
+@pytest.mark.parametrize("name", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_checkpoints_of_old_and_new_numpy(tmp_path: Path, name: bytes) -> None:
+    register_safe_globals()
+    torch.save(contents(), tmp_path / "here.pt")
+    # The same file as the other generation of numpy would have written it.
+    with (
+        zipfile.ZipFile(tmp_path / "here.pt") as old,
+        zipfile.ZipFile(tmp_path / "there.pt", "w") as new,
+    ):
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                data = data.replace(b"numpy.core.multiarray", name)
+                assert name in data
+            new.writestr(entry, data)
+    loaded, expected = torch.load(tmp_path / "there.pt"), contents()
+    assert loaded["model"] == expected["model"]
+    assert loaded["counts"].tolist() == [1, 2, 3]
+    assert loaded["rates"].dtype == np.float32
+    assert loaded["score"] == 3.5
+
+
+class Payload:
+    """An object whose unpickling would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+def test_code_in_a_checkpoint_is_still_refused(tmp_path: Path) -> None:
+    register_safe_globals()
+    torch.save({"model": Payload()}, tmp_path / "bad.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "bad.pt")
