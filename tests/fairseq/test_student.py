@@ -1,0 +1,149 @@
+"""The NMT student under the engine: hypergradients in float64, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l2t_core.apply import train_student
+from l2t_core.differentiation import DIFFERENTIATIONS, Episode
+from l2t_core.errors import UserError
+from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import build_teacher
+from l2t_core.unroll import Life, run_forward
+
+pytest.importorskip("fairseq")
+from fairseq import utils
+
+from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.student import build_student
+
+TRANSFORMER = (
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 "
+    "--decoder-embed-dim 8 --encoder-ffn-embed-dim 8 --decoder-ffn-embed-dim 8 "
+    "--encoder-attention-heads 2 --decoder-attention-heads 2 --share-all-embeddings"
+)
+LSTM = (
+    "--arch lstm --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-hidden-size 8 "
+    "--decoder-hidden-size 8 --decoder-out-embed-dim 8 --encoder-layers 1 --decoder-layers 1"
+)
+RUN = (
+    " --dropout 0.1 --optimizer adam --adam-eps 1e-3 --lr 0.02 --clip-norm 0.5 "
+    "--lr-scheduler inverse_sqrt --warmup-updates 2 --batch-size 6 --update-freq 2"
+)
+
+
+def make_spec(prepared_toy, **changes):
+    defaults = {"data": str(prepared_toy), "train": TRANSFORMER + RUN, "steps": 4,
+                "dev_interval": 2, "dev_sentences": 6, "samples": 4}
+    return NmtSpec(**{**defaults, **changes})
+
+
+def test_reset_and_batches_repeat_themselves(prepared_toy):
+    student = build_student(make_spec(prepared_toy))
+    life = Life(student)
+    first = life.begin(5)
+    ids = [[m["id"].tolist() for m in student.batch(step)] for step in range(9)]
+    rates = [student.learning_rate(step) for step in range(9)]
+    other = life.begin(6)
+    assert not torch.equal(first, other)
+    assert ids != [[m["id"].tolist() for m in student.batch(step)] for step in range(9)]
+    assert torch.equal(first, life.begin(5))
+    assert ids == [[m["id"].tolist() for m in student.batch(step)] for step in range(9)]
+    # inverse_sqrt by hand: from 0 to the peak in two updates, then as 1/sqrt.
+    assert rates[:4] == pytest.approx([0.0, 0.01, 0.02, 0.02 * (2 / 3) ** 0.5])
+
+
+def test_measures_are_measures(prepared_toy):
+    for estimator in ("mrt", "reinforce"):
+        student = build_student(make_spec(prepared_toy, estimator=estimator, steps=30, samples=16))
+        train_student(student, 1, None)
+        value = student.smoothed_measure(3)
+        assert 0.0 <= float(value.detach()) <= 1.0
+        assert float(value.detach()) == float(student.smoothed_measure(3).detach())
+        grads = torch.autograd.grad(value, list(student.module.parameters()), allow_unused=True)
+        assert any(g is not None and float(g.abs().max()) > 0 for g in grads)
+    assert 0.0 <= student.true_measure() <= 1.0
+    statistics = student.dev_statistics(1)
+    assert statistics is not None
+    assert student.dev_statistics(0) is None
+    uniform = torch.log(torch.tensor(float(student.num_classes)))
+    assert 0.0 < statistics.nll < float(uniform)
+
+
+def test_text_is_detokenised(prepared_toy):
+    """References decoded from their own token ids are the raw references."""
+    from l2t_fairseq.sampling import Candidate
+
+    student = build_student(make_spec(prepared_toy))
+    for i in range(len(student.dev)):
+        tokens = tuple(student.dev[i]["target"].tolist()[:-1])
+        assert student.text(Candidate(tokens, True)) == student.references[i]
+
+
+@pytest.mark.parametrize("arch", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
+def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arch):
+    # fairseq forces float32 there; the check is in float64.
+    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))
+    monkeypatch.setattr(utils, "log_softmax", lambda x, dim, onnx_trace=False: x.log_softmax(dim))
+    student = build_student(
+        make_spec(prepared_toy, train=arch + RUN, measure="log_likelihood")
+    )
+    student.module.double()
+    loss = LossSpec("lowrank", "softplus", rank=2, warmup_steps=1, ce_mix=0.1)
+    features = student.default_features
+    count = feature_count(features, student.num_classes)
+    spec = TeacherSpec(slots=3, init_scale=0.3)
+    teacher = build_teacher(spec, loss, student.num_classes, count, 1).double()
+    episode = Episode(Life(student), loss, features, TrainingSpec(), 3, 0)
+
+    def measure_at(recorded=None):
+        applied = episode.follow(teacher)
+        if recorded is not None:
+            applied.state.features = lambda step, rate: recorded[step]
+        state = episode.life.begin(3)
+        _, trajectory = run_forward(episode.life, applied, state, 0, 1, lambda p, s: None)
+        return float(student.smoothed_measure(0).detach()), trajectory.features
+
+    _, recorded = measure_at()
+    outcome = DIFFERENTIATIONS.get("exact")(episode, teacher, lambda p, s: None)
+    generator = torch.Generator().manual_seed(2)
+    direction = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in teacher.parameters()
+    ]
+    exact = sum(float((g * d).sum()) for g, d in zip(outcome.gradient, direction, strict=True))
+    values = []
+    h = 1e-5
+    for sign in (1.0, -2.0):  # forward by h, then back by 2h
+        with torch.no_grad():
+            for p, d in zip(teacher.parameters(), direction, strict=True):
+                p.add_(sign * h * d)
+        values.append(measure_at(recorded)[0])
+    numeric = (values[0] - values[1]) / (2 * h)
+    assert abs(exact) > 1e-7
+    assert exact == pytest.approx(numeric, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": TRANSFORMER + RUN + " --lerning-rate 3"}, "lerning-rate"),
+        ({"train": RUN + " --arch transformr"}, "transformr"),
+        ({"train": TRANSFORMER + RUN + " --checkpoint-activations"}, "checkpoint-activations"),
+        ({"train": TRANSFORMER + RUN + " --sentence-avg"}, "sentence-avg"),
+        ({"train": "--arch fconv_iwslt_de_en" + RUN}, "fconv"),
+        ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
+         "adagrad has no differentiable"),
+        ({"train": TRANSFORMER + RUN + " --lr-scheduler reduce_lr_on_plateau"}, "plateau"),
+        ({"measure": "blue"}, "nmt.measure"),
+        ({"estimator": "x"}, "nmt.estimator"),
+        ({"steps": 0}, "nmt.steps"),
+        ({"samples": 1}, "at least 2"),
+        ({"data": "nowhere"}, "no data folder nowhere"),
+    ],
+)
+def test_refusals_are_one_line(prepared_toy, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_student(make_spec(prepared_toy, **changes))
+    assert "\n" not in str(error.value)
