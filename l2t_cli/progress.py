@@ -37,6 +37,7 @@ class TeacherView:
         self.episodes, self.measure, self.format = episodes, measure, log_format
         self.best: tuple[float, int] | None = None
         self._bars: _EpisodeBars | None = None
+        self._last = time.monotonic()
 
     @contextmanager
     def running(self, done: list[Event]) -> Iterator[OnEvent]:
@@ -53,9 +54,9 @@ class TeacherView:
     def receive(self, event: Event) -> None:
         """Take one event of ``l2t_core.training``."""
         if event["event"] == "step":
-            if self._bars:
-                self._bars.step(event)
+            self._step(event)
             return
+        self._last = time.monotonic()
         self._remember(event)
         if self.format is LogFormat.json:
             print(json.dumps(event), flush=True)
@@ -63,6 +64,18 @@ class TeacherView:
             console.line(self.summary(event))
         elif self._bars:
             self._bars.episode(event, self.summary(event))
+
+    def _step(self, event: Event) -> None:
+        if self._bars:
+            self._bars.step(event)
+        elif (
+            self.format is LogFormat.simple
+            and time.monotonic() - self._last > SECONDS_BETWEEN_LINES
+        ):
+            self._last = time.monotonic()
+            what, done = _phase(event)
+            head = f"episode {event['episode']:>3}/{self.episodes - 1}"
+            console.line(f"{head}  {what} {done}/{event['of']}")
 
     def _remember(self, row: Event) -> None:
         if row.get("best"):
@@ -86,6 +99,13 @@ class TeacherView:
         return "  ".join(parts)
 
 
+def _phase(event: Event) -> tuple[str, int]:
+    """Return what a step belongs to, in words, and how many such steps are done."""
+    if event["phase"] == "forward":
+        return "student learns", event["step"] + 1
+    return "hypergradient", event["of"] - event["step"]
+
+
 class _EpisodeBars:
     """The episode bar over the bar of the steps within the episode."""
 
@@ -100,7 +120,6 @@ class _EpisodeBars:
         self._steps = Progress(*layout, console=console.out())
         self._all = self._episodes.add_task("episodes", total=episodes, completed=done, note="")
         self._inner = self._steps.add_task("", total=None, note="")
-        self._status = Text("the first episode is running", style="dim")
         self._started, self._first, self._last = time.monotonic(), done, 0.0
         self.live = Live(
             Group(self._episodes, self._steps),
@@ -116,14 +135,8 @@ class _EpisodeBars:
         if now - self._last < 0.1 and finished < event["of"]:
             return
         self._last = now
-        forward = event["phase"] == "forward"
-        shown = finished if forward else event["of"] - event["step"]
-        self._steps.update(
-            self._inner,
-            description="student learns" if forward else "hypergradient",
-            total=event["of"],
-            completed=shown,
-        )
+        what, done = _phase(event)
+        self._steps.update(self._inner, description=what, total=event["of"], completed=done)
 
     def episode(self, event: Event, summary: str) -> None:
         finished = event["episode"] + 1
