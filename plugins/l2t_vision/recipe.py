@@ -11,10 +11,12 @@ from l2t_core.specs import OptimiserSpec, ScheduleSpec
 class ImageSpec:
     """An image student: data, model, optimiser and measure.
 
-    ``train_size`` 0 means all that dev leaves. ``label_noise`` is the fraction of training labels
-    replaced by a uniformly drawn class. ``measure`` is M-tilde: expected_accuracy, margin or
-    log_likelihood, on ``dev_batch`` dev examples per episode (0: all). ``dev_interval`` is in
-    steps.
+    ``data`` is digits or mnist; ``folder`` empty means ``data/<data>`` where files are needed.
+    ``model`` is mlp, lenet or convnet, with ``hidden`` units (mlp, lenet) and ``dropout`` before
+    the last layer. ``train_size`` 0 means all that dev leaves. ``label_noise`` is the fraction of
+    training labels replaced by a uniformly drawn class. ``measure`` is M-tilde:
+    expected_accuracy, margin or log_likelihood, on ``dev_batch`` dev examples per episode (0:
+    all). ``dev_interval`` is in steps.
     """
 
     data: str = "digits"

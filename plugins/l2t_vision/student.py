@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from l2t_core.errors import UserError
 from l2t_core.measures import expected_accuracy, log_likelihood, margin_surrogate
 from l2t_core.optimisers import build_optimiser
@@ -15,7 +17,6 @@ from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.models import MODELS
 from l2t_vision.recipe import ImageSpec
-from torch import Tensor, nn
 
 MEASURES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("image measure")
 MEASURES.register("expected_accuracy")(expected_accuracy)
@@ -24,10 +25,15 @@ MEASURES.register("margin")(margin_surrogate)
 
 # Images per forward pass where no gradient is needed.
 _EVALUATION_CHUNK = 2000
+# torch takes seeds of 64 bits; a user's seed times the steps may exceed them.
+_SEEDS = 2**63
 
 
 class ImageStudent:
-    """A classifier on an image data set; implements :class:`l2t_core.student.Student`."""
+    """A classifier on an image data set; implements :class:`l2t_core.student.Student`.
+
+    It lives where ``data`` does: its module and all batches are on the data's device.
+    """
 
     measure_name = "accuracy"
     default_features = IMAGE_FEATURES
@@ -43,7 +49,7 @@ class ImageStudent:
         self.make = lambda: MODELS.get(spec.model)(
             (channels, height, width), data.num_classes, spec
         )
-        self.module: nn.Module = self.make()
+        self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation
 
@@ -56,8 +62,8 @@ class ImageStudent:
         with torch.no_grad():
             for mine, new in zip(self.module.parameters(), fresh.parameters(), strict=True):
                 mine.copy_(new)
-            for mine, new in zip(self.module.buffers(), fresh.buffers(), strict=True):
-                mine.copy_(new)
+            for buffer, start in zip(self.module.buffers(), fresh.buffers(), strict=True):
+                buffer.copy_(start)
 
     def batch(self, step: int) -> Tensor:
         """Return the indices [batch_size] of ``step``; each epoch is a fresh permutation."""
@@ -65,14 +71,14 @@ class ImageStudent:
         per_epoch = len(self.data.train_y) // size
         epoch, position = divmod(step, per_epoch)
         if self._epoch is None or self._epoch[:2] != (self.seed, epoch):
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            generator = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % _SEEDS)
             order = torch.randperm(len(self.data.train_y), generator=generator)
             self._epoch = (self.seed, epoch, order)
         return self._epoch[2][position * size : (position + 1) * size]
 
     def step_seed(self, step: int) -> int:
         """Return the dropout seed of ``step``."""
-        return self.seed * 1_000_003 + step
+        return (self.seed * 1_000_003 + step) % _SEEDS
 
     def predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities [N, K] and labels [N] in training mode."""
@@ -134,17 +140,14 @@ def build_student(spec: ImageSpec) -> ImageStudent:
     """Return the student that a recipe's ``image`` section describes.
 
     Raises:
-        UserError: if a name is unknown, a size impossible or the data unusable.
+        UserError: if a name is unknown, a setting impossible or the data unusable.
     """
-    MODELS.get(spec.model)
-    MEASURES.get(spec.measure)
-    SCHEDULES.get(spec.schedule.name)
-    for name in ("steps", "batch_size", "dev_interval", "hidden"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"image.{name} is {getattr(spec, name)}; it must be at least 1")
-    folder = Path(spec.folder or f"data/{spec.data}")
+    _check(spec)
     data = load_data(
-        spec.data, folder, train_size=spec.train_size, dev_size=spec.dev_size,
+        spec.data,
+        Path(spec.folder or f"data/{spec.data}"),
+        train_size=spec.train_size,
+        dev_size=spec.dev_size,
         label_noise=spec.label_noise,
     )
     if spec.batch_size > len(data.train_y):
@@ -153,3 +156,20 @@ def build_student(spec: ImageSpec) -> ImageStudent:
             "images; make it smaller"
         )
     return ImageStudent(spec, data)
+
+
+def _check(spec: ImageSpec) -> None:
+    """Refuse unknown names and impossible numbers before any data is read."""
+    MODELS.get(spec.model)
+    MEASURES.get(spec.measure)
+    SCHEDULES.get(spec.schedule.name)
+    build_optimiser(spec.optimiser)
+    for name in ("steps", "batch_size", "dev_interval", "hidden"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"image.{name} is {getattr(spec, name)}; it must be at least 1")
+    if spec.dev_batch < 0:
+        raise UserError(f"image.dev_batch is {spec.dev_batch}; 0 takes the whole dev set")
+    if not 0.0 <= spec.dropout < 1.0:
+        raise UserError(f"image.dropout is {spec.dropout}; it must lie in [0, 1)")
+    if not 0.0 < spec.optimiser.lr < float("inf"):
+        raise UserError(f"image.optimiser.lr is {spec.optimiser.lr}; it must be above 0")
