@@ -60,6 +60,8 @@ def validate(
     names: list[str] = typer.Argument(..., help="Recipes by name or file."),
 ) -> None:
     """Check recipes and list everything that is wrong with them."""
+    from l2t_cli.recipe_values import wrong_names
+
     problems: list[str] = []
     for name in names:
         try:
@@ -67,6 +69,8 @@ def validate(
         except UserError as error:
             recipe, found = None, [str(error)]
         if recipe is not None:
+            found = wrong_names(recipe)
+        if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")
         problems += found
     for problem in problems[:-1]:

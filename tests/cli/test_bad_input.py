@@ -32,12 +32,16 @@ from conftest import Run  # type: ignore[import-not-found]
         (["train-teacher", "digits", "episodes"], "write key.sub=value"),
         (["train-teacher", "digits", "training.episodes=0"], "must be at least 1"),
         (["train-teacher", "digits", "loss.form=densee"], "did you mean 'dense'?"),
+        (["train-teacher", "digits", "loss.sigma=softpls"], "did you mean 'softplus'?"),
         (["train-teacher", "digits", "teacher.name=attn"], "unknown teacher"),
         (["train-teacher", "digits", "image.optimiser.name=adm"], "did you mean 'adam'?"),
         (["train-teacher", "digits", "field=nmt"], "cannot be changed"),
         (["apply-teacher", "gone.safetensors", "digits"], "no teacher file at gone.safetensors"),
         (["apply-teacher", "gone.safetensors", "digits", "--seeds", "0"], "at least 1"),
         (["inspect", "gone.safetensors"], "no teacher file"),
+        (["train-teacher", "mnist-mlp"], "data/mnist"),
+        (["train-teacher", "demo-de-en"], "no data folder data/demo"),
+        (["train-teacher", "digits", "image.dev_size=0"], "image.dev_size"),
         (["data", "prepare", "mnst"], "did you mean 'mnist'?"),
         (["data", "prepare", "mnist", "--from", "nowhere"], "nowhere"),
     ],
@@ -79,6 +83,15 @@ def test_validate_lists_all_errors_at_once(l2t: Run, digits: Path, tmp_path: Pat
     assert "image.stepz" in lines[0] and "image.steps" in lines[0] and "bad.yaml" in lines[0]
     assert "training.lr" in lines[1] and "'fast'" in lines[1]
     assert "nonesuch" in lines[2]
+
+
+def test_validate_looks_names_up(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    text = digits.read_text().replace("sigma: softplus", "sigma: softpluss")
+    bad = write(tmp_path / "bad.yaml", text.replace("name: momentum", "name: momentun"))
+    lines = l2t("recipes", "validate", bad).err.splitlines()
+    assert len(lines) == 2
+    assert "loss.sigma" in lines[0] and "did you mean 'softplus'?" in lines[0]
+    assert "image.optimiser.name" in lines[1] and "did you mean 'momentum'?" in lines[1]
 
 
 def test_an_output_folder_that_cannot_be_written(l2t: Run, digits: Path, tmp_path: Path) -> None:

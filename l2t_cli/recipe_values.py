@@ -1,0 +1,40 @@
+"""Names inside a recipe, looked up in the registries without building or training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from l2t_cli.recipe_loading import Recipe
+from l2t_core.errors import UserError
+from l2t_core.specs import OptimiserSpec, ScheduleSpec
+
+
+def wrong_names(recipe: Recipe) -> list[str]:
+    """Return a line for every name in ``recipe`` that no registry of the core knows."""
+    problems = []
+    for key, registry, name in _names(recipe):
+        try:
+            registry.get(name)
+        except UserError as error:
+            problems.append(f"{recipe.source}: {key}: {error}")
+    return problems
+
+
+def _names(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    from l2t_core.differentiation import DIFFERENTIATIONS
+    from l2t_core.losses import FORMS, SIGMAS
+    from l2t_core.optimisers import OPTIMISERS
+    from l2t_core.schedules import SCHEDULES
+    from l2t_core.teachers import TEACHERS
+
+    yield "loss.form", FORMS, recipe.loss.form
+    yield "loss.sigma", SIGMAS, recipe.loss.sigma
+    yield "teacher.name", TEACHERS, recipe.teacher.name
+    yield "training.differentiation", DIFFERENTIATIONS, recipe.training.differentiation
+    registries = {OptimiserSpec: OPTIMISERS, ScheduleSpec: SCHEDULES}
+    for item in dataclasses.fields(recipe.student):
+        value = getattr(recipe.student, item.name)
+        if registry := registries.get(type(value)):
+            yield f"{recipe.field.name}.{item.name}.name", registry, value.name
