@@ -1,0 +1,274 @@
+"""The image student as the teacher core uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from l2t_core.applied import AppliedTeacher
+from l2t_core.apply import train_student
+from l2t_core.differentiation import DIFFERENTIATIONS, Episode
+from l2t_core.errors import UserError
+from l2t_core.run_folder import open_run
+from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import build_teacher
+from l2t_core.training import train_teacher
+from l2t_core.unroll import Life
+from l2t_vision.data import load_data
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import ImageStudent, build_student
+
+Make = Callable[..., ImageStudent]
+
+
+def snapshot(student: ImageStudent) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in student.module.state_dict().values()]
+
+
+def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def digits_student(**settings: Any) -> ImageStudent:
+    spec = ImageSpec(
+        **{"hidden": 16, "batch_size": 40, "dev_size": 400, "train_size": 600, "steps": 60,
+           "dev_interval": 15, "optimiser": OptimiserSpec("momentum", 0.1),
+           "schedule": ScheduleSpec("linear"), **settings}
+    )
+    return build_student(spec)
+
+
+def test_each_epoch_is_a_permutation_and_a_step_always_has_its_batch(make_student: Make) -> None:
+    student = make_student()
+    student.reset(5)
+    epochs = [[student.batch(e * 5 + i) for i in range(5)] for e in range(3)]
+    for batches in epochs:
+        assert sorted(torch.cat(batches).tolist()) == list(range(40))
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+    backwards = [student.batch(step) for step in reversed(range(15))]
+    for step, batch in zip(reversed(range(15)), backwards, strict=True):
+        assert torch.equal(batch, epochs[step // 5][step % 5])
+    student.reset(6)
+    assert not torch.equal(student.batch(0), epochs[0][0])
+
+
+def test_the_rest_of_an_epoch_is_dropped(make_student: Make) -> None:
+    student = make_student(batch_size=16)  # 40 = 2 * 16 + 8
+    student.reset(1)
+    assert [len(student.batch(step)) for step in range(5)] == [16] * 5
+    assert len(torch.cat([student.batch(0), student.batch(1)]).unique()) == 32
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_reset_depends_on_the_seed_alone_and_keeps_the_tensors(
+    make_student: Make, model: str
+) -> None:
+    student = make_student(model=model, dropout=0.5)
+    student.reset(3)
+    first = snapshot(student)
+    train_student(student, 9, None)
+    assert not equal(first, snapshot(student))
+    student = make_student(model=model, dropout=0.5)
+    before = torch.random.get_rng_state()
+    places = [t.data_ptr() for t in student.module.state_dict().values()]
+    student.reset(3)
+    assert equal(first, snapshot(student))
+    assert torch.equal(before, torch.random.get_rng_state())
+    student.reset(4)
+    assert not equal(first, snapshot(student))
+    assert [t.data_ptr() for t in student.module.state_dict().values()] == places
+
+
+def test_large_seeds_stay_within_torchs_64_bits(make_student: Make) -> None:
+    student = make_student()
+    student.reset(20_271_120 * 1_000_003 + 7)
+    torch.manual_seed(student.step_seed(9))
+    assert len(student.batch(9)) == 8
+    assert student.step_seed(3) != student.step_seed(4)
+
+
+def test_predict_is_in_train_mode_and_dev_in_eval_mode(make_student: Make) -> None:
+    student = make_student(model="convnet", dropout=0.3)
+    student.reset(1)
+    log_probs, targets = student.predict(student.batch(0))
+    assert log_probs.shape == (8, 4) and targets.shape == (8,)
+    assert torch.allclose(log_probs.exp().sum(1), torch.ones(8))
+    buffers = [b.clone() for b in student.module.buffers()]
+    assert float(buffers[0].abs().sum()) > 0  # batch norm has moved
+    assert torch.equal(student.smoothed_measure(1), student.smoothed_measure(1))
+    student.dev_statistics(3), student.true_measure(), student.test_error()
+    for buffer, value in zip(student.module.buffers(), buffers, strict=True):
+        assert torch.equal(buffer, value)
+
+
+def test_dev_statistics_on_time_and_by_hand(make_student: Make) -> None:
+    student = make_student()
+    student.reset(2)
+    assert student.dev_interval() == 4
+    due = [student.dev_statistics(step) is not None for step in range(10)]
+    assert due == [False, False, False, True] * 2 + [False, False]
+    found = student.dev_statistics(3)
+    assert found is not None
+    data = student.data
+    with torch.no_grad():
+        outputs = student.module(data.dev_x)
+    right = outputs.argmax(1) == data.dev_y
+    assert found.nll == pytest.approx(float(F.cross_entropy(outputs, data.dev_y)), rel=1e-5)
+    assert found.accuracy == pytest.approx(float(right.float().mean()))
+    for label in range(4):
+        of_class = right[data.dev_y == label].float().mean()
+        assert found.class_accuracy[label] == pytest.approx(float(of_class))
+    assert student.true_measure() == pytest.approx(found.accuracy)
+    with torch.no_grad():
+        wrong = student.module(data.test_x).argmax(1) != data.test_y
+    assert student.test_error() == pytest.approx(float(wrong.float().mean()))
+
+
+@pytest.mark.parametrize("measure", ["expected_accuracy", "log_likelihood", "margin"])
+def test_smoothed_measures(make_student: Make, measure: str) -> None:
+    student = make_student(measure=measure)
+    student.reset(2)
+    value = student.smoothed_measure(1)
+    probs = student.module(student.data.dev_x).softmax(1)
+    own = probs.gather(1, student.data.dev_y.unsqueeze(1)).squeeze(1)
+    expected = {
+        "expected_accuracy": own.mean(),
+        "log_likelihood": own.log().mean(),
+        "margin": -(2 * torch.sigmoid(50 * (probs.max(1).values - own)) - 1).mean(),
+    }[measure]
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    gradients = torch.autograd.grad(value, list(student.module.parameters()))
+    assert all(float(g.abs().sum()) > 0 for g in gradients)
+
+
+def test_the_dev_sample_is_chosen_by_its_seed(make_student: Make) -> None:
+    student = make_student(dev_batch=10)
+    student.reset(2)
+    first, again, other = (float(student.smoothed_measure(seed).detach()) for seed in (1, 1, 2))
+    assert first == again and first != other
+    whole, capped = make_student(), make_student(dev_batch=30)
+    whole.reset(2), capped.reset(2)
+    assert torch.equal(whole.smoothed_measure(1), capped.smoothed_measure(2))
+
+
+def test_cross_entropy_training_equals_torchs_own_loop(make_student: Make) -> None:
+    student = make_student(dropout=0.4)
+    student.reset(4)
+    reference = make_student(dropout=0.4)
+    reference.reset(4)
+    optimiser = torch.optim.SGD(reference.module.parameters(), lr=0.1, momentum=0.9)
+    for step in range(10):
+        optimiser.param_groups[0]["lr"] = 0.1 * (1 - step / 10)
+        torch.manual_seed(reference.step_seed(step))
+        reference.module.train()
+        batch = reference.batch(step)
+        outputs = reference.module(reference.data.train_x[batch])
+        optimiser.zero_grad()
+        F.cross_entropy(outputs, reference.data.train_y[batch]).backward()
+        optimiser.step()
+    train_student(student, 4, None)
+    for mine, theirs in zip(snapshot(student), snapshot(reference), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_hypergradient_equals_central_differences(make_student: Make, model: str) -> None:
+    student = make_student(model=model, steps=5, dropout=0.2 if model == "mlp" else 0.0,
+                           measure="expected_accuracy")
+    student.module.double()
+    for name in ("train_x", "dev_x"):
+        object.__setattr__(student.data, name, getattr(student.data, name).double())
+    make, student.make = student.make, lambda: make().double()
+    loss = LossSpec("dense", "softplus")
+    # The state s_t counts as a constant; a teacher that sees the progress only has no other.
+    features = ("progress",)
+    teacher = build_teacher(TeacherSpec(slots=2, init_scale=0.3), loss, 4, 1, 1).double()
+    episode = Episode(Life(student), loss, features, TrainingSpec(), student_seed=1, measure_seed=1)
+    exact = DIFFERENTIATIONS.get("exact")
+    if model == "convnet":  # M-tilde sees running statistics, which are not differentiated
+        whole = student.smoothed_measure
+        frozen: list[torch.Tensor] = []
+
+        def measured(seed: int) -> torch.Tensor:
+            now = list(student.module.buffers())
+            frozen.extend(b.clone() for b in now) if not frozen else None
+            for buffer, value in zip(now, frozen, strict=True):
+                buffer.copy_(value)
+            return whole(seed)
+
+        student.smoothed_measure = measured  # type: ignore[method-assign]
+    outcome = exact(episode, teacher, lambda phase, step: None)
+    weights = teacher.values["W"]
+    for index in ((0, 0, 0), (1, 2, 3), (1, 1, 1)):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weights[index] += sign * 1e-5
+            values.append(exact(episode, teacher, lambda phase, step: None).smoothed)
+            with torch.no_grad():
+                weights[index] -= sign * 1e-5
+        names = [name for name, _ in teacher.named_parameters()]
+        found = float(outcome.gradient[names.index("values.W")][index])
+        assert found == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-10)
+
+
+def test_a_trained_teacher_teaches_fresh_students_better_than_at_its_start(tmp_path: Path) -> None:
+    """The whole way on real digits, judged by students that teacher training never saw."""
+    student = digits_student()
+    loss, spec = LossSpec("dense", "softplus"), TeacherSpec(slots=4)
+    training = TrainingSpec(episodes=10, lr=0.01, seed=1)
+    result = train_teacher(student, loss, spec, training, open_run(tmp_path, {}), record={})
+    assert result.skipped == 0
+    features = student.default_features
+    count = feature_count(features, 10)
+    untrained = build_teacher(spec, loss, 10, count, training.seed)
+    climbed = []
+    for seed in (71, 72, 73):
+        train_student(student, seed, AppliedTeacher(untrained, loss, features, 10, 60))
+        before = float(student.smoothed_measure(seed).detach())
+        train_student(student, seed, AppliedTeacher.from_file(result.last_path, 60))
+        climbed.append(float(student.smoothed_measure(seed).detach()) - before)
+        assert student.test_error() < 0.12
+    assert min(climbed) > 0.0 and sum(climbed) / 3 > 0.02, climbed
+    assert student.fingerprint() == {"kind": "classes", "num_classes": 10}
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"model": "lenett"}, "did you mean 'lenet'"),
+        ({"model": "lenet"}, "at least 16 x 16"),
+        ({"measure": "margn"}, "did you mean 'margin'"),
+        ({"data": "digit"}, "did you mean 'digits'"),
+        ({"schedule": ScheduleSpec("lineer")}, "did you mean 'linear'"),
+        ({"optimiser": OptimiserSpec("adm")}, "did you mean 'adam'"),
+        ({"optimiser": OptimiserSpec(lr=0.0)}, "image.optimiser.lr is 0.0"),
+        ({"optimiser": OptimiserSpec(lr=float("nan"))}, "image.optimiser.lr is nan"),
+        ({"steps": 0}, "image.steps is 0"),
+        ({"batch_size": 601}, "there are only 600 training images"),
+        ({"dev_interval": 0}, "image.dev_interval is 0"),
+        ({"dev_batch": -1}, "image.dev_batch is -1"),
+        ({"dropout": 1.0}, "image.dropout is 1.0"),
+        ({"dev_size": 0}, "the dev set is empty"),
+        ({"data": "mnist", "folder": "nowhere"}, "l2t data prepare mnist --out nowhere"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as raised:
+        digits_student(**settings)
+    assert says in str(raised.value)
+
+
+def test_data_on_another_device_takes_the_student_along() -> None:
+    """The meta device stands for an accelerator: shapes and places without numbers."""
+    data = load_data("digits", Path("unused"), train_size=0, dev_size=700, label_noise=0.0)
+    for name in ("train_x", "train_y"):
+        object.__setattr__(data, name, getattr(data, name).to("meta"))
+    student = ImageStudent(ImageSpec(hidden=8), data)
+    assert {p.device.type for p in student.module.parameters()} == {"meta"}
