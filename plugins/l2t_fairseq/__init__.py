@@ -22,7 +22,9 @@ def register() -> None:
         ImportError: fairseq's own, where it is missing or broken.
     """
     # Before anything else: reading a checkpoint may be the first thing that happens next.
-    importlib.import_module("l2t_fairseq.compat").register_safe_globals()
+    compat = importlib.import_module("l2t_fairseq.compat")
+    compat.register_safe_globals()
+    compat.avoid_fused_encoder()
     # By name, not by folder: fairseq looks for tasks and models in a user dir, not for criterions.
     importlib.import_module("l2t_fairseq.criterion")
     importlib.import_module("l2t_fairseq.task")

@@ -38,3 +38,17 @@ def register_safe_globals() -> None:
             add([(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")])
         except (AttributeError, TypeError, ValueError):
             return
+
+
+def avoid_fused_encoder() -> None:
+    """Keep fairseq 0.12.2 from torch's fused encoder layer, which torch 2 calls differently.
+
+    Its post-norm Transformers take that path in evaluation once weights were loaded, and die of
+    "Mask Type should be defined". Later versions have no such path, and this does nothing there.
+    """
+    from fairseq.modules import transformer_layer
+
+    layer: Any = transformer_layer.TransformerEncoderLayerBase
+    if "load_to_BT" in layer.__init__.__code__.co_names:
+        # The layer sets this to True as its weights are loaded; a property stays False.
+        layer.load_to_BT = property(lambda self: False, lambda self, value: None)
