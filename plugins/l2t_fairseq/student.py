@@ -12,6 +12,8 @@ from typing import Any
 
 import sentencepiece
 import torch
+from torch import Tensor, nn
+
 from l2t_core.errors import UserError
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
@@ -21,7 +23,6 @@ from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
 from l2t_fairseq.sentence_scores import corpus_bleu, sentence_bleu
-from torch import Tensor, nn
 
 # Sources decoded together by the true measure.
 _DECODE_BATCH = 128
@@ -192,7 +193,9 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
         UserError: if the data or the flags cannot be used.
     """
     if spec.measure not in ("expected_bleu", "log_likelihood"):
-        raise UserError(f"unknown nmt.measure {spec.measure!r}; use expected_bleu or log_likelihood")
+        raise UserError(
+            f"unknown nmt.measure {spec.measure!r}; use expected_bleu or log_likelihood"
+        )
     if spec.estimator not in ("mrt", "reinforce"):
         raise UserError(f"unknown nmt.estimator {spec.estimator!r}; use mrt or reinforce")
     for name in ("steps", "dev_interval", "dev_sentences"):
