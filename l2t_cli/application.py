@@ -104,7 +104,7 @@ class Comparison:
         better = gain < 0 if self.lower_is_better else gain > 0
         students = f"{len(taught)} student{'s' if len(taught) > 1 else ''} each"
         if len(taught) == 1:
-            students += ", which chance alone can decide"
+            students += ": how much chance adds is not known"
         if abs(gain) < 0.005:
             return f"{self.name}: taught and cross-entropy came out equal ({students})."
         word = "better" if better else "worse"

@@ -64,7 +64,7 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
             axes.plot([position] * len(scores), scores, "o", color="black", ms=3)
             axes.annotate(
                 f"{mean:.2f}",
-                (position, mean),
+                (position, max(scores)),
                 ha="center",
                 va="bottom",
                 xytext=(0, 4),
