@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -15,6 +17,14 @@ OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if 
 
 _CHUNK = 1 << 16
 _TIMEOUT_SECONDS = 30
+# TLS can break in the middle of a file, which urllib does not wrap.
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    TimeoutError,
+    ConnectionError,
+    http.client.HTTPException,
+    ssl.SSLError,
+)
 
 
 def file_digest(path: Path, algorithm: str) -> str:
@@ -50,25 +60,28 @@ def download(
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part, on_progress)
+        wrong = _wrong_digest(part, sha256, md5)
+        if not wrong:
+            part.replace(to)
+            return to
+        part.unlink()
     except urllib.error.HTTPError as error:
         raise UserError(
             f"{url} answered {error.code} {error.reason}; get the file by hand and give its "
             "folder with --from"
         ) from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except _NETWORK_ERRORS as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"cannot download {url} ({reason}); check the network and run the same command to "
             "go on, or give a folder that holds the files with --from"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot write {part}: {error.strerror or error}") from error
-    wrong = _wrong_digest(part, sha256, md5)
-    if wrong:
-        part.unlink()
-        raise UserError(f"{url} has another checksum than expected ({wrong}); try again later")
-    part.replace(to)
-    return to
+        raise UserError(
+            f"cannot write {to}: {error.strerror or error}; free some space there or choose "
+            "another folder"
+        ) from error
+    raise UserError(f"{url} has another checksum than expected ({wrong}); try again later")
 
 
 def _fetch(url: str, part: Path, on_progress: OnProgress) -> None:

@@ -5,6 +5,7 @@ Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions";
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,15 @@ def _side(
     downloads: Path,
     on_event: Callable[[dict[str, Any]], None],
 ) -> list[str]:
-    if source_folder is None:
+    """Return the lines of one official file.
+
+    Raises:
+        UserError: as :func:`read_multi30k`.
+    """
+    if source_folder is not None:
+        plain = source_folder / name
+        return _checked_lines(plain if plain.exists() else source_folder / f"{name}.gz", name)
+    try:
         path = download(
             f"{BASE}/{name}.gz",
             downloads / f"{name}.gz",
@@ -63,14 +72,21 @@ def _side(
                 {"event": "download", "file": name, "done": done, "of": total}
             ),
         )
-    else:
-        plain = source_folder / name
-        path = plain if plain.exists() else source_folder / f"{name}.gz"
+    except UserError:
+        with contextlib.suppress(OSError):
+            downloads.rmdir()  # only if nothing has arrived
+        raise
+    try:
+        return _checked_lines(path, name)
+    except UserError:
+        path.unlink(missing_ok=True)  # or the next run would find the same damaged file
+        raise
+
+
+def _checked_lines(path: Path, name: str) -> list[str]:
     lines = read_lines(path)
     found = hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8")).hexdigest()
     if found != SHA256[name]:
-        if source_folder is None:
-            path.unlink(missing_ok=True)
         raise UserError(
             f"{path} is not Multi30k's {name} ({len(lines)} lines, another checksum); get it again"
         )

@@ -7,12 +7,16 @@ is. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,7 @@ LONGEST_TRAINING_LINE = 250
 
 OnEvent = Callable[[dict[str, Any]], None]
 Corpus = dict[str, tuple[list[str], list[str]]]  # split -> source lines, target lines
+_KEYS = ("name", "source", "target", "sizes", "vocabulary_size")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def prepare_corpus(
     """Write ``corpus`` to the prepared folder ``out``; return at once if it is there already.
 
     Training pairs with an empty or overlong side are dropped and counted. Deterministic: the same
-    text and settings give the same files.
+    text and settings give the same files. ``on_event`` receives ``{"event": "prepare", "stage":
+    TEXT}`` as each stage begins.
 
     Raises:
         UserError: if a split is empty or its sides differ in length, ``out`` holds something
@@ -83,39 +89,50 @@ def prepare_corpus(
         "vocabulary_size": vocabulary_size,
         "text_sha256": _text_digest(corpus),
     }
-    if out.exists():
+    if out.exists() and not _is_empty_folder(out):
         return _same_or_refuse(out, settings, on_event)
-    corpus, dropped = _without_unusable(corpus)
+    kept, dropped = _without_unusable(corpus)
+    if not kept["train"][0]:
+        raise UserError(f"{name}: train has no pair of which both sides are usable text")
+    if dropped:
+        on_event({"event": "prepare", "stage": f"{dropped} unusable training pairs left out"})
+    work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside ``out``, so that the folder moves into place in one rename.
         work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}; choose --out") from error
-    try:
-        on_event({"event": "prepare", "stage": "write", "dropped": dropped})
-        _write_raw(corpus, work, source, target)
-        on_event({"event": "prepare", "stage": "sentencepiece"})
-        _encode(work, source, target, vocabulary_size)
-        on_event({"event": "prepare", "stage": "fairseq-preprocess"})
-        _preprocess(work, source, target)
-        shutil.rmtree(work / "encoded")
-        sizes = {split: len(corpus[split][0]) for split in SPLITS}
-        files = {
-            str(p.relative_to(work)): [p.stat().st_size, file_digest(p, "sha256")]
-            for p in sorted(work.rglob("*"))
-            if p.is_file() and not p.name.endswith(".log")
-        }
-        record = {**settings, "sizes": sizes, "dropped": dropped, "files": files}
-        (work / "prepared.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        work.chmod(0o755)
+        _build(work, kept, {**settings, "dropped": dropped}, on_event)
+        work.chmod(0o755)  # mkdtemp makes folders private
         work.replace(out)
     except OSError as error:
         raise UserError(
             f"cannot prepare {out}: {error.strerror or error}; free some space or choose --out"
         ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return load_prepared(out)
+
+
+def _build(work: Path, corpus: Corpus, settings: dict[str, Any], on_event: OnEvent) -> None:
+    """Fill the folder ``work``; prepared.json comes last and names every other file."""
+    source, target = settings["source"], settings["target"]
+    on_event({"event": "prepare", "stage": "sentencepiece"})
+    _write_text(corpus, work / "raw", source, target)
+    model = _train_pieces(corpus, settings["vocabulary_size"])
+    (work / "spm.model").write_bytes(model)
+    _write_text(_encode(corpus, model), work / "encoded", source, target)
+    on_event({"event": "prepare", "stage": "fairseq-preprocess"})
+    _preprocess(work, source, target)
+    shutil.rmtree(work / "encoded")
+    files = {
+        str(path.relative_to(work)): [path.stat().st_size, file_digest(path, "sha256")]
+        for path in sorted(work.rglob("*"))
+        if path.is_file() and path.suffix != ".log"
+    }
+    sizes = {split: len(corpus[split][0]) for split in SPLITS}
+    record = {**settings, "sizes": sizes, "files": files}
+    (work / "prepared.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def load_prepared(path: Path) -> PreparedCorpus:
@@ -134,17 +151,24 @@ def load_prepared(path: Path) -> PreparedCorpus:
         found = (path / file).stat().st_size if (path / file).is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UserError(f"{path / file} {what}; delete {path} and {mend}")
-    keys = ("name", "source", "target", "sizes", "vocabulary_size")
-    return PreparedCorpus(path, **{key: record[key] for key in keys})
+            again = f"`l2t data prepare {record['name']} --out {path}`"
+            raise UserError(f"{path / file} {what}; delete {path} and run {again}")
+    return PreparedCorpus(path, **{key: record[key] for key in _KEYS})
 
 
 def _record(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((path / "prepared.json").read_text(encoding="utf-8"))
-        return record if isinstance(record["files"], dict) and record["sizes"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record: dict[str, Any] = json.loads((path / "prepared.json").read_text(encoding="utf-8"))
+        # Taken apart here, so that a file of another make is refused and not met half-way.
+        _ = [(file, int(size), digest) for file, (size, digest) in record["files"].items()]
+        _ = [(int(record["sizes"][split]), record[key]) for split in SPLITS for key in _KEYS]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return record
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 def _same_or_refuse(out: Path, settings: dict[str, Any], on_event: OnEvent) -> PreparedCorpus:
@@ -172,8 +196,9 @@ def _check(corpus: Corpus, name: str, source: str, target: str) -> None:
                 f"{name}: {split}.{source} has {len(first)} lines, {split}.{target} has "
                 f"{len(second)}; the two must match line by line"
             )
-        if not first:
-            raise UserError(f"{name}: {split} is empty; give it some lines")
+        for language, lines in ((source, first), (target, second)):
+            if not any(line.strip() for line in lines):
+                raise UserError(f"{name}: {split}.{language} is empty; give it some lines")
 
 
 def _text_digest(corpus: Corpus) -> str:
@@ -196,22 +221,24 @@ def _without_unusable(corpus: Corpus) -> tuple[Corpus, int]:
     return {**corpus, "train": train}, len(corpus["train"][0]) - len(kept)
 
 
-def _write_raw(corpus: Corpus, work: Path, source: str, target: str) -> None:
-    (work / "raw").mkdir()
+def _write_text(corpus: Corpus, folder: Path, source: str, target: str) -> None:
+    folder.mkdir()
     for split in SPLITS:
         for language, lines in zip((source, target), corpus[split], strict=True):
             text = "".join(f"{line}\n" for line in lines)
-            (work / "raw" / f"{split}.{language}").write_text(text, encoding="utf-8")
+            (folder / f"{split}.{language}").write_text(text, encoding="utf-8")
 
 
-def _encode(work: Path, source: str, target: str, vocabulary_size: int) -> None:
-    """Train a joint BPE model on the training text and encode all splits."""
+def _train_pieces(corpus: Corpus, vocabulary_size: int) -> bytes:
+    """Return a sentencepiece model, joint BPE of both sides of the training text."""
     import sentencepiece
 
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            input=[str(work / "raw" / f"train.{language}") for language in (source, target)],
-            model_prefix=str(work / "spm"),
+            # Not by file names: the model would record them, and differ from folder to folder.
+            sentence_iterator=itertools.chain(*corpus["train"]),
+            model_writer=model,
             vocab_size=vocabulary_size,
             model_type="bpe",
             character_coverage=1.0,
@@ -223,14 +250,19 @@ def _encode(work: Path, source: str, target: str, vocabulary_size: int) -> None:
             f"sentencepiece cannot make {vocabulary_size} pieces of this text ({error}); choose "
             "another vocabulary size"
         ) from error
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(work / "spm.model"))
-    (work / "encoded").mkdir()
-    for split in SPLITS:
-        for language in (source, target):
-            lines = (work / "raw" / f"{split}.{language}").read_text(encoding="utf-8").split("\n")
-            encoded = processor.encode(lines[:-1], out_type=str)
-            text = "".join(" ".join(pieces) + "\n" for pieces in encoded)
-            (work / "encoded" / f"{split}.{language}").write_text(text, encoding="utf-8")
+    return model.getvalue()
+
+
+def _encode(corpus: Corpus, model: bytes) -> Corpus:
+    """Return all lines as pieces separated by spaces."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def pieces(lines: list[str]) -> list[str]:
+        return [" ".join(line) for line in processor.encode(lines, out_type=str)]
+
+    return {split: (pieces(first), pieces(second)) for split, (first, second) in corpus.items()}
 
 
 def _preprocess(work: Path, source: str, target: str) -> None:
@@ -257,14 +289,12 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: if it is missing, cut short or not UTF-8.
     """
-    import gzip
-
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; check the folder given with --from") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or no text ({error}); get it again") from error
     return text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")
 
