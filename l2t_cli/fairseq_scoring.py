@@ -11,7 +11,7 @@ from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import check_fits, load_teacher
 from l2t_fairseq.command import FairseqCommand
-from l2t_fairseq.fingerprint import dictionary_fingerprint
+from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair, read_lines
 from l2t_fairseq.scoring import score_checkpoint as score_prepared
 
@@ -66,11 +66,8 @@ class TestSet:
         Raises:
             UserError: with the two sizes side by side.
         """
-        from fairseq.data import Dictionary
-
         _, header = load_teacher(teacher)
-        dictionary = Dictionary.load(str(self.data_bin / f"dict.{self.target}.txt"))
-        check_fits(header, dictionary_fingerprint(dictionary), teacher)
+        check_fits(header, data_fingerprint(self.data_bin, self.target), teacher)
 
     def score(self, checkpoint: Path, folder: Path) -> tuple[float, str]:
         """Generate with ``checkpoint``, write hypotheses into ``folder``; return BLEU, signature.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ def run(
     if done and log_format in (LogFormat.rich, LogFormat.simple):
         console.line(f"continuing {console.shown(folder)} after {len(done)} episodes")
     try:
-        with view.running(done) as show:
+        with _tidy(opened, missing), view.running(done) as show:
 
             def receive(event: dict[str, Any]) -> None:
                 show(event)
@@ -109,18 +111,31 @@ def run(
                 record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
                 on_event=receive,
             )
+    finally:
+        scalars.close()
+    _finish(result, student.measure_name, recipe, folder, log_format)
+    return Path(result.best_path)
+
+
+@contextmanager
+def _tidy(opened: Any, missing: list[Path]) -> Iterator[None]:
+    """Turn Ctrl-C into advice; after an impossible setting take back the folders just made."""
+    try:
+        yield
     except UserError:
         if missing and not opened.state.exists():
-            opened.config.unlink()  # an impossible setting: leave nothing that looks like a run
+            opened.config.unlink()
             for path in missing:
                 path.rmdir()
         raise
     except KeyboardInterrupt:
         raise Interrupted("the finished episodes are kept; the same command continues") from None
-    finally:
-        scalars.close()
+
+
+def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format: LogFormat) -> None:
+    """Write the plot and say what came out."""
     picture = folder / "dev_measure.png"
-    _plot(result.history, student.measure_name, recipe.name, picture)
+    _plot(result.history, measure, recipe.name, picture)
     if log_format is LogFormat.json:
         summary = {
             "event": "result",
@@ -131,8 +146,7 @@ def run(
         }
         print(json.dumps(summary), flush=True)
     elif log_format is not LogFormat.none:
-        _report(result, student.measure_name, recipe, folder, picture)
-    return Path(result.best_path)
+        _report(result, measure, recipe, folder, picture)
 
 
 def finished_episodes(metrics: Path) -> list[dict[str, Any]]:
