@@ -59,3 +59,15 @@ class FlatParameters:
                 for g, p in zip(gradients, self.parameters, strict=True)
             ]
         )
+
+
+def refill(module: nn.Module, fresh: nn.Module) -> None:
+    """Copy ``fresh``'s parameters and buffers into those of ``module``, in place.
+
+    In place because parameters may be views of one vector; ``fresh`` must be of the same make.
+    """
+    mine = [*module.parameters(), *module.buffers()]
+    theirs = [*fresh.parameters(), *fresh.buffers()]
+    with torch.no_grad():
+        for old, new in zip(mine, theirs, strict=True):
+            old.copy_(new)

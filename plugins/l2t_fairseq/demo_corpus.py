@@ -135,7 +135,9 @@ def _money_in_words(rng: random.Random) -> Pair:
 
 def _percent(rng: random.Random) -> Pair:
     value = rng.randrange(1, 1000) / 1000
-    return _both(lambda locale: numbers.format_percent(value, "#,##0.#%", locale=locale))
+    return _both(
+        lambda locale: numbers.format_percent(value, locale=locale, decimal_quantization=False)
+    )
 
 
 _SIMPLE = (

@@ -15,11 +15,12 @@ import torch
 from fairseq import optim, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.optim import lr_scheduler
+from torch import nn
+
 from l2t_core.errors import UserError
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
-from torch import nn
 
 # Flags under which a student cannot be differentiated twice, or only wrongly.
 _REFUSED = {

@@ -242,6 +242,8 @@ def _train_pieces(corpus: Corpus, vocabulary_size: int) -> bytes:
             vocab_size=vocabulary_size,
             model_type="bpe",
             character_coverage=1.0,
+            # The default rule would turn m² into m2, which no output could then say.
+            normalization_rule_name="identity",
             num_threads=1,  # the only setting whose result does not depend on the machine
             minloglevel=2,
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
+from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
@@ -56,12 +57,8 @@ class NmtStudent:
         """Fill the module as ``fairseq-train --seed seed`` does, and start its batches."""
         # fairseq adds the update's number to the seed, and numpy wants 32 bits.
         self._seed = seed % 2**31
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            fresh = self.setup.build_model(self._seed)
-            for mine, new in zip(self.module.parameters(), fresh.parameters(), strict=True):
-                mine.copy_(new)
-            for mine, new in zip(self.module.buffers(), fresh.buffers(), strict=True):
-                mine.copy_(new)
+        with torch.random.fork_rng(devices=[]):
+            refill(self.module, self.setup.build_model(self._seed))
         self._updates = self.setup.updates(self.module, self._seed)
         self._batches = []
         self._schedule = self.setup.learning_rates()

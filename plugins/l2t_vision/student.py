@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
+from l2t_core.flat import refill
 from l2t_core.measures import expected_accuracy, log_likelihood, margin_surrogate
 from l2t_core.optimisers import build_optimiser
 from l2t_core.registry import Registry
@@ -59,11 +60,7 @@ class ImageStudent:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = self.make()
-        with torch.no_grad():
-            for mine, new in zip(self.module.parameters(), fresh.parameters(), strict=True):
-                mine.copy_(new)
-            for buffer, start in zip(self.module.buffers(), fresh.buffers(), strict=True):
-                buffer.copy_(start)
+        refill(self.module, fresh)
 
     def batch(self, step: int) -> Tensor:
         """Return the indices [batch_size] of ``step``; each epoch is a fresh permutation."""

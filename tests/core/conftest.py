@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from l2t_core.flat import refill
 from l2t_core.measures import log_likelihood
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
 from l2t_core.student_state import DevStatistics, dev_statistics
-from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
@@ -105,12 +107,7 @@ class ToyStudent:
     def reset(self, seed: int) -> None:
         self.seed = seed
         torch.manual_seed(seed)
-        fresh = self.make().to(self.dtype)
-        with torch.no_grad():
-            for old, new in zip(self.module.parameters(), fresh.parameters(), strict=True):
-                old.copy_(new)
-            for old, new in zip(self.module.buffers(), fresh.buffers(), strict=True):
-                old.copy_(new)
+        refill(self.module, self.make().to(self.dtype))
 
     def batch(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self.seed + step)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from l2t_core.differentiation import DIFFERENTIATIONS, Episode
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from l2t_core.errors import UserError
 from l2t_core.losses import (
     bilinear_loss,

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from l2t_core.measures import (
     distinct_mask,
     expected_accuracy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from l2t_core.errors import UserError
 from l2t_core.student_state import (
     FEATURES,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from l2t_core import TaughtLoss
 from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import build_teacher
-from torch import nn
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
+
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.teacher_file import (

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
 from l2t_core.errors import UserError

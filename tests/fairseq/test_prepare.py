@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import stat
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,7 @@ def test_a_prepared_folder_is_what_fairseq_reads(prepared: prepare.PreparedCorpu
             assert len(data) == len(lines)
             if split == "train":  # every piece of the training text is in the dictionary
                 decoded = [processor.decode(dictionary.string(row).split()) for row in data]
-                # sentencepiece's own rule for text; the raw files keep what it changes
-                assert decoded == [unicodedata.normalize("NFKC", line) for line in lines]
+                assert decoded == lines
     assert not list(prepared.path.glob("encoded*"))
     assert stat.S_IMODE(prepared.path.stat().st_mode) == 0o755
 
