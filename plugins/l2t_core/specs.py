@@ -69,7 +69,9 @@ class TrainingSpec:
     ``differentiation`` names the way to differentiate; ``discount`` (gamma) multiplies the
     cotangent at each step back in time; ``truncate`` keeps the last K steps (0: all);
     ``memory`` bounds the stored trajectory; ``patience`` stops after so many episodes without
-    a better dev measure (0: never).
+    a better dev measure (0: never). ``student_seeds`` is how many students take turns: 0, the
+    paper's way, makes a fresh one each episode, and then the best of a few episodes is as much
+    the best student as the best teacher; 1 keeps the student the same and compares teachers only.
     """
 
     episodes: int = 20
@@ -80,4 +82,5 @@ class TrainingSpec:
     discount: float = 1.0
     truncate: int = 0
     memory: str = "1GiB"
+    student_seeds: int = 0
     seed: int = 1

@@ -70,13 +70,14 @@ class TeacherTraining:
         self.record = record
         self.differentiate = DIFFERENTIATIONS.get(spec.differentiation)
         features = feature_count(names, student.num_classes)
+        self.life = Life(student)
+        # theta lives where omega does: phi enters the student's graph.
         self.teacher = build_teacher(
             self.teacher_spec, loss, student.num_classes, features, spec.seed
-        )
+        ).to(self.life.flat.vector.device)
         self.optimiser = torch.optim.Adam(self.teacher.parameters(), lr=spec.lr)
         self.best = {k: v.clone() for k, v in self.teacher.state_dict().items()}
         self.progress = Progress()
-        self.life = Life(student)
         self._resume()
 
     def run(self, on_event: OnEvent) -> TrainingResult:
@@ -122,7 +123,8 @@ class TeacherTraining:
                 {"event": "step", "episode": number, "phase": phase, "step": step, "of": steps}
             )
 
-        seed = spec.seed * 1_000_003 + number
+        turn = number % spec.student_seeds if spec.student_seeds else number
+        seed = spec.seed * 1_000_003 + turn
         features = tuple(self.teacher_spec.features)
         episode = Episode(self.life, self.loss, features, spec, seed, seed)
         row: dict[str, Any] = {"event": "episode", "episode": number}
@@ -191,7 +193,7 @@ class TeacherTraining:
     def _probe(self) -> None:
         """Differentiate the first step twice before hours are spent."""
         self.life.begin(self.spec.seed)
-        features = torch.zeros(self.teacher.num_features)
+        features = torch.zeros(self.teacher.num_features, device=self.life.flat.vector.device)
 
         def loss() -> Tensor:
             log_probs, targets = self.life.outputs(0)
@@ -250,8 +252,10 @@ def _check(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> None:
         )
     if not 0.0 < spec.discount <= 1.0:
         raise UserError(f"training.discount is {spec.discount}; it must lie in (0, 1]")
-    if spec.truncate < 0 or spec.clip_norm < 0 or spec.lr <= 0:
-        raise UserError("training.truncate and clip_norm must be >= 0 and lr > 0")
+    if min(spec.truncate, spec.clip_norm, spec.student_seeds, spec.patience) < 0 or spec.lr <= 0:
+        raise UserError(
+            "training.truncate, clip_norm, student_seeds and patience must be >= 0 and lr > 0"
+        )
 
 
 def train_teacher(
@@ -266,8 +270,8 @@ def train_teacher(
 ) -> TrainingResult:
     """Train a teacher (Algorithm 1), or continue the run that ``folder`` holds.
 
-    Each episode trains a fresh student under the current teacher, measures it on dev, and makes
-    one Adam step on theta. ``spec.episodes`` counts the steps on theta; one more episode measures
+    Each episode trains a fresh student (or the next of ``spec.student_seeds``) under the current
+    teacher, measures it on dev, and makes one Adam step on theta. ``spec.episodes`` counts the steps on theta; one more episode measures
     the last teacher. A hypergradient that is not finite is skipped and counted.
 
     Raises:

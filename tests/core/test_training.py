@@ -40,13 +40,22 @@ def run(student, path, on_event=lambda e: None, **changes):
 def test_the_smoothed_measure_climbs(make_student, tmp_path):
     """One student's seed for all episodes: the objective is then one function of theta."""
     student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=12, dtype=torch.float32)
-    reset = student.reset
-    student.reset = lambda seed: reset(1)
-    result = run(student, tmp_path / "run", episodes=15, lr=0.02)
+    result = run(student, tmp_path / "run", episodes=15, lr=0.02, student_seeds=1)
     smoothed = [row["smoothed"] for row in result.history]
     assert len(smoothed) == 16
     assert smoothed[-1] > smoothed[0] + 0.02
     assert sum(b > a for a, b in itertools.pairwise(smoothed)) >= 12
+
+
+def test_students_take_turns(student, tmp_path):
+    seeds = []
+    reset = student.reset
+    student.reset = lambda seed: (seeds.append(seed), reset(seed))
+    run(student, tmp_path / "fresh")
+    assert len(set(seeds[1:])) == 5  # the first is the probe's
+    del seeds[:]
+    run(student, tmp_path / "turns", student_seeds=2)
+    assert seeds[1] == seeds[3] == seeds[5] != seeds[2] == seeds[4]
 
 
 def test_files_and_header(student, tmp_path):
