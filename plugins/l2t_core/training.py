@@ -271,8 +271,9 @@ def train_teacher(
     """Train a teacher (Algorithm 1), or continue the run that ``folder`` holds.
 
     Each episode trains a fresh student (or the next of ``spec.student_seeds``) under the current
-    teacher, measures it on dev, and makes one Adam step on theta. ``spec.episodes`` counts the steps on theta; one more episode measures
-    the last teacher. A hypergradient that is not finite is skipped and counted.
+    teacher, measures it on dev, and makes one Adam step on theta. ``spec.episodes`` counts the
+    steps on theta; one more episode measures the last teacher. A hypergradient that is not finite
+    is skipped and counted.
 
     Raises:
         UserError: if a setting is impossible, the student cannot be differentiated twice, or the
