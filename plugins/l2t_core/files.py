@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -31,9 +32,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free some space there or " if full else ""
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space there or choose "
-            "another output folder"
+            f"cannot write {path}: {error.strerror or error}; {mend}choose another output folder"
         ) from error
     finally:
         if temporary is not None:

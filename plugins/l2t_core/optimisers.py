@@ -7,11 +7,13 @@ whatever the number of layers, and makes keeping, recomputing or spilling a stat
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 from l2t_core.specs import OptimiserSpec
 
@@ -121,7 +123,13 @@ def build_optimiser(spec: OptimiserSpec, eps_form: str = "torch") -> Optimiser:
     """Return the optimiser that ``spec`` names.
 
     Raises:
-        UserError: if the name is unknown.
+        UserError: if the name is unknown or a setting is impossible.
     """
     kind = OPTIMISERS.get(spec.name)
+    for name in ("lr", "eps", "eps_root", "weight_decay", "clip_norm"):
+        if not 0.0 <= getattr(spec, name) < math.inf:
+            raise UserError(f"optimiser.{name} is {getattr(spec, name)}; it must be 0 or more")
+    for name in ("momentum", "beta1", "beta2"):
+        if not 0.0 <= getattr(spec, name) < 1.0:
+            raise UserError(f"optimiser.{name} is {getattr(spec, name)}; it must lie in [0, 1)")
     return Adam(spec, eps_form) if kind is Adam else kind(spec)

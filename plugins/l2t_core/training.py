@@ -16,14 +16,14 @@ from torch import Tensor
 from l2t_core.differentiation import DIFFERENTIATIONS, Episode, Outcome
 from l2t_core.double_backward import probe
 from l2t_core.errors import UserError
-from l2t_core.losses import step_loss
+from l2t_core.losses import SIGMAS, coefficient_shapes, step_loss
 from l2t_core.run_folder import RunFolder
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 from l2t_core.student import Student
 from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
-from l2t_core.teachers import build_teacher
-from l2t_core.unroll import Life
+from l2t_core.teachers import TEACHERS, build_teacher
+from l2t_core.unroll import Life, parse_bytes
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -63,7 +63,7 @@ class TeacherTraining:
         folder: RunFolder,
         record: dict[str, Any],
     ) -> None:
-        _check(loss, spec, student.total_steps)
+        check_settings(loss, teacher_spec, spec, student.total_steps)
         self.student, self.loss, self.spec, self.folder = student, loss, spec, folder
         names = tuple(teacher_spec.features) or student.default_features
         self.teacher_spec = dataclasses.replace(teacher_spec, features=list(names))
@@ -239,23 +239,42 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _check(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> None:
-    """Refuse settings with which no teacher can learn anything."""
-    if spec.episodes < 1:
-        raise UserError(f"training.episodes is {spec.episodes}; it must be at least 1")
-    if not 0.0 <= loss.ce_mix < 1.0:
-        raise UserError(f"loss.ce_mix is {loss.ce_mix}; it must lie in [0, 1)")
-    if not 0 <= loss.warmup_steps < total_steps:
-        raise UserError(
-            f"loss.warmup_steps is {loss.warmup_steps}; it must lie below the student's "
-            f"{total_steps} steps, or the teacher never teaches"
-        )
-    if not 0.0 < spec.discount <= 1.0:
-        raise UserError(f"training.discount is {spec.discount}; it must lie in (0, 1]")
-    if min(spec.truncate, spec.clip_norm, spec.student_seeds, spec.patience) < 0 or spec.lr <= 0:
-        raise UserError(
-            "training.truncate, clip_norm, student_seeds and patience must be >= 0 and lr > 0"
-        )
+def check_settings(
+    loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, total_steps: int
+) -> None:
+    """Refuse settings with which no teacher can learn anything.
+
+    Raises:
+        UserError: naming the first such setting, its value and what it may be.
+    """
+    limits: list[tuple[str, float, bool, str]] = [
+        ("training.episodes", spec.episodes, spec.episodes >= 1, "must be at least 1"),
+        ("training.lr", spec.lr, 0 < spec.lr < math.inf, "must be above 0"),
+        ("training.clip_norm", spec.clip_norm, spec.clip_norm >= 0, "must be 0 (off) or more"),
+        ("training.patience", spec.patience, spec.patience >= 0, "must be 0 (off) or more"),
+        ("training.truncate", spec.truncate, spec.truncate >= 0, "must be 0 (off) or more"),
+        ("training.discount", spec.discount, 0 < spec.discount <= 1, "must lie in (0, 1]"),
+        (
+            "training.student_seeds", spec.student_seeds, spec.student_seeds >= 0,
+            "must be 0 (a fresh student each episode) or more",
+        ),
+        ("teacher.slots", teacher.slots, teacher.slots >= 1, "must be at least 1"),
+        ("teacher.init_scale", teacher.init_scale, teacher.init_scale >= 0, "must be 0 or more"),
+        ("loss.rank", loss.rank, loss.rank >= 1, "must be at least 1"),
+        ("loss.ce_mix", loss.ce_mix, 0 <= loss.ce_mix < 1, "must lie in [0, 1)"),
+        (
+            "loss.warmup_steps", loss.warmup_steps, 0 <= loss.warmup_steps < total_steps,
+            f"must lie below the student's {total_steps} steps, or the teacher never teaches",
+        ),
+    ]
+    for name, value, fine, mend in limits:
+        if not fine:
+            raise UserError(f"{name} is {value}; it {mend}")
+    coefficient_shapes(loss, 2)
+    SIGMAS.get(loss.sigma)
+    TEACHERS.get(teacher.name)
+    DIFFERENTIATIONS.get(spec.differentiation)
+    parse_bytes(spec.memory)
 
 
 def train_teacher(

@@ -248,8 +248,8 @@ def plan_keep_every(steps: int, bytes_per_point: int, budget: int) -> int:
             return k
     least = min(needed(k) for k in range(1, steps + 1))
     raise UserError(
-        f"memory: {budget / 2**20:.0f} MiB cannot hold the trajectory of {steps} steps; the "
-        f"smallest budget that can is {math.ceil(least / 2**20)}MiB"
+        f"training.memory: {budget / 2**20:.3g} MiB cannot hold the trajectory of {steps} steps; "
+        f"the smallest budget that can is {math.ceil(least / 2**20)}MiB"
     )
 
 

@@ -245,6 +245,12 @@ def _refuse_unteachable(command: FairseqCommand, header: TeacherHeader) -> None:
             f"--task {task} cannot be taught: l2t teaches translation; give a command with "
             f"--task translation{suggestion(task, ['translation'])}"
         )
+    arch = value_of(command, "--arch") or value_of(command, "-a") or ""
+    if "_lm" in arch:
+        raise UserError(
+            f"--arch {arch} is a language model and cannot be taught: l2t teaches translation; "
+            "give a command with an encoder-decoder"
+        )
     criterion = value_of(command, "--criterion") or "cross_entropy"
     if criterion not in CRITERIONS:
         raise UserError(

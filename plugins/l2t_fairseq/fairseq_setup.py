@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.optim import lr_scheduler
 from torch import nn
 
-from l2t_core.errors import UserError
+from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
@@ -38,7 +40,11 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
             describe cannot be taught.
     """
     register()
-    arguments = [str(data_bin), *shlex.split(flags)]
+    try:
+        arguments = [str(data_bin), *shlex.split(flags)]
+    except ValueError as error:
+        raise UserError(f"nmt.train: {error} in the flags; close the quotes") from None
+    _refuse_other_tasks(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -47,14 +53,33 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
             config = convert_namespace_to_omegaconf(namespace)
     except SystemExit:
         lines = [line for line in said.getvalue().splitlines() if line.strip()]
-        reason = lines[-1].split("error:", 1)[-1].strip() if lines else "refused"
+        reason = _shortened(lines[-1].split("error:", 1)[-1].strip()) if lines else "refused"
         raise UserError(
             f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
         ) from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"nmt.train: fairseq does not accept the flags ({error})") from error
+    except Exception as error:  # fairseq and omegaconf raise all kinds on a user's mistake
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(
+            f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
+        ) from error
     _refuse(namespace, config)
     return config
+
+
+def _refuse_other_tasks(arguments: list[str]) -> None:
+    """Refuse what is no translation before fairseq looks for that task's data."""
+    task = next((b for a, b in itertools.pairwise(arguments) if a == "--task"), "translation")
+    task = next((a[7:] for a in arguments if a.startswith("--task=")), task)
+    if task not in ("translation", "l2t_translation"):
+        raise UserError(f"nmt.train: --task {task} cannot be taught: l2t teaches translation")
+
+
+def _shortened(reason: str) -> str:
+    """Return argparse's reason with a long list of choices as the nearest ones."""
+    found = re.match(r"(.*invalid choice: '([^']*)') \(choose from (.*)\)$", reason)
+    if not found:
+        return reason
+    return found.group(1) + suggestion(found.group(2), re.findall(r"[\w.]+", found.group(3)))
 
 
 def _refuse(namespace: Any, config: Any) -> None:
@@ -68,8 +93,27 @@ def _refuse(namespace: Any, config: Any) -> None:
             f"nmt.train: --arch {namespace.arch} has wrong second derivatives in torch (fused "
             "weight norm, scaled gradients); teach a transformer, lightconv or lstm"
         )
+    if str(getattr(namespace, "arch", "")).startswith("transformer_lm"):
+        raise UserError(
+            f"nmt.train: --arch {namespace.arch} is a language model and cannot be taught: l2t "
+            "teaches translation"
+        )
     if config.dataset.max_tokens is None and config.dataset.batch_size is None:
         raise UserError("nmt.train: give --max-tokens or --batch-size")
+
+
+def refuse_empty_split(data_bin: Path, split: str) -> None:
+    """Refuse a dev set without sentences; fairseq would die on it without saying so.
+
+    Raises:
+        UserError: if a binary file of the split is empty.
+    """
+    for path in sorted(data_bin.glob(f"{split}.*.bin")):
+        if path.stat().st_size == 0:
+            raise UserError(
+                f"the dev set is empty ({path}), and the teacher learns from it; run "
+                "fairseq-preprocess with a --validpref that has sentences"
+            )
 
 
 class FairseqSetup:
@@ -81,6 +125,7 @@ class FairseqSetup:
 
     def __init__(self, data_bin: Path, flags: str) -> None:
         self.config = parse_flags(data_bin, flags)
+        refuse_empty_split(data_bin, self.valid_subset)
         with quiet_fairseq():
             try:
                 self.task = tasks.setup_task(self.config.task)
@@ -141,7 +186,7 @@ class FairseqSetup:
             for name in ("grouped_shuffling", "update_epoch_batch_itr")
             if hasattr(data, name)
         }
-        return self.task.get_batch_iterator(
+        return self._batches(
             dataset=self.task.dataset(data.train_subset),
             max_tokens=data.max_tokens,
             max_sentences=data.batch_size,
@@ -158,11 +203,18 @@ class FairseqSetup:
             **newer,
         )
 
+    def _batches(self, **settings: Any) -> Any:
+        try:
+            return self.task.get_batch_iterator(**settings)
+        except (AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"nmt.train: fairseq cannot make batches ({reason})") from error
+
     def valid_batches(self, model: Any) -> list[Any]:
         """Return the dev set in fairseq's own validation batches."""
         data = self.config.dataset
         with quiet_fairseq():
-            iterator = self.task.get_batch_iterator(
+            iterator = self._batches(
                 dataset=self.task.dataset(self.valid_subset),
                 max_tokens=data.max_tokens_valid,
                 max_sentences=data.batch_size_valid,

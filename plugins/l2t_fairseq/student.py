@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from l2t_core.errors import UserError
+from l2t_core.errors import UserError, suggestion
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
@@ -189,12 +189,14 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
     Raises:
         UserError: if the data or the flags cannot be used.
     """
-    if spec.measure not in ("expected_bleu", "log_likelihood"):
-        raise UserError(
-            f"unknown nmt.measure {spec.measure!r}; use expected_bleu or log_likelihood"
-        )
-    if spec.estimator not in ("mrt", "reinforce"):
-        raise UserError(f"unknown nmt.estimator {spec.estimator!r}; use mrt or reinforce")
+    for name, known in (
+        ("measure", ("expected_bleu", "log_likelihood")),
+        ("estimator", ("mrt", "reinforce")),
+    ):
+        value = getattr(spec, name)
+        if value not in known:
+            hint = suggestion(value, known) or f"; use {' or '.join(known)}"
+            raise UserError(f"unknown nmt.{name} {value!r}{hint}")
     for name in ("steps", "dev_interval", "dev_sentences"):
         if getattr(spec, name) < 1:
             raise UserError(f"nmt.{name} is {getattr(spec, name)}; it must be at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from l2t_core.errors import UserError
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
@@ -91,3 +92,12 @@ def test_schedules_by_hand(name, expected):
     spec = ScheduleSpec(name, warmup_steps=1)
     rates = [learning_rate(spec, 1.0, step, 10) for step in (0, 1, 5, 9)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "spec", [OptimiserSpec("momentum", momentum=2.0), OptimiserSpec("adam", beta1=1.5),
+             OptimiserSpec("sgd", float("nan")), OptimiserSpec("adam", eps=-1.0)],
+)
+def test_impossible_settings_are_refused(spec):
+    with pytest.raises(UserError, match=r"optimiser\.\w+ is .*; it must"):
+        build_optimiser(spec)

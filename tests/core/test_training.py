@@ -152,7 +152,10 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LossSpec(warmup_steps=6), {}, "warmup_steps"),
         (LOSS, {"episodes": 0}, "episodes"),
         (LOSS, {"discount": 0.0}, "discount"),
-        (LOSS, {"lr": -1.0}, "lr > 0"),
+        (LOSS, {"lr": -1.0}, "training.lr is -1.0; it must be above 0"),
+        (LOSS, {"student_seeds": -1}, "student_seeds"),
+        (LossSpec(rank=0), {}, "loss.rank is 0"),
+        (LossSpec(sigma="sigmoyd"), {}, "did you mean 'sigmoid'"),
         (LOSS, {"differentiation": "exakt"}, "did you mean 'exact'"),
         (LOSS, {"memory": "1KiB"}, "smallest budget"),
     ],
@@ -161,6 +164,12 @@ def test_impossible_settings_are_refused(student, tmp_path, loss, changes, messa
     folder = open_run(tmp_path / "run", {})
     with pytest.raises(UserError, match=message):
         train_teacher(student, loss, TEACHER, spec(**changes), folder, record={})
+
+
+def test_a_teacher_needs_slots(student, tmp_path):
+    folder = open_run(tmp_path / "run", {})
+    with pytest.raises(UserError, match=r"teacher\.slots is -1; it must be at least 1"):
+        train_teacher(student, LOSS, TeacherSpec(slots=-1), spec(), folder, record={})
 
 
 @pytest.mark.parametrize("taught", [True, False])

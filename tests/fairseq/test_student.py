@@ -136,8 +136,12 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
          "adagrad has no differentiable"),
         ({"train": TRANSFORMER + RUN + " --lr-scheduler reduce_lr_on_plateau"}, "plateau"),
-        ({"measure": "blue"}, "nmt.measure"),
-        ({"estimator": "x"}, "nmt.estimator"),
+        ({"train": TRANSFORMER + RUN + " --user-dir 'x"}, "close the quotes"),
+        ({"train": "--task language_modeling --arch transformer_lm"}, "cannot be taught"),
+        ({"train": RUN}, "does not accept the flags"),
+        ({"train": TRANSFORMER + RUN + " --max-tokens 1"}, "cannot make batches"),
+        ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
+        ({"estimator": "x"}, "use mrt or reinforce"),
         ({"steps": 0}, "nmt.steps"),
         ({"samples": 1}, "at least 2"),
         ({"data": "nowhere"}, "no data folder nowhere"),
@@ -147,3 +151,15 @@ def test_refusals_are_one_line(prepared_toy, changes, message):
     with pytest.raises(UserError, match=message) as error:
         build_student(make_spec(prepared_toy, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_dev_set_is_one_line(prepared_toy, tmp_path):
+    import shutil
+
+    from l2t_fairseq.fairseq_setup import FairseqSetup
+
+    copy = tmp_path / "data-bin"
+    shutil.copytree(prepared_toy / "data-bin", copy)
+    (copy / "valid.de-en.de.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="the dev set is empty"):
+        FairseqSetup(copy, TRANSFORMER + RUN)
