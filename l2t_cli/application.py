@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from l2t_cli import console
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
+from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
@@ -47,6 +48,9 @@ class Application(Protocol):
 
     def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
         """Return the lines that say exactly what :meth:`run` would do."""
+
+    def begun(self, seed: int, teacher: Path | None, folder: Path) -> bool:
+        """Tell whether :meth:`run` has left something to go on from."""
 
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Train one student, or go on training it, and score it on test."""
@@ -156,6 +160,7 @@ def apply(
 
     application.check(teacher)
     config = {"teacher": checksum(teacher), "student": application.config()}
+    before = FreshFolder.before(folder)
     open_run(folder, config)
     scores: dict[str, dict[int, Score]] = {}
     try:
@@ -166,11 +171,30 @@ def apply(
             )
     except KeyboardInterrupt:
         raise Interrupted("finished students are kept; the same command continues") from None
+    except Exception as error:
+        for arm, seed, place in _jobs(folder, seeds, baseline):
+            used = teacher if arm == TAUGHT else None
+            if (place / "score.json").exists() or application.begun(seed, used, place):
+                raise
+        raise _taken_back(before, error) from None
     comparison = Comparison(
         application.name, application.measure, application.lower_is_better, scores, folder
     )
     _write_result(comparison, teacher, config)
     return comparison
+
+
+def _taken_back(before: FreshFolder, error: Exception) -> Exception:
+    """Remove the new folder; keep the log that ``error`` names beside it and name that."""
+    message = str(error)
+    for log in before.path.rglob("*.log") if before.fresh else ():
+        if isinstance(error, UserError) and str(log) in message:
+            kept = before.path.with_name(f"{before.path.name}.failed.log")
+            log.replace(kept)
+            error = UserError(message.replace(str(log), str(kept)))
+            break
+    before.take_back()
+    return error
 
 
 def report(comparison: Comparison, log_format: LogFormat) -> None:

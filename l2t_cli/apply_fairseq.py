@@ -11,7 +11,7 @@ from typing import Any
 from l2t_cli.application import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
-from l2t_cli.fairseq_scoring import TestSet
+from l2t_cli.fairseq_scoring import TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -31,6 +31,8 @@ from l2t_fairseq.command import (
     without,
 )
 from l2t_fairseq.prepare import load_prepared
+
+_MARK = "command.sh"
 
 
 class FairseqApplication:
@@ -61,8 +63,7 @@ class FairseqApplication:
     ) -> FairseqApplication:
         """Take the command as the shell split it."""
         command = parse_command(words)
-        name = save_dir(command).name if value_of(command, "--save-dir") else "fairseq"
-        return cls(name, command, generate, reference)
+        return cls(_name(command), command, generate, reference)
 
     @classmethod
     def from_script(
@@ -137,6 +138,11 @@ class FairseqApplication:
         """Return the training command, ready to be pasted into a shell."""
         return [shell_text(self.command_for(seed, teacher, folder))]
 
+    def begun(self, seed: int, teacher: Path | None, folder: Path) -> bool:
+        """Tell whether there are checkpoints of ours to go on from, wherever they go."""
+        checkpoints = self.checkpoints(seed, teacher, folder)
+        return (folder / _MARK).exists() and any(checkpoints.glob("checkpoint*.pt"))
+
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Run fairseq-train, or let it go on from its last checkpoint; generate and score."""
         began = time.monotonic()
@@ -174,6 +180,19 @@ class RecipeApplication(FairseqApplication):
         super().check(teacher)
 
 
+def _name(command: FairseqCommand) -> str:
+    """Name a command by its --save-dir, else by its data and model."""
+    if value_of(command, "--save-dir"):
+        return save_dir(command).name
+    parts = []
+    folder = data_folder(command)
+    if folder is not None:
+        place = folder.resolve()
+        parts.append(place.parent.name if place.name == "data-bin" else place.name)
+    parts.append(value_of(command, "--arch") or "fairseq")
+    return "-".join(part for part in parts if part)
+
+
 def _seed(command: FairseqCommand) -> int:
     text = value_of(command, "--seed") or "1"
     try:
@@ -184,7 +203,7 @@ def _seed(command: FairseqCommand) -> int:
 
 def _claim(checkpoints: Path, folder: Path, text: str) -> None:
     """Refuse checkpoints of another run: fairseq would go on from them."""
-    mark = folder / "command.sh"
+    mark = folder / _MARK
     if (checkpoints / "checkpoint_last.pt").exists() and not mark.exists():
         raise UserError(
             f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "

@@ -57,6 +57,10 @@ class ImageApplication:
             f"train {self.name} for {self.student().total_steps} steps on {loss}, into {folder}"
         ]
 
+    def begun(self, seed: int, teacher: Path | None, folder: Path) -> bool:
+        """Tell whether there is a snapshot to go on from."""
+        return (folder / "snapshot.safetensors").exists()
+
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Train one student and read its error on the test set, once, at the end."""
         import torch

@@ -12,7 +12,8 @@ from l2t_core.files import atomic_write
 from l2t_core.teacher_file import check_fits, load_teacher
 from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
-from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair, read_lines
+from l2t_fairseq.prepare import read_lines
+from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair
 from l2t_fairseq.scoring import score_checkpoint as score_prepared
 
 _TARGET = re.compile(r"T-(\d+)\t(.*)")
@@ -41,19 +42,19 @@ class TestSet:
         Raises:
             UserError: if it names none, or there is no test split to score on.
         """
-        folders = [Path(a.split(":")[0]) for a in command.arguments if not a.startswith("-")]
-        found = [folder for folder in folders if folder.is_dir() and any(folder.glob("dict.*.txt"))]
-        if not found:
-            looked = f" (first argument: {folders[0]})" if folders else ""
+        found = data_folder(command)
+        if found is None:
+            words = [word for word in command.arguments if not word.startswith("-")]
+            looked = f" (first argument: {words[0].split(':')[0]})" if words else ""
             raise UserError(
                 f"the command names no folder with dict.*.txt{looked}; give the folder that "
                 "fairseq-preprocess or `l2t data prepare` wrote"
             )
-        language_pair(found[0], "train")
-        language_pair(found[0], "test")
+        language_pair(found, "train")
+        language_pair(found, "test")
         if reference is not None:
             read_lines(reference)
-        return cls(found[0], generate or DEFAULT_GENERATE, reference)
+        return cls(found, generate or DEFAULT_GENERATE, reference)
 
     @property
     def target(self) -> str:
@@ -106,6 +107,15 @@ class TestSet:
         if any(symbol.startswith("▁") for symbol in symbols):
             return ["--remove-bpe", "sentencepiece"]
         return ["--remove-bpe"] if any(symbol.endswith("@@") for symbol in symbols) else []
+
+
+def data_folder(command: FairseqCommand) -> Path | None:
+    """Return the first folder with dictionaries that ``command`` names, if any."""
+    for word in command.arguments:
+        folder = Path(word.split(":")[0])
+        if not word.startswith("-") and folder.is_dir() and any(folder.glob("dict.*.txt")):
+            return folder
+    return None
 
 
 def _targets(log: Path) -> list[str]:

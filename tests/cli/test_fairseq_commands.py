@@ -155,7 +155,7 @@ def test_a_failing_run_is_told_in_one_line(l2t: Run, data_bin: Path, tmp_path: P
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--dropuot", "0.1"]
     line = l2t("apply-teacher", teacher, "--out", "out", "--", *command).error()
-    assert "--dropuot" in line and "out/taught/seed-1/train.log" in line
+    assert "--dropuot" in line and "out.failed.log" in line and not Path("out").exists()
 
 
 def test_checkpoints_of_another_run_are_not_continued(
@@ -168,3 +168,13 @@ def test_checkpoints_of_another_run_are_not_continued(
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--save-dir", "mine"]
     assert "another run" in l2t("apply-teacher", teacher, "--", *command).error()
     assert kept.read_bytes() == b"somebody's"
+
+
+def test_a_command_that_failed_can_be_corrected(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--no-such-flag"]
+    line = l2t("apply-teacher", teacher, "--", *command).error()
+    name = f"{data_bin.parent.name}-transformer-taught"
+    assert "--no-such-flag" in line and f"runs/{name}.failed.log" in line
+    assert [path.name for path in Path("runs").iterdir()] == [f"{name}.failed.log"]
+    assert l2t("apply-teacher", teacher, "--", *command[:-1]).code == 0

@@ -1,0 +1,36 @@
+"""Taking back an output folder that a failed command has just made."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FreshFolder:
+    """An output folder as it was before a command used it; ``missing`` lists what to remove."""
+
+    path: Path
+    fresh: bool
+    missing: list[Path]
+
+    @classmethod
+    def before(cls, path: Path) -> FreshFolder:
+        """Remember whether ``path`` is there, and whether anything is in it."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        fresh = bool(missing) or (path.is_dir() and next(path.iterdir(), None) is None)
+        return cls(path, fresh, missing)
+
+    def take_back(self) -> None:
+        """Remove what the command wrote, unless the folder held something before."""
+        if not self.fresh or not self.path.is_dir():
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        for folder in self.missing:
+            if folder.is_dir() and next(folder.iterdir(), None) is None:
+                folder.rmdir()
