@@ -13,6 +13,7 @@ from l2t_core.teacher_file import check_fits, load_teacher
 from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.prepare import read_lines
+from l2t_fairseq.generate_flags import check_generate_flags
 from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair
 from l2t_fairseq.scoring import score_checkpoint as score_prepared
 
@@ -62,11 +63,12 @@ class TestSet:
         return language_pair(self.data_bin, "test")[1]
 
     def check(self, teacher: Path) -> None:
-        """Refuse a teacher for another target dictionary.
+        """Refuse a teacher for another target dictionary, and flags that cannot generate.
 
         Raises:
-            UserError: with the two sizes side by side.
+            UserError: with the two sizes side by side, or fairseq's reason.
         """
+        check_generate_flags(split_flags(self.generate, "--generate"), self.data_bin)
         _, header = load_teacher(teacher)
         check_fits(header, data_fingerprint(self.data_bin, self.target), teacher)
 
@@ -82,7 +84,7 @@ class TestSet:
             return result.bleu, result.signature
         log = folder / "generate-test.log"
         source, target = language_pair(self.data_bin, "test")
-        flags = [*shlex.split(self.generate), "--source-lang", source, "--target-lang", target]
+        flags = [*split_flags(self.generate, "--generate"), "--source-lang", source, "--target-lang", target]
         if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
             # fairseq-fixed leaves out the sentences beyond the last multiple, 8 by default.
             flags += ["--required-batch-size-multiple", "1"]
@@ -107,6 +109,18 @@ class TestSet:
         if any(symbol.startswith("▁") for symbol in symbols):
             return ["--remove-bpe", "sentencepiece"]
         return ["--remove-bpe"] if any(symbol.endswith("@@") for symbol in symbols) else []
+
+
+def split_flags(text: str, origin: str) -> list[str]:
+    """Return the words of a line of flags; ``origin`` is where the user wrote it.
+
+    Raises:
+        UserError: if a quote is left open.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{origin} is no line of flags ({error}): {text!r}") from None
 
 
 def data_folder(command: FairseqCommand) -> Path | None:

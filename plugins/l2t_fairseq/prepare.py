@@ -292,13 +292,14 @@ def read_lines(path: Path) -> list[str]:
         UserError: if it is missing, cut short or not UTF-8.
     """
     try:
+        # Bytes, not read_text: it would take a lone carriage return for a line's end.
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; check the folder given with --from") from None
+        raise UserError(f"{path} is missing; check the folder that should hold it") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or no text ({error}); get it again") from error
-    return text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 DatasetFunction = Callable[[Path, "Path | None", OnEvent], PreparedCorpus]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_fairseq.prepare import read_lines
 
 _DETOKENISED = re.compile(r"D-(\d+)\t[^\t]*\t?(.*)")
 # Notes and progress that may follow the line that says what went wrong.
@@ -167,20 +168,6 @@ def language_pair(data_bin: Path, split: str) -> tuple[str, str]:
         source, _, target = pair.partition("-")
         return source, target
     raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file, without the newlines that end them.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        # Not read_text: it would take a lone carriage return within a sentence for a line end.
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); prepare the data again") from error
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _reason(log: Path, code: int) -> str:

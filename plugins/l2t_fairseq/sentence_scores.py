@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sacrebleu.metrics import BLEU
 
 # Add-one smoothing on orders n >= 2 (Lin and Och 2004); sacreBLEU leaves unigrams unsmoothed. With
@@ -14,10 +12,3 @@ _SENTENCE = BLEU(smooth_method="add-k", smooth_value=1, effective_order=True)
 def sentence_bleu(hypothesis: str, reference: str) -> float:
     """Return smoothed sentence BLEU in [0, 1]."""
     return float(_SENTENCE.sentence_score(hypothesis, [reference]).score) / 100.0
-
-
-def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Return sacreBLEU's corpus BLEU in [0, 100] and its signature."""
-    metric = BLEU()
-    score = metric.corpus_score(list(hypotheses), [list(references)])
-    return float(score.score), str(metric.get_signature())

@@ -23,7 +23,8 @@ from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
-from l2t_fairseq.sentence_scores import corpus_bleu, sentence_bleu
+from l2t_fairseq.scoring import corpus_bleu
+from l2t_fairseq.sentence_scores import sentence_bleu
 
 # Sources decoded together by the true measure.
 _DECODE_BATCH = 128

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_RUN
+from toy_fairseq import TINY_MODEL, TINY_RUN
 
 from l2t_core.errors import UserError
 from l2t_core.losses import step_loss

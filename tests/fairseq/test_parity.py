@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, USER_DIR, run_module
+from toy_fairseq import TINY_MODEL, USER_DIR, run_module
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student

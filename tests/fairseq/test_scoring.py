@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-from conftest import TINY_MODEL, TINY_RUN, run_module
+from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
 from l2t_fairseq.scoring import (
@@ -50,14 +50,6 @@ def test_the_score_is_sacrebleus_own() -> None:
     assert corpus_bleu(references, references)[0] == pytest.approx(100)
     with pytest.raises(UserError, match="reference is empty"):
         corpus_bleu([], [])
-
-
-def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    path.write_bytes("a\rb\u2028c\n\nd\n".encode())
-    assert read_lines(path) == ["a\rb\u2028c", "", "d"]
-    with pytest.raises(UserError, match="prepare the data again"):
-        read_lines(tmp_path / "nothing")
 
 
 @pytest.fixture(scope="module")

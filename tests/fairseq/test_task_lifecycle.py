@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_RUN, USER_DIR, run_module
+from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.teacher_file import load_header
