@@ -46,6 +46,9 @@ class Application(Protocol):
     def check(self, teacher: Path) -> None:
         """Raise UserError if the teacher or the data cannot be used."""
 
+    def notes(self, teacher: Path, baseline: bool) -> list[str]:
+        """Return lines about what is changed in what the user gave."""
+
     def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
         """Return the lines that say exactly what :meth:`run` would do."""
 
@@ -135,6 +138,8 @@ def show_plan(
 ) -> None:
     """Print what :func:`apply` would do, and do nothing."""
     application.check(teacher)
+    for note in application.notes(teacher, baseline):
+        console.line(f"# changed: {note}")
     for arm, seed, place in _jobs(folder, seeds, baseline):
         console.line(f"# {LABELS[arm]}, seed {seed}")
         for text in application.plan(seed, teacher if arm == TAUGHT else None, place):
@@ -160,6 +165,9 @@ def apply(
 
     application.check(teacher)
     config = {"teacher": checksum(teacher), "student": application.config()}
+    if log_format in (LogFormat.rich, LogFormat.simple):
+        for note in application.notes(teacher, baseline):
+            console.line(f"changed: {note}")
     before = FreshFolder.before(folder)
     open_run(folder, config)
     scores: dict[str, dict[int, Score]] = {}

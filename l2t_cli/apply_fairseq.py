@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from l2t_cli.application import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
-from l2t_cli.fairseq_scoring import TestSet, data_folder
+from l2t_cli.fairseq_scoring import TestSet, data_folder, split_flags
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -53,6 +52,7 @@ class FairseqApplication:
         reference: Path | None = None,
     ) -> None:
         self.name, self.command = name, command
+        split_flags(generate, "--generate")
         self.generate, self.reference = generate, reference
         self._teacher = Path()
         self.default_seed = _seed(command)
@@ -92,7 +92,24 @@ class FairseqApplication:
         """Refuse what cannot be taught, missing data, and a teacher for another dictionary."""
         self._teacher = teacher
         self.taught(teacher)
-        self.test_set().check(teacher)
+        test_set = self.test_set()
+        if (test_set.data_bin.parent / "prepared.json").is_file():
+            load_prepared(test_set.data_bin.parent)
+        _refuse_empty_dev(test_set.data_bin, value_of(self.command, "--valid-subset") or "valid")
+        test_set.check(teacher)
+
+    def notes(self, teacher: Path, baseline: bool) -> list[str]:
+        """Return one line: the criterion that was replaced and what went with it."""
+        header = load_header(teacher)
+        changes = teach_command(self.command, teacher.resolve(), header, plugin_folder()).changes
+        said = [
+            change
+            for change in changes
+            if change.startswith(("--criterion", "left out")) or " removed: " in change
+        ]
+        if baseline:
+            said.append("the student to compare with trains by plain cross-entropy")
+        return ["; ".join(said)] if said else []
 
     def test_set(self) -> TestSet:
         """Return what the student is scored on."""
@@ -171,7 +188,8 @@ class RecipeApplication(FairseqApplication):
         spec = recipe.student
         self.prepared = Path(spec.data)
         data_bin = self.prepared / "data-bin"
-        words = ["fairseq-train", str(data_bin), *shlex.split(spec.train)]
+        words = ["fairseq-train", str(data_bin), *split_flags(spec.train, "nmt.train")]
+        split_flags(spec.generate, "nmt.generate")
         super().__init__(recipe.short_name, parse_command(words), spec.generate)
 
     def check(self, teacher: Path) -> None:
@@ -199,6 +217,15 @@ def _seed(command: FairseqCommand) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"--seed {text} is no whole number; write --seed N") from None
+
+
+def _refuse_empty_dev(data_bin: Path, splits: str) -> None:
+    for split in splits.split(","):
+        if any(file.stat().st_size == 0 for file in data_bin.glob(f"{split}.*.bin")):
+            raise UserError(
+                f"the dev set ({split}) of {data_bin} is empty; preprocess it again with "
+                "--validpref, or name another --valid-subset"
+            )
 
 
 def _claim(checkpoints: Path, folder: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import typer
 from l2t_cli import application as applying
 from l2t_cli import console
 from l2t_cli.console import LogFormat
-from l2t_cli.recipe_loading import Recipe, load_recipe
+from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe
 from l2t_core.errors import UserError
 
 
@@ -21,23 +21,29 @@ def command(
         metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
         help="What to train.",
     ),
-    out: Path = typer.Option(None, help="Output folder [default: runs/NAME-taught]."),
+    out: Path = typer.Option(None, show_default="runs/NAME-taught", help="Output folder."),
     seed: int = typer.Option(
-        None, help="The first student's seed [default: that of the fairseq command, or 1]."
+        None,
+        show_default="that of the fairseq command, or 1",
+        help="The first student's seed.",
     ),
     seeds: int = typer.Option(1, help="How many students, with consecutive seeds."),
     baseline: bool = typer.Option(
         False, "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
     ),
     generate: str = typer.Option(
-        "", help="fairseq-generate's flags for a command or script [default: --beam 5]."
+        "",
+        show_default="--beam 5",
+        help="fairseq-generate's flags for a command or script.",
     ),
     reference: Path = typer.Option(
         None, help="Raw text of the test set's target side, for a command or script."
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands or the plan only."),
     log_format: LogFormat = typer.Option(
-        None, help="How to report [default: rich on a terminal, else simple]."
+        None,
+        show_default="rich on a terminal, else simple",
+        help="How to report.",
     ),
 ) -> None:
     """Train a student under a teacher and score it on test.
@@ -99,6 +105,12 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
         return _command_application().from_script(path, generate, reference)
     if generate or reference:
         raise UserError("--generate and --reference are for commands; a recipe has its own")
+    for change in target[1:]:
+        if change.split("=")[0].split(".")[0] in CORE_SECTIONS:
+            raise UserError(
+                f"{change} belongs to the teacher's training and has no effect here (the teacher "
+                "file holds it); give it to `l2t train-teacher`"
+            )
     return application_for_recipe(load_recipe(first, target[1:]))
 
 

@@ -29,11 +29,13 @@ def start(context: typer.Context) -> None:
 def prepare(
     name: str = typer.Argument(..., help="demo, multi30k or mnist; digits needs no preparing."),
     source: Path = typer.Option(
-        None, "--from", help="A folder with the official files [default: download them]."
+        None, "--from", show_default="download them", help="A folder with the official files."
     ),
-    out: Path = typer.Option(None, help="Output folder [default: data/NAME]."),
+    out: Path = typer.Option(None, show_default="data/NAME", help="Output folder."),
     log_format: LogFormat = typer.Option(
-        None, help="How to report [default: rich on a terminal, else simple]."
+        None,
+        show_default="rich on a terminal, else simple",
+        help="How to report.",
     ),
 ) -> None:
     """Bring a data set into the form that the recipes read."""

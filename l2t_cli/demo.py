@@ -38,7 +38,9 @@ PARTS = (
 def command(
     out: Path = typer.Option(Path("runs/demo"), help="Output folder."),
     log_format: LogFormat = typer.Option(
-        None, help="How to report [default: rich on a terminal, else simple]."
+        None,
+        show_default="rich on a terminal, else simple",
+        help="How to report.",
     ),
 ) -> None:
     """Train and apply a teacher for translation and for images, in a few minutes.

@@ -12,8 +12,8 @@ from l2t_core.files import atomic_write
 from l2t_core.teacher_file import check_fits, load_teacher
 from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
-from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.generate_flags import check_generate_flags
+from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair
 from l2t_fairseq.scoring import score_checkpoint as score_prepared
 
@@ -84,7 +84,8 @@ class TestSet:
             return result.bleu, result.signature
         log = folder / "generate-test.log"
         source, target = language_pair(self.data_bin, "test")
-        flags = [*split_flags(self.generate, "--generate"), "--source-lang", source, "--target-lang", target]
+        flags = split_flags(self.generate, "--generate")
+        flags += ["--source-lang", source, "--target-lang", target]
         if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
             # fairseq-fixed leaves out the sentences beyond the last multiple, 8 by default.
             flags += ["--required-batch-size-multiple", "1"]

@@ -42,15 +42,18 @@ def show(name: str = typer.Argument(..., help="A recipe's name or file.")) -> No
 def cp(
     name: str = typer.Argument(..., help="A recipe's name."),
     destination: Path = typer.Argument(..., help="A file or a folder."),
-    no_clobber: bool = typer.Option(False, "--no-clobber", help="Refuse to overwrite a file."),
+    force: bool = typer.Option(False, "--force", help="Overwrite a file that exists."),
+    no_clobber: bool = typer.Option(False, "--no-clobber", help="Quietly keep a file that exists."),
 ) -> None:
     """Copy a recipe, to be changed and given back by its path."""
     _, path = find_recipe(name)
     target = destination / path.name if destination.is_dir() else destination
     if target.suffix not in (".yaml", ".yml"):
         raise UserError(f"{target}: a recipe file ends in .yaml; name it so")
-    if no_clobber and target.exists():
-        raise UserError(f"{target} exists; drop --no-clobber to overwrite it")
+    if target.exists() and no_clobber:
+        return
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; give --force to overwrite it, or another name")
     atomic_write(target, path.read_text(encoding="utf-8"))
     console.line(f"copied {name} to {console.shown(target)}")
 

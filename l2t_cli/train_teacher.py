@@ -32,12 +32,14 @@ def command(
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Changes, e.g. training.episodes=5."
     ),
-    out: Path = typer.Option(None, help="Output folder [default: runs/RECIPE]."),
+    out: Path = typer.Option(None, show_default="runs/RECIPE", help="Output folder."),
     resume: bool = typer.Option(True, help="Continue the run that the folder holds."),
     seed: int = typer.Option(None, help="Seed of teacher and students (training.seed)."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print configuration and plan only."),
     log_format: LogFormat = typer.Option(
-        None, help="How to report [default: rich on a terminal, else simple]."
+        None,
+        show_default="rich on a terminal, else simple",
+        help="How to report.",
     ),
     tensorboard_logdir: Path = typer.Option(None, help="Write TensorBoard scalars here."),
 ) -> None:

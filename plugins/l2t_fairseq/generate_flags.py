@@ -29,8 +29,10 @@ def check_generate_flags(flags: Sequence[str], data_bin: Path) -> None:
             parse(options.get_generation_parser(), input_args=[str(data_bin), *flags])
     except SystemExit as error:
         reason = said.getvalue().strip().rpartition("error: ")[2]
+        if not error.code:
+            reason = "they ask for help"
         raise UserError(
-            f"fairseq-generate does not take `{line}` ({reason if error.code else 'it asks for help'}); "
+            f"fairseq-generate does not take `{line}` ({reason}); "
             "mend nmt.generate, or --generate for a command"
         ) from None
 

@@ -100,8 +100,11 @@ def test_recipe_copied_and_used_by_path(l2t: Run, tmp_path: Path) -> None:
     ).out.rstrip()
     assert l2t("train-teacher", "mine.yaml", "--dry-run").code == 0
     (tmp_path / "mine.yaml").write_text("changed")
-    assert "--no-clobber" in l2t("recipes", "cp", "digits", "mine.yaml", "--no-clobber").error()
+    assert "--force" in l2t("recipes", "cp", "digits", "mine.yaml").error()
+    assert l2t("recipes", "cp", "digits", "mine.yaml", "--no-clobber").code == 0
     assert (tmp_path / "mine.yaml").read_text() == "changed"
+    assert l2t("recipes", "cp", "digits", "mine.yaml", "--force").code == 0
+    assert (tmp_path / "mine.yaml").read_text() != "changed"
 
 
 def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(l2t: Run, tmp_path: Path) -> None:

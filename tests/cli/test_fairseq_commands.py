@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
     before = set(tmp_path.iterdir())
     outcome = l2t("apply-teacher", teacher, script, "--dry-run", "--baseline")
     assert set(tmp_path.iterdir()) == before
-    comment, taught, _, baseline = outcome.out.splitlines()
+    note, comment, taught, _, baseline = outcome.out.splitlines()
+    assert "label_smoothed_cross_entropy -> l2t_dynamic" in note
+    assert "--label-smoothing removed" in note
     assert comment == "# taught, seed 5"
     assert "--criterion=l2t_dynamic" in taught and "--label-smoothing" not in taught
     assert "--criterion=cross_entropy" in baseline and "--label-smoothing" not in baseline
@@ -178,3 +181,21 @@ def test_a_command_that_failed_can_be_corrected(l2t: Run, data_bin: Path, tmp_pa
     assert "--no-such-flag" in line and f"runs/{name}.failed.log" in line
     assert [path.name for path in Path("runs").iterdir()] == [f"{name}.failed.log"]
     assert l2t("apply-teacher", teacher, "--", *command[:-1]).code == 0
+
+
+@pytest.mark.parametrize("flags", ["--beem 5", "--beam five", "--beam '5", "--help"])
+def test_flags_that_cannot_generate_are_refused_first(
+    l2t: Run, data_bin: Path, tmp_path: Path, flags: str
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    arguments = ["apply-teacher", teacher, "--generate", flags, "--dry-run", "--", *command]
+    assert "--generate" in l2t(*arguments).error()
+
+
+def test_an_empty_dev_set_is_refused(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    other = shutil.copytree(data_bin, tmp_path / "other")
+    (other / "valid.de-en.en.bin").write_bytes(b"")
+    command = ["fairseq-train", str(other), *shlex.split(TRAIN)]
+    assert "the dev set (valid)" in l2t("apply-teacher", teacher, "--", *command).error()
