@@ -63,7 +63,7 @@ def validate(
     names: list[str] = typer.Argument(..., help="Recipes by name or file."),
 ) -> None:
     """Check recipes and list everything that is wrong with them."""
-    from l2t_cli.recipe_values import wrong_names
+    from l2t_cli.recipe_values import impossible_settings, wrong_names
 
     problems: list[str] = []
     for name in names:
@@ -72,7 +72,8 @@ def validate(
         except UserError as error:
             recipe, found = None, [str(error)]
         if recipe is not None:
-            found = wrong_names(recipe)
+            # The check of settings looks names up, too, but says less about where they are.
+            found = wrong_names(recipe) or impossible_settings(recipe, recipe.student.steps)
         if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")
         problems += found

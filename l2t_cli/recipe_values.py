@@ -1,4 +1,4 @@
-"""Names inside a recipe, looked up in the registries without building or training anything."""
+"""Values of a recipe, checked without building or training anything."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def wrong_names(recipe: Recipe) -> list[str]:
         except UserError as error:
             problems.append(f"{recipe.source}: {key}: {error}")
     return problems
+
+
+def impossible_settings(recipe: Recipe, total_steps: int) -> list[str]:
+    """Return a line if no teacher can learn anything with the settings of ``recipe``."""
+    from l2t_core.training import check_settings
+
+    try:
+        check_settings(recipe.loss, recipe.teacher, recipe.training, total_steps)
+    except UserError as error:
+        return [f"{recipe.source}: {error}"]
+    return []
 
 
 def _names(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
 from l2t_cli.progress import ScalarLog, TeacherView
 from l2t_cli.recipe_loading import Recipe, load_recipe, shipped_recipes
+from l2t_cli.recipe_values import impossible_settings, wrong_names
+from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 
 
@@ -57,15 +59,24 @@ def command(
 
 
 def show_plan(recipe: Recipe, folder: Path) -> None:
-    """Print the configuration as resolved and what would be done."""
+    """Print the configuration as resolved and what would be done.
+
+    Raises:
+        UserError: if the run itself would be refused.
+    """
     import yaml
 
+    if wrong := wrong_names(recipe):
+        raise UserError(wrong[0])
+    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    if wrong := impossible_settings(recipe, student.total_steps):
+        raise UserError(wrong[0])
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
     episodes = recipe.training.episodes
-    steps = getattr(recipe.student, "steps", 0)
     console.line()
     console.line(
-        f"plan: {episodes} updates of the teacher, {episodes + 1} students of {steps} steps each, "
+        f"plan: {episodes} updates of the teacher, {episodes + 1} students of "
+        f"{student.total_steps} steps each, "
         f"into {console.shown(folder)}"
     )
 
@@ -90,48 +101,63 @@ def run(
     config = {"recipe": recipe.name, **recipe.config()}
     # The student first: a missing data set should not leave an empty run folder behind.
     student = recipe.field.build_student(recipe.student, recipe.training.seed)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = FreshFolder.before(folder)
     opened = open_run(folder, config, resume=resume)
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
-    scalars = ScalarLog(tensorboard_logdir)
-    if done and log_format in (LogFormat.rich, LogFormat.simple):
-        console.line(f"continuing {console.shown(folder)} after {len(done)} episodes")
-    try:
-        with _tidy(opened, missing), view.running(done) as show:
+    if log_format in (LogFormat.rich, LogFormat.simple):
+        _say_where_it_stands(opened, len(done))
+    with (
+        _tidy(opened, before),
+        closing(_scalars(tensorboard_logdir)) as scalars,
+        view.running(done) as show,
+    ):
 
-            def receive(event: dict[str, Any]) -> None:
-                show(event)
-                scalars.receive(event)
+        def receive(event: dict[str, Any]) -> None:
+            show(event)
+            scalars.receive(event)
 
-            result = train_teacher(
-                student,
-                recipe.loss,
-                recipe.teacher,
-                recipe.training,
-                opened,
-                record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
-                on_event=receive,
-            )
-    finally:
-        scalars.close()
+        result = train_teacher(
+            student,
+            recipe.loss,
+            recipe.teacher,
+            recipe.training,
+            opened,
+            record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
+            on_event=receive,
+        )
     _finish(result, student.measure_name, recipe, folder, log_format)
     return Path(result.best_path)
 
 
 @contextmanager
-def _tidy(opened: Any, missing: list[Path]) -> Iterator[None]:
-    """Turn Ctrl-C into advice; after an impossible setting take back the folders just made."""
+def _tidy(opened: Any, before: FreshFolder) -> Iterator[None]:
+    """Turn Ctrl-C into advice; after a failure with nothing finished take the folder back."""
     try:
         yield
-    except UserError:
-        if missing and not opened.state.exists():
-            opened.config.unlink()
-            for path in missing:
-                path.rmdir()
+    except Exception:
+        if not opened.state.exists():
+            before.take_back()
         raise
     except KeyboardInterrupt:
         raise Interrupted("the finished episodes are kept; the same command continues") from None
+
+
+def _say_where_it_stands(opened: Any, done: int) -> None:
+    # The teachers are written once the last episode is over.
+    if done and opened.teacher_best.exists():
+        console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")
+    elif done:
+        console.line(f"continuing {console.shown(opened.path)} after {done} episodes")
+
+
+def _scalars(folder: Path | None) -> ScalarLog:
+    try:
+        return ScalarLog(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --tensorboard-logdir {folder}: {error.strerror}"
+        ) from None
 
 
 def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format: LogFormat) -> None:
@@ -155,8 +181,15 @@ def finished_episodes(metrics: Path) -> list[dict[str, Any]]:
     """Return the episodes that a run's log holds so far."""
     if not metrics.exists():
         return []
-    rows = [json.loads(row) for row in metrics.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row.get("event") == "episode"]
+    rows = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short; the state knows, and writes the log anew
+        if isinstance(row, dict) and row.get("event") == "episode":
+            rows.append(row)
+    return rows
 
 
 def _plot(history: list[dict[str, Any]], measure: str, title: str, to: Path) -> None:

@@ -108,3 +108,27 @@ def test_a_folder_of_other_files_is_refused(l2t: Run, digits: Path, tmp_path: Pa
     write(folder / "letter.txt", "dear")
     assert "choose another --out" in l2t("train-teacher", digits, "--out", folder).error()
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "image.dev_size=0",
+        "image.batch_size=-4",
+        "training.episodes=-1",
+        "image.optimiser.name=sgdd",
+        "loss.warmup_steps=24",
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(l2t: Run, digits: Path, change: str) -> None:
+    assert change.split("=")[0] in l2t("train-teacher", digits, change, "--dry-run").error()
+
+
+def test_validate_refuses_impossible_settings(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.yaml", digits.read_text().replace("episodes: 2", "episodes: -1"))
+    assert "training.episodes" in l2t("recipes", "validate", bad).error()
+
+
+@pytest.mark.parametrize("change", ["loss.form=dense", "teacher.slots=3", "training.lr=1"])
+def test_an_application_refuses_what_belongs_to_the_teacher(l2t: Run, change: str) -> None:
+    assert "no effect" in l2t("apply-teacher", "t.safetensors", "digits", change).error()

@@ -43,6 +43,12 @@ def test_every_command_has_help(l2t: Run, command: list[str]) -> None:
     assert outcome.code == 0 and "Usage: l2t" in outcome.out and not outcome.err
 
 
+@pytest.mark.parametrize("command", [["train-teacher"], ["apply-teacher"], ["data", "prepare"]])
+def test_help_tells_the_defaults(l2t: Run, command: list[str]) -> None:
+    text = l2t(*command, "--help").out
+    assert "(rich on a" in text and text.count("[default: (") >= 2
+
+
 def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom l2t_cli.main import main\n"

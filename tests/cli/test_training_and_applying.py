@@ -50,8 +50,21 @@ def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
 def test_the_same_command_again_changes_nothing(l2t: Run, digits: Path, trained: Path) -> None:
     before = {p.name: p.read_bytes() for p in trained.iterdir() if p.suffix != ".png"}
     outcome = l2t("train-teacher", digits, "--out", trained)
-    assert outcome.code == 0 and "continuing" in outcome.out
+    assert outcome.code == 0 and "finished already, after 3 episodes" in outcome.out
     assert {p.name: p.read_bytes() for p in trained.iterdir() if p.suffix != ".png"} == before
+
+
+def test_a_cut_log_is_written_anew(l2t: Run, digits: Path, trained: Path) -> None:
+    log = trained / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-20])
+    assert l2t("train-teacher", digits, "--out", trained).code == 0
+    assert log.read_text() == whole
+
+
+def test_scalars_that_cannot_be_written(l2t: Run, digits: Path) -> None:
+    line = l2t("train-teacher", digits, "--tensorboard-logdir", digits).error()
+    assert "--tensorboard-logdir" in line and not Path("runs").exists()
 
 
 def test_another_runs_folder_is_refused(l2t: Run, digits: Path, trained: Path) -> None:
