@@ -23,27 +23,21 @@ def command(
     ),
     out: Path = typer.Option(None, show_default="runs/NAME-taught", help="Output folder."),
     seed: int = typer.Option(
-        None,
-        show_default="that of the fairseq command, or 1",
-        help="The first student's seed.",
+        None, show_default="the fairseq command's, or 1", help="The first student's seed."
     ),
     seeds: int = typer.Option(1, help="How many students, with consecutive seeds."),
     baseline: bool = typer.Option(
         False, "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
     ),
     generate: str = typer.Option(
-        "",
-        show_default="--beam 5",
-        help="fairseq-generate's flags for a command or script.",
+        "", show_default="--beam 5", help="fairseq-generate's flags for a command or script."
     ),
     reference: Path = typer.Option(
         None, help="Raw text of the test set's target side, for a command or script."
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands or the plan only."),
     log_format: LogFormat = typer.Option(
-        None,
-        show_default="rich on a terminal, else simple",
-        help="How to report.",
+        None, show_default="rich on a terminal, else simple", help="How to report."
     ),
 ) -> None:
     """Train a student under a teacher and score it on test.
