@@ -160,6 +160,8 @@ def _check(spec: ImageSpec) -> None:
     MODELS.get(spec.model)
     MEASURES.get(spec.measure)
     SCHEDULES.get(spec.schedule.name)
+    if not 0.0 < spec.optimiser.lr < float("inf"):
+        raise UserError(f"image.optimiser.lr is {spec.optimiser.lr}; it must be above 0")
     build_optimiser(spec.optimiser)
     for name in ("steps", "batch_size", "dev_interval", "hidden"):
         if getattr(spec, name) < 1:
@@ -168,5 +170,3 @@ def _check(spec: ImageSpec) -> None:
         raise UserError(f"image.dev_batch is {spec.dev_batch}; 0 takes the whole dev set")
     if not 0.0 <= spec.dropout < 1.0:
         raise UserError(f"image.dropout is {spec.dropout}; it must lie in [0, 1)")
-    if not 0.0 < spec.optimiser.lr < float("inf"):
-        raise UserError(f"image.optimiser.lr is {spec.optimiser.lr}; it must be above 0")
