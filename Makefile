@@ -11,8 +11,9 @@ CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 # pip up to 25.2 reads the first name for builds too, later ones read the second: without it the
 # build of fairseq's extensions would fetch a second torch.
-export PIP_CONSTRAINT := constraints.txt
-export PIP_BUILD_CONSTRAINT := constraints.txt
+# For the installation only: tests run pip in other folders, where this relative name is none.
+$(STAMP): export PIP_CONSTRAINT := constraints.txt
+$(STAMP): export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test install clean
