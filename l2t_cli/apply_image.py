@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ class ImageApplication:
         began = time.monotonic()
         student = self.student()
         applied = AppliedTeacher.from_file(teacher, student.total_steps) if teacher else None
+        if applied is not None and applied.header is not None:
+            # The teacher sees dev as often, for its part of the run, as where it was trained.
+            interval = applied.header.dev_interval_for(student.total_steps)
+            student.spec = replace(student.spec, dev_interval=interval)
         title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
         with bar(title, log_format, quiet=True) as update:
 

@@ -53,7 +53,7 @@ def train_student(
             {"event": "student_step", "step": step, "of": student.total_steps,
              "train_nll": statistics.nll, "train_accuracy": statistics.accuracy}
         )
-        if not state[0].sum().isfinite():
+        if not bool(state[0].isfinite().all()):
             raise FloatingPointError(f"the student diverged at step {step}")
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
             _save_snapshot(snapshot, life.point(state), step + 1, applied)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_core.losses import SIGMAS
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import Teacher, build_teacher
@@ -103,11 +105,13 @@ def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
     """
     header = load_header(path)
     features = feature_count(header.teacher.features, header.num_classes)
-    teacher = build_teacher(header.teacher, header.loss, header.num_classes, features, seed=0)
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except (SafetensorError, ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); copy it again") from error
+    # Without memory until its shapes are known to be those of the file: a header may claim any.
+    with torch.device("meta"):
+        teacher = build_teacher(header.teacher, header.loss, header.num_classes, features, seed=0)
     expected = {k: tuple(v.shape) for k, v in teacher.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if expected != found:
@@ -116,7 +120,10 @@ def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
             f"{path}: {wrong} has shape {found.get(wrong)}, its header says "
             f"{expected.get(wrong)}; the file is damaged, train the teacher again"
         )
-    teacher.load_state_dict(tensors)
+    bad = sorted(k for k, v in tensors.items() if not bool(v.isfinite().all()))
+    if bad:
+        raise UserError(f"{path}: {bad[0]} holds numbers that are not finite; train again")
+    teacher.load_state_dict(tensors, assign=True)
     return teacher.requires_grad_(False), header
 
 
@@ -140,9 +147,39 @@ def load_header(path: Path) -> TeacherHeader:
     try:
         header = content["header"]
         parts = {"teacher": TeacherSpec(**header["teacher"]), "loss": LossSpec(**header["loss"])}
-        return TeacherHeader(**{**header, **parts})
-    except (KeyError, TypeError, ValueError) as error:
+        found = TeacherHeader(**{**header, **parts})
+        _check_values(found)
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path}: damaged header ({error}); train the teacher again") from error
+
+
+def _check_values(header: TeacherHeader) -> None:
+    """Raise ValueError where a header's value is not of the kind that its name says."""
+    whole = {
+        "num_classes": header.num_classes,
+        "total_steps": header.total_steps,
+        "dev_interval": header.dev_interval,
+        "teacher.slots": header.teacher.slots,
+        "loss.rank": header.loss.rank,
+    }
+    for name, value in whole.items():
+        if type(value) is not int or not 1 <= value < 2**40:
+            raise ValueError(f"{name} is {value!r}")
+    warmup, mix = header.loss.warmup_steps, header.loss.ce_mix
+    if type(warmup) is not int or warmup < 0:
+        raise ValueError(f"loss.warmup_steps is {warmup!r}")
+    if not isinstance(mix, int | float) or not 0.0 <= mix < 1.0:
+        raise ValueError(f"loss.ce_mix is {mix!r}")
+    if not isinstance(header.fingerprint, dict) or not isinstance(header.record, dict):
+        raise ValueError("fingerprint or record is no table")
+    if not isinstance(header.teacher.features, list) or not header.teacher.features:
+        raise ValueError(f"teacher.features is {header.teacher.features!r}")
+    names = [header.teacher.name, header.loss.form, header.loss.sigma, *header.teacher.features]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names are {names!r}")
+    feature_count(header.teacher.features, header.num_classes)
+    SIGMAS.get(header.loss.sigma)
 
 
 def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | str) -> None:

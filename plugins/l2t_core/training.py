@@ -25,6 +25,9 @@ from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import TEACHERS, build_teacher
 from l2t_core.unroll import Life, parse_bytes
 
+# A dense W beyond this many classes takes more memory than any student of that size.
+DENSE_LIMIT = 1000
+
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -64,6 +67,11 @@ class TeacherTraining:
         record: dict[str, Any],
     ) -> None:
         check_settings(loss, teacher_spec, spec, student.total_steps)
+        if loss.form == "dense" and student.num_classes > DENSE_LIMIT:
+            raise UserError(
+                f"loss.form=dense would hold {student.num_classes} x {student.num_classes} numbers "
+                "in every slot; use diagonal, lowrank or shared"
+            )
         self.student, self.loss, self.spec, self.folder = student, loss, spec, folder
         names = tuple(teacher_spec.features) or student.default_features
         self.teacher_spec = dataclasses.replace(teacher_spec, features=list(names))
@@ -124,6 +132,7 @@ class TeacherTraining:
             )
 
         turn = number % spec.student_seeds if spec.student_seeds else number
+        # Far from the small seeds that people give to applications.
         seed = spec.seed * 1_000_003 + turn
         features = tuple(self.teacher_spec.features)
         episode = Episode(self.life, self.loss, features, spec, seed, seed)
@@ -145,12 +154,13 @@ class TeacherTraining:
     def _learn(self, outcome: Outcome) -> dict[str, Any]:
         """Take the outcome in: remember the best theta, then make one Adam step of ascent."""
         p, spec = self.progress, self.spec
-        better = math.isfinite(outcome.true) and outcome.true > p.best_measure
+        sound = math.isfinite(outcome.true) and math.isfinite(outcome.smoothed)
+        better = sound and outcome.true > p.best_measure
         if better:
             p.best_measure, p.best_episode = outcome.true, p.episode
             self.best = {k: v.clone() for k, v in self.teacher.state_dict().items()}
         norm = float(torch.stack([g.norm() for g in outcome.gradient]).norm())
-        usable = math.isfinite(norm)
+        usable = sound and math.isfinite(norm)
         last = p.episode >= spec.episodes
         if not usable:
             p.skipped += 1
@@ -160,8 +170,8 @@ class TeacherTraining:
                 parameter.grad = -scale * g  # ascent on M-tilde
             self.optimiser.step()
         return {
-            "smoothed": outcome.smoothed,
-            "dev_measure": outcome.true,
+            "smoothed": outcome.smoothed if sound else None,
+            "dev_measure": outcome.true if sound else None,
             "measure": self.student.measure_name,
             "hypergradient_norm": norm if usable else None,
             "growth": outcome.growth if math.isfinite(outcome.growth) else None,
@@ -267,6 +277,7 @@ def check_settings(
             f"must lie below the student's {total_steps} steps, or the teacher never teaches",
         ),
     ]
+    limits.append(("training.seed", spec.seed, 1 <= spec.seed < 2**31, "must lie in [1, 2^31)"))
     for name, value, fine, mend in limits:
         if not fine:
             raise UserError(f"{name} is {value}; it {mend}")

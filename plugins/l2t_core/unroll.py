@@ -136,6 +136,9 @@ def run_forward(
         if not math.isfinite(statistics.nll):
             raise FloatingPointError(f"the student diverged at step {step}")
         on_step("forward", step)
+    # The last update has no following loss to show that it went wrong.
+    if not bool(state[0].isfinite().all()):
+        raise FloatingPointError(f"the student diverged at step {life.student.total_steps - 1}")
     return state, trajectory
 
 

@@ -27,6 +27,8 @@ from l2t_fairseq import register
 # Flags under which a student cannot be differentiated twice, or only wrongly.
 _REFUSED = {
     "checkpoint_activations": "--checkpoint-activations recomputes outside the second derivative",
+    "finetune_from_model": "--finetune-from-model starts from another model than the teacher sees",
+    "fp16": "--fp16 is for the application; the hypergradient is in float32",
     "sentence_avg": "--sentence-avg scales the loss by sentences; teachers work per token",
 }
 _WRONG_ARCHITECTURES = ("fconv",)
@@ -206,7 +208,7 @@ class FairseqSetup:
     def _batches(self, **settings: Any) -> Any:
         try:
             return self.task.get_batch_iterator(**settings)
-        except (AssertionError, ValueError) as error:
+        except Exception as error:  # a sentence too long for the model is a bare Exception there
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"nmt.train: fairseq cannot make batches ({reason})") from error
 

@@ -262,6 +262,8 @@ def _encode(corpus: Corpus, model: bytes) -> Corpus:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def pieces(lines: list[str]) -> list[str]:
+        # fairseq-preprocess takes a lone carriage return for a line's end; the rest would shift.
+        lines = [line.replace("\r", " ") for line in lines]
         return [" ".join(line) for line in processor.encode(lines, out_type=str)]
 
     return {split: (pieces(first), pieces(second)) for split, (first, second) in corpus.items()}

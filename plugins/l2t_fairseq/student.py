@@ -170,9 +170,10 @@ class NmtStudent:
     def _collate(self, indices: list[int]) -> Any:
         return self.dev.collater([self.dev[i] for i in indices])
 
-    @staticmethod
-    def _max_length(net_input: dict[str, Tensor]) -> int:
-        return int(1.5 * net_input["src_tokens"].shape[1]) + 10
+    def _max_length(self, net_input: dict[str, Tensor]) -> int:
+        model: Any = self.module
+        longest = int(model.max_decoder_positions()) - 1  # one position is the start symbol's
+        return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, longest)
 
     def text(self, candidate: Candidate) -> str:
         """Return a candidate's detokenised text."""

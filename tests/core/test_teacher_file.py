@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 
@@ -91,6 +92,29 @@ def test_other_files_are_refused(saved, tmp_path):
     bad["teacher"]["slots"] = 4
     rewrite(header=bad)
     with pytest.raises(UserError, match="has shape"):
+        load_teacher(other)
+    bad["teacher"]["slots"] = 3
+    for section, key, value in (
+        (None, "num_classes", "five"), (None, "num_classes", None), (None, "total_steps", 0),
+        (None, "dev_interval", "x"), ("teacher", "slots", -1), ("teacher", "slots", "3"),
+        ("teacher", "features", None), ("teacher", "features", [1]), ("loss", "ce_mix", "a"),
+        ("loss", "warmup_steps", -2), ("loss", "sigma", "x"), ("loss", "form", 3),
+        (None, "fingerprint", None), (None, "teacher", 7),
+    ):
+        spoilt = copy.deepcopy(bad)
+        (spoilt[section] if section else spoilt)[key] = value
+        rewrite(header=spoilt)
+        with pytest.raises(UserError):
+            load_teacher(other)
+    huge = copy.deepcopy(bad)
+    huge["loss"]["form"], huge["num_classes"] = "dense", 10**7
+    rewrite(header=huge)
+    with pytest.raises(UserError, match="has shape"):
+        load_teacher(other)
+    content["header"] = bad
+    tensors["bias_keys"][0, 0] = float("nan")
+    rewrite()
+    with pytest.raises(UserError, match="not finite"):
         load_teacher(other)
     bad["surprise"] = 1
     rewrite(header=bad)

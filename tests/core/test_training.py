@@ -119,6 +119,15 @@ def test_a_diverging_student_is_skipped(make_student, tmp_path):
     assert "diverged" in result.history[0]["reason"]
 
 
+def test_a_student_that_dies_in_its_last_step_is_never_the_best(student, tmp_path):
+    rate = student.learning_rate
+    student.learning_rate = lambda step: 1e38 if step == 5 else rate(step)
+    result = run(student, tmp_path / "run")
+    assert result.skipped == 5
+    assert not any(row["best"] for row in result.history)
+    json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0], parse_constant=int)
+
+
 def test_patience_stops_early(student, tmp_path):
     student.true_measure = lambda: 0.5
     result = run(student, tmp_path / "run", episodes=50, patience=3)
@@ -154,6 +163,7 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LOSS, {"discount": 0.0}, "discount"),
         (LOSS, {"lr": -1.0}, "training.lr is -1.0; it must be above 0"),
         (LOSS, {"student_seeds": -1}, "student_seeds"),
+        (LOSS, {"seed": 10**15}, "training.seed"),
         (LossSpec(rank=0), {}, "loss.rank is 0"),
         (LossSpec(sigma="sigmoyd"), {}, "did you mean 'sigmoid'"),
         (LOSS, {"differentiation": "exakt"}, "did you mean 'exact'"),
