@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
+from l2t_core.double_backward import twice_differentiable
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
@@ -83,8 +84,10 @@ def first_differentiated_step(total_steps: int, loss: LossSpec, spec: TrainingSp
 
 def measure(life: Life, measure_seed: int) -> tuple[float, float, Tensor]:
     """Return M-tilde, the true measure and d M-tilde / d omega [P] at the module's parameters."""
-    smoothed = life.student.smoothed_measure(measure_seed)
-    cotangent = life.flat.gather(life.gradients(smoothed))
+    # One derivative, but in evaluation mode, where cuDNN's recurrent kernels have none at all.
+    with twice_differentiable(life.student.module):
+        smoothed = life.student.smoothed_measure(measure_seed)
+        cotangent = life.flat.gather(life.gradients(smoothed))
     return float(smoothed.detach()), life.student.true_measure(), cotangent
 
 

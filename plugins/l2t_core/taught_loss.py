@@ -18,9 +18,10 @@ class TaughtLoss(nn.Module):
 
     ::
 
-        criterion = TaughtLoss("teacher_best.safetensors", total_steps=len(loader) * epochs)
+        steps = len(loader) * epochs
+        criterion = TaughtLoss("teacher_best.safetensors", steps, optimizer)
         loss = criterion(model(x), y)
-        loss.backward(); optimizer.step(); criterion.step(optimizer)
+        loss.backward(); optimizer.step(); criterion.step()
 
     and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
     after each validation. Without ``step`` the teacher would keep writing its first loss. The
@@ -30,6 +31,7 @@ class TaughtLoss(nn.Module):
     Args:
         teacher: path of a teacher file.
         total_steps: T, the number of optimiser steps of this training.
+        optimizer: the student's, for teachers that look at its learning rate.
         warmup_steps: steps on cross-entropy; None scales the teacher's own.
 
     Raises:
@@ -37,15 +39,20 @@ class TaughtLoss(nn.Module):
     """
 
     def __init__(
-        self, teacher: str | Path, total_steps: int, warmup_steps: int | None = None
+        self,
+        teacher: str | Path,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        warmup_steps: int | None = None,
     ) -> None:
         super().__init__()
         if total_steps < 1:
             raise UserError(f"TaughtLoss: total_steps is {total_steps}; it must be at least 1")
         # A list hides the teacher from the module tree: it must not become a parameter.
         self._applied = [AppliedTeacher.from_file(teacher, total_steps, warmup_steps=warmup_steps)]
-        self._learning_rate = 0.0
-        self._pending: TrainStatistics | None = None
+        self._optimizer = optimizer
+        # Sums over the step's batches: nll in nats, right answers, examples.
+        self._seen = (0.0, 0.0, 0)
 
     @property
     def applied(self) -> AppliedTeacher:
@@ -62,20 +69,23 @@ class TaughtLoss(nn.Module):
                 f"TaughtLoss: the teacher was trained for {self.applied.state.num_classes} "
                 f"classes, the logits have {log_probs.shape[1]}; use a teacher of this task"
             )
-        self.applied.begin_step(self._learning_rate)
-        self._pending = train_statistics(log_probs, targets)
+        # Read now: a scheduler may have moved the rate since the last step.
+        rate = float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
+        self.applied.begin_step(rate)
+        new, count = train_statistics(log_probs, targets), len(targets)
+        nll, right, examples = self._seen
+        self._seen = (nll + count * new.nll, right + count * new.accuracy, examples + count)
         return self.applied.loss(log_probs, targets).mean()
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def step(self) -> None:
         """Tell the teacher that the optimiser has made its step; call it once after each.
 
-        ``optimizer`` lets the teacher see the learning rate, if it was trained to look at it.
+        All batches since the last call count as this step's (gradient accumulation).
         """
-        if optimizer is not None:
-            self._learning_rate = float(optimizer.param_groups[0]["lr"])
-        if self._pending is not None:
-            self.applied.commit(self._pending)
-            self._pending = None
+        nll, right, examples = self._seen
+        if examples:
+            self.applied.commit(TrainStatistics(nll / examples, right / examples))
+        self._seen = (0.0, 0.0, 0)
 
     def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
         """Show the teacher the dev set's logits [N, K] and targets [N] after a validation."""
@@ -85,9 +95,8 @@ class TaughtLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the student's state, for ``state_dict``."""
-        return {"applied": self.applied.state_dict(), "learning_rate": self._learning_rate}
+        return self.applied.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over the student's state, from ``load_state_dict``."""
-        self.applied.load_state_dict(state["applied"])
-        self._learning_rate = float(state["learning_rate"])
+        self.applied.load_state_dict(state)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fairseq import optim, options, tasks, utils
+from fairseq.data import iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.optim import lr_scheduler
 from torch import nn
@@ -165,19 +166,19 @@ class FairseqSetup:
         while True:
             with quiet_fairseq():
                 iterator = self._epoch(model, seed, epoch)
-                batches = list(
-                    iterator.next_epoch_itr(
-                        fix_batches_to_gpus=config.distributed_training.fix_batches_to_gpus,
-                        shuffle=epoch > config.dataset.curriculum,
-                    )
+                batches = iterator.next_epoch_itr(
+                    fix_batches_to_gpus=config.distributed_training.fix_batches_to_gpus,
+                    shuffle=epoch > config.dataset.curriculum,
                 )
             frequencies = config.optimization.update_freq
-            size = frequencies[min(epoch, len(frequencies)) - 1]
-            groups = [batches[i : i + size] for i in range(0, len(batches), size)]
-            if config.optimization.skip_remainder_batch and len(groups[-1]) < size:
-                groups.pop()
-            for index, group in enumerate(groups):
-                yield group, index == len(groups) - 1
+            updates = iterators.GroupedIterator(
+                batches,
+                frequencies[min(epoch, len(frequencies)) - 1],
+                skip_remainder_batch=config.optimization.skip_remainder_batch,
+            )
+            # One at a time: collating a whole epoch may take longer than the student's life.
+            for index, group in enumerate(updates):
+                yield group, index == len(updates) - 1
             epoch += 1
 
     def _epoch(self, model: Any, seed: int, epoch: int) -> Any:

@@ -10,17 +10,19 @@ from l2t_core import TaughtLoss
 from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.student_state import StudentState, train_statistics
 from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import build_teacher
 
 
 @pytest.fixture
 def teacher_path(tmp_path):
-    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll", "dev_nll"])
+    features = ["progress", "train_nll", "dev_nll", "log_learning_rate"]
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=features)
     loss = LossSpec("dense", "softplus", warmup_steps=2)
     header = TeacherHeader(spec, loss, 4, 10, 2, {"kind": "classes", "num_classes": 4})
     path = tmp_path / "teacher.safetensors"
-    save_teacher(path, build_teacher(spec, loss, 4, 3, seed=2), header)
+    save_teacher(path, build_teacher(spec, loss, 4, 4, seed=2), header)
     return path
 
 
@@ -33,7 +35,7 @@ def loop(criterion, model, optimizer, steps):
         loss = criterion(model(x), y)
         loss.backward()
         optimizer.step()
-        criterion.step(optimizer)
+        criterion.step()
         criterion.observe_dev(model(x), y)
         values.append(float(loss.detach()))
     return values
@@ -47,12 +49,12 @@ def fresh():
 
 def test_drop_in_loop_and_resume(teacher_path):
     model, optimizer = fresh()
-    criterion = TaughtLoss(teacher_path, total_steps=10)
+    criterion = TaughtLoss(teacher_path, 10, optimizer)
     whole = loop(criterion, model, optimizer, 10)
     model, optimizer = fresh()
-    first = TaughtLoss(teacher_path, total_steps=10)
+    first = TaughtLoss(teacher_path, 10, optimizer)
     values = loop(first, model, optimizer, 4)
-    second = TaughtLoss(teacher_path, total_steps=10)
+    second = TaughtLoss(teacher_path, 10, optimizer)
     second.load_state_dict(first.state_dict())
     values += loop(second, model, optimizer, 6)
     assert values == whole
@@ -70,6 +72,27 @@ def test_warmup_is_cross_entropy_and_evaluation_too(teacher_path):
         criterion.step()
     assert abs(float(criterion(logits, targets)) - float(plain)) > 1e-3
     torch.testing.assert_close(criterion.eval()(logits, targets), plain)
+
+
+def test_the_teacher_sees_the_rate_of_the_step_that_comes(teacher_path):
+    """Two half batches make one step, with the rate that the scheduler set for it."""
+    model, optimizer = fresh()
+    criterion = TaughtLoss(teacher_path, 10, optimizer)
+    expected = StudentState(10, 4, criterion.applied.state.feature_names)
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    for step, rate in enumerate((0.5, 0.1, 0.02)):
+        optimizer.param_groups[0]["lr"] = rate
+        for half in (slice(0, 2), slice(2, 8)):
+            criterion(model(x[half]), y[half]).backward()
+        assert torch.equal(criterion.applied.features, expected.features(step, rate))
+        whole = train_statistics(torch.log_softmax(model(x), 1), y)
+        optimizer.step()
+        criterion.step()
+        expected.observe_train(whole)
+        torch.testing.assert_close(
+            criterion.applied.state.features(step, rate), expected.features(step, rate)
+        )
+        criterion.applied.state.load_state_dict(expected.state_dict())
 
 
 def test_a_thrown_away_batch_changes_nothing(teacher_path):
