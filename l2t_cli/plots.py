@@ -33,11 +33,7 @@ def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str
     axes.set_title(title, fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    plt.close(figure)
-    atomic_write(to, content.getvalue())
+    _write_png(figure, to)
 
 
 def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
@@ -75,6 +71,13 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
         axes.set_title(panel["title"], fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
+    _write_png(figure, to)
+
+
+def _write_png(figure: Any, to: Path) -> None:
+    """Write ``figure`` whole and let go of it."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from l2t_core.applied import AppliedTeacher
-from l2t_core.files import atomic_write
-from l2t_core.run_folder import load_tensors_and_record
+from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.student import Student
 from l2t_core.unroll import Life, Point, taught_step
 
@@ -64,7 +60,7 @@ def train_student(
 def _save_snapshot(
     path: Path, point: Point, step: int, applied: AppliedTeacher | None
 ) -> None:
-    tensors = {"state": point.state.cpu().contiguous()}
-    tensors |= {f"buffer.{i}": b.cpu().contiguous() for i, b in enumerate(point.buffers)}
+    tensors = {"state": point.state}
+    tensors |= {f"buffer.{i}": b for i, b in enumerate(point.buffers)}
     record = {"step": step, "applied": applied.state_dict() if applied else None}
-    atomic_write(path, safetensors.torch.save(tensors, {"record": json.dumps(record)}))
+    save_tensors_and_record(path, tensors, record)

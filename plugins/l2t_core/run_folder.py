@@ -37,9 +37,7 @@ class RunFolder:
 
     def save_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Replace the run's state by ``tensors`` and the JSON-compatible ``record``."""
-        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        metadata = {"record": json.dumps(record)}
-        atomic_write(self.state, safetensors.torch.save(content, metadata))
+        save_tensors_and_record(self.state, tensors, record)
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what :meth:`save_state` kept, or None if the run has not got that far.
@@ -53,6 +51,14 @@ class RunFolder:
         """Replace the log by ``rows``: after a kill it again says what the state says."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.metrics, text)
+
+
+def save_tensors_and_record(
+    path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
+) -> None:
+    """Replace the file ``path`` by ``tensors`` and the JSON-compatible ``record``, whole."""
+    content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    atomic_write(path, safetensors.torch.save(content, {"record": json.dumps(record)}))
 
 
 def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
