@@ -1,4 +1,4 @@
-"""Training one student: under a frozen teacher, or by cross-entropy for comparison."""
+"""Training one student: under a frozen teacher, or by a fixed loss for comparison."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from l2t_core.applied import AppliedTeacher
+from torch import Tensor
+
+from l2t_core.life import Life, taught_step
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
+from l2t_core.step_losses import FixedLoss, StepLoss
 from l2t_core.student import Student
-from l2t_core.unroll import Life, Point, taught_step
 
 
 def train_student(
     student: Student,
     seed: int,
-    applied: AppliedTeacher | None,
+    loss: StepLoss | None = None,
     *,
     snapshot: Path | None = None,
     snapshot_every: int = 500,
@@ -23,14 +25,15 @@ def train_student(
 ) -> None:
     """Train ``student`` from ``seed`` for all its steps; its module ends trained.
 
-    ``applied`` None is cross-entropy with the same steps, batches and random numbers. With a
-    ``snapshot`` path the run saves itself every ``snapshot_every`` steps, continues from there to
-    the same result, and removes the snapshot at the end.
+    Steps, batches and random numbers are the same whatever the ``loss``; None is cross-entropy.
+    With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps, continues from
+    there to the same result, and removes the snapshot at the end.
 
     Raises:
         UserError: if the snapshot is damaged or cannot be written.
         FloatingPointError: if the student diverges.
     """
+    loss = loss or FixedLoss()
     life = Life(student)
     state = life.begin(seed)
     first = 0
@@ -38,13 +41,13 @@ def train_student(
     if stored:
         tensors, record = stored
         state = tensors["state"].to(state.device)
-        buffers = [tensors[f"buffer.{i}"] for i in range(len(life.buffers))]
-        life.restore(Point(state, buffers))
+        life.load_buffers([tensors[f"buffer.{i}"] for i in range(len(life.buffers))])
         first = int(record["step"])
-        if applied is not None:
-            applied.load_state_dict(record["applied"])
+        loss.load_state_dict(record["applied"])
+    life.show(state[0])
+    spare = life.flat.empty(2, len(state))  # a step reads one state and writes the other
     for step in range(first, student.total_steps):
-        state, statistics = taught_step(life, applied, state, step)
+        state, statistics = taught_step(life, loss, state, step, spare[step % 2])
         on_event(
             {"event": "student_step", "step": step, "of": student.total_steps,
              "train_nll": statistics.nll, "train_accuracy": statistics.accuracy}
@@ -52,15 +55,15 @@ def train_student(
         if not bool(state[0].isfinite().all()):
             raise FloatingPointError(f"the student diverged at step {step}")
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
-            _save_snapshot(snapshot, life.point(state), step + 1, applied)
+            _save_snapshot(snapshot, state, life.buffers, step + 1, loss)
     if snapshot:
         snapshot.unlink(missing_ok=True)
 
 
 def _save_snapshot(
-    path: Path, point: Point, step: int, applied: AppliedTeacher | None
+    path: Path, state: Tensor, buffers: list[Tensor], step: int, loss: StepLoss
 ) -> None:
-    tensors = {"state": point.state}
-    tensors |= {f"buffer.{i}": b for i, b in enumerate(point.buffers)}
-    record = {"step": step, "applied": applied.state_dict() if applied else None}
+    tensors = {"state": state}
+    tensors |= {f"buffer.{i}": b for i, b in enumerate(buffers)}
+    record = {"step": step, "applied": loss.state_dict()}
     save_tensors_and_record(path, tensors, record)

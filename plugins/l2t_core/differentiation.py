@@ -1,149 +1,267 @@
 """Ways to differentiate: from an episode and a teacher to the hypergradient d M-tilde / d theta.
 
-Each is a function ``(episode, teacher, on_step) -> Outcome`` under a name in
-:data:`DIFFERENTIATIONS`; an evolutionary estimator would train several students inside it.
+Each is a generator ``(episode, teacher, on_step)`` under a name in :data:`DIFFERENTIATIONS`. It
+yields an :class:`Outcome` wherever theta may be updated: ``exact``, ``antithetic-es`` and
+``mixed`` once, at the end of the student's life; ``windows`` and ``persistent-es`` every
+``training.window`` steps within it. The last outcome's measures are those of the student's end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.double_backward import twice_differentiable
+from l2t_core.diagnostics import Watch, WayBack
+from l2t_core.engine import Episode
+from l2t_core.readout import Readout, smoothed_measure, smoothed_value
 from l2t_core.registry import Registry
-from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
-from l2t_core.unroll import (
-    Life,
-    OnStep,
-    Trajectory,
-    parse_bytes,
-    plan_keep_every,
-    recompute,
-    run_forward,
-    step_vjp,
-    trajectory_point_bytes,
-)
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One fresh student's life: everything but theta that its outcome depends on.
-
-    ``student_seed`` sets parameters, batches and dropout, ``measure_seed`` the dev sample of
-    M-tilde; ``feature_names`` is what the teacher sees.
-    """
-
-    life: Life
-    loss: LossSpec
-    feature_names: tuple[str, ...]
-    spec: TrainingSpec
-    student_seed: int
-    measure_seed: int
-
-    def follow(self, teacher: Teacher) -> AppliedTeacher:
-        """Return ``teacher`` set to follow this episode's student from its first step."""
-        student = self.life.student
-        return AppliedTeacher(
-            teacher, self.loss, self.feature_names, student.num_classes, student.total_steps
-        )
+from l2t_core.unroll import OnStep, Trajectory, run_forward, walk_back
 
 
 @dataclass
 class Outcome:
-    """What an episode yields: the hypergradient and the two dev measures at omega_T.
+    """What a life, or a window of it, yields.
 
-    ``gradient`` is d M-tilde / d theta, one tensor per teacher parameter, to ascend.
-    ``growth`` is ||d omega|| at the first differentiated step over that at the last.
+    ``estimates`` are estimates [D] of d M-tilde / d theta, theta as one vector, to ascend: one,
+    or two of different kinds. ``smoothed`` and ``true`` are the dev measures; ``true`` is None
+    within a life. ``features`` are the s_t that phi was computed from. ``failure`` says why there
+    is nothing else.
     """
 
-    gradient: list[Tensor]
-    smoothed: float
-    true: float
-    keep_every: int
-    growth: float
+    estimates: list[Tensor] = field(default_factory=list)
+    smoothed: float = float("nan")
+    true: float | None = None
+    features: list[Tensor] = field(default_factory=list)
+    way_back: WayBack = field(default_factory=WayBack)
+    failure: str = ""
 
 
-Differentiation = Callable[[Episode, Teacher, OnStep], Outcome]
+Differentiation = Callable[[Episode, Teacher, OnStep], Iterator[Outcome]]
 DIFFERENTIATIONS: Registry[Differentiation] = Registry("way to differentiate")
 
 
-def first_differentiated_step(total_steps: int, loss: LossSpec, spec: TrainingSpec) -> int:
-    """Return the first step that the reverse pass visits.
-
-    Steps of the cross-entropy warm-up come first and do not depend on theta, so nothing before
-    the first taught step matters; truncation keeps the last ``spec.truncate`` steps.
-    """
-    first = min(loss.warmup_steps, total_steps) if loss.ce_mix < 1.0 else total_steps
-    return max(first, total_steps - spec.truncate) if spec.truncate else first
-
-
-def measure(life: Life, measure_seed: int) -> tuple[float, float, Tensor]:
-    """Return M-tilde, the true measure and d M-tilde / d omega [P] at the module's parameters."""
-    # One derivative, but in evaluation mode, where cuDNN's recurrent kernels have none at all.
-    with twice_differentiable(life.student.module):
-        smoothed = life.student.smoothed_measure(measure_seed)
-        cotangent = life.flat.gather(life.gradients(smoothed))
-    return float(smoothed.detach()), life.student.true_measure(), cotangent
-
-
-@DIFFERENTIATIONS.register("exact")
 def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
     """Reverse-mode hypergradient: the chain of the steps' VJPs (Algorithm 1, lines 2-4).
 
-    Exact for ``discount`` 1 and no truncation, for any budget: recomputed points are the kept
-    ones to the bit. Batch-norm buffers are replayed but not differentiated.
+    Exact at the settings' defaults, to the same bits for any budget: recomputed and spilled
+    states are the kept ones. Batch-norm buffers are replayed but not differentiated.
     """
-    life, spec = episode.life, episode.spec
+    engine, life = episode.engine, episode.life
+    readout = Readout(life, engine.spec, episode.measure_seed, differentiate=True)
+    start = life.begin(episode.student_seed)
+    trajectory = engine.trajectory()
+    final = run_forward(
+        life, episode.follow(teacher), start, trajectory, on_step, readout.observe
+    )
+    true = life.student.true_measure()
+    cotangent = readout.final_cotangent(final)
+    gradient, way_back = _back(
+        episode, teacher, trajectory, cotangent, on_step, readout.arrive, readout.readings
+    )
+    return Outcome([gradient], readout.smoothed, true, _taught(trajectory), way_back)
+
+
+def _taught(trajectory: Trajectory) -> list[Tensor]:
+    """Return the s_t of the steps that are differentiated."""
+    return [f for step, f in trajectory.features.items() if step >= trajectory.first]
+
+
+def _back(
+    episode: Episode, teacher: Teacher, trajectory: Trajectory, cotangent: Tensor,
+    on_step: OnStep, arrive: Callable[[int, Tensor], None] = lambda step, cotangent: None,
+    readings: int = 1,
+) -> tuple[Tensor, WayBack]:
+    """Walk ``trajectory`` back from ``cotangent``; return d theta [D] and what was seen.
+
+    ``cotangent`` is that of one of so many ``readings``; norms are told by all of them.
+    """
+    engine, spec = episode.engine, episode.engine.spec
+    watch = Watch(episode.life, readings * cotangent, trajectory.steps)
+    most = spec.cotangent_cap * watch.last
+
+    def arrive_and_cap(step: int, cotangent: Tensor) -> None:
+        arrive(step, cotangent)
+        if most > 0.0 and (norm := float(cotangent[0].norm())) > most:
+            cotangent *= most / norm
+
+    gradient = walk_back(
+        episode.life, teacher, engine.loss, engine.second, trajectory, cotangent,
+        discount=spec.discount, on_step=on_step, arrive=arrive_and_cap, watch=watch.step,
+    )
+    return torch.cat([g.reshape(-1) for g in gradient]), watch.result()
+
+
+@DIFFERENTIATIONS.register("exact")
+def _exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outcome]:
+    yield exact(episode, teacher, on_step)
+
+
+def spans(first: int, total: int, window: int) -> list[range]:
+    """Return windows of ``window`` steps from ``first`` to ``total``; a short one comes first."""
+    stops = list(range(total, first, -window))[::-1]
+    return [range(a, b) for a, b in zip([first, *stops], stops, strict=False)]
+
+
+@DIFFERENTIATIONS.register("windows")
+def windows(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outcome]:
+    """Truncated hypergradients of the windows of one life, theta updated after each.
+
+    Each is exact for M-tilde at the window's end as a function of theta within the window. Cheap,
+    and biased towards what pays at once.
+    """
+    engine, life = episode.engine, episode.life
+    total = life.student.total_steps
+    applied = episode.follow(teacher)
     state = life.begin(episode.student_seed)
-    steps = life.student.total_steps
-    first = first_differentiated_step(steps, episode.loss, spec)
-    keep_every = plan_keep_every(
-        steps - first, trajectory_point_bytes(life, state), parse_bytes(spec.memory)
-    )
-    final, trajectory = run_forward(
-        life, episode.follow(teacher), state, first, keep_every, on_step
-    )
-    smoothed, true, d_omega = measure(life, episode.measure_seed)
-    cotangent = torch.zeros_like(final)
-    cotangent[0] = d_omega
-    gradient, growth = reverse(episode, teacher, trajectory, cotangent, first, on_step)
-    return Outcome(gradient, smoothed, true, keep_every, growth)
+    state = run_forward(life, applied, state, None, on_step, span=range(engine.first))
+    for span in spans(engine.first, total, engine.spec.window):
+        trajectory = engine.trajectory(span.start, len(span))
+        state = run_forward(life, applied, state, trajectory, on_step, span=span)
+        after, buffers = state.clone(), life.copy_buffers()
+        smoothed, d_omega = smoothed_measure(life, episode.measure_seed)
+        true = life.student.true_measure() if span.stop == total else None
+        cotangent = torch.zeros_like(state)
+        cotangent[0] = d_omega
+        gradient, way_back = _back(episode, teacher, trajectory, cotangent, on_step)
+        yield Outcome([gradient], smoothed, true, _taught(trajectory), way_back)
+        state = after
+        life.load_buffers(buffers)
 
 
-def reverse(
-    episode: Episode,
-    teacher: Teacher,
-    trajectory: Trajectory,
-    cotangent: Tensor,
-    first: int,
-    on_step: OnStep,
-) -> tuple[list[Tensor], float]:
-    """Walk the trajectory back from ``cotangent`` [R, P] of the final state.
+def _noise(episode: Episode, teacher: Teacher, draw: int = 0) -> Tensor:
+    """Return normal noise [D] of deviation ``training.perturbation``, by the episode's seed."""
+    theta = parameters_to_vector(teacher.parameters())
+    # Drawn on the CPU: the same on every device.
+    generator = torch.Generator().manual_seed((episode.noise_seed * 1_000_003 + draw) % 2**63)
+    noise = torch.randn(theta.numel(), generator=generator, dtype=theta.dtype)
+    return (episode.engine.spec.perturbation * noise).to(theta.device)
 
-    Returns d theta, one tensor per teacher parameter, and the growth of ||d omega||.
+
+@contextmanager
+def _moved(teacher: Teacher, by: Tensor) -> Iterator[None]:
+    """Move theta by ``by`` [D] for the while."""
+    theta = parameters_to_vector(teacher.parameters()).detach().clone()
+    try:
+        vector_to_parameters(theta + by, teacher.parameters())
+        yield
+    finally:
+        vector_to_parameters(theta, teacher.parameters())
+
+
+def _evolutionary(episode: Episode, plus: float, minus: float, noise: Tensor) -> Tensor:
+    """Return (M+ - M-) / (2 sigma^2) noise [D], the antithetic estimate of the gradient."""
+    return (plus - minus) / (2.0 * episode.engine.spec.perturbation**2) * noise
+
+
+@DIFFERENTIATIONS.register("antithetic-es")
+def antithetic_es(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outcome]:
+    """Antithetic evolution strategies: two lives of one student under theta + and - noise.
+
+    Estimates the gradient of M-tilde's mean over theta's neighbourhood, without derivatives of
+    the student. The measures are the means of both.
     """
-    life, keep = episode.life, trajectory.keep_every
-    steps = life.student.total_steps
-    gradient = [torch.zeros_like(p) for p in teacher.parameters()]
-    final_norm = float(cotangent[0].norm())
-    for start in reversed(range(first, steps, keep)):
-        stop = min(start + keep, steps)
-        points = recompute(life, trajectory, teacher, episode.loss, start, stop)
-        for step in reversed(range(start, stop)):
-            cotangent, d_theta = step_vjp(
-                life, teacher, episode.loss, points.pop(), trajectory.features[step],
-                step, cotangent,
-            )
-            for total, part in zip(gradient, d_theta, strict=True):
-                if part is not None:
-                    total += part
-            cotangent = cotangent * episode.spec.discount
-            on_step("reverse", step)
-        del trajectory.kept[start]
-    growth = float(cotangent[0].norm()) / final_norm if final_norm > 0 else 0.0
-    return gradient, growth
+    life, spec = episode.life, episode.engine.spec
+    noise = _noise(episode, teacher)
+    smoothed, true, features = [], [], []
+    for sign in (1.0, -1.0):
+        readout = Readout(life, spec, episode.measure_seed, differentiate=False)
+        twin = _Twin(episode, teacher, life.begin(episode.student_seed))
+        with _moved(teacher, sign * noise):
+            twin.live(episode, range(life.student.total_steps), on_step, readout)
+        smoothed.append(readout.smoothed)
+        true.append(life.student.true_measure())
+        features += twin.features
+    estimate = _evolutionary(episode, smoothed[0], smoothed[1], noise)
+    yield Outcome([estimate], sum(smoothed) / 2, sum(true) / 2, features)
+
+
+@DIFFERENTIATIONS.register("mixed")
+def mixed(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outcome]:
+    """Exact and evolutionary estimates of the same gradient, to be mixed by their variances.
+
+    Both are estimates of the gradient of M-tilde's mean over theta's neighbourhood, from the same
+    two lives (Metz et al. 2019, section 3): the exact one is taken at theta + and - noise.
+    """
+    noise = _noise(episode, teacher)
+    lives = []
+    for sign in (1.0, -1.0):
+        with _moved(teacher, sign * noise):
+            lives.append(exact(episode, teacher, on_step))
+    plus, minus = lives
+    estimates = [
+        (plus.estimates[0] + minus.estimates[0]) / 2,
+        _evolutionary(episode, plus.smoothed, minus.smoothed, noise),
+    ]
+    assert plus.true is not None and minus.true is not None
+    yield Outcome(
+        estimates, (plus.smoothed + minus.smoothed) / 2, (plus.true + minus.true) / 2,
+        plus.features, max((plus.way_back, minus.way_back), key=lambda w: w.largest),
+    )
+
+
+@DIFFERENTIATIONS.register("persistent-es")
+def persistent_es(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outcome]:
+    """Persistent evolution strategies (Vicol et al. 2021, Algorithm 2), theta updated by window.
+
+    Two lives of one student go on side by side under theta + and - fresh noise in each window;
+    the estimate multiplies the difference of their M-tilde at the window's end by all the noise
+    that they have seen, so that it is not biased towards what pays at once.
+    """
+    life, engine = episode.life, episode.engine
+    total = life.student.total_steps
+    start = life.begin(episode.student_seed)
+    pair = [_Twin(episode, teacher, start) for _ in range(2)]
+    for twin in pair:
+        twin.live(episode, range(engine.first), on_step)
+    seen = torch.zeros_like(parameters_to_vector(teacher.parameters()).detach())
+    for number, span in enumerate(spans(engine.first, total, engine.spec.window)):
+        noise = _noise(episode, teacher, number)
+        smoothed, true = [], []
+        for twin, sign in zip(pair, (1.0, -1.0), strict=True):
+            with _moved(teacher, sign * noise):
+                twin.live(episode, span, on_step)
+            smoothed.append(smoothed_value(life, episode.measure_seed))
+            if span.stop == total:
+                true.append(life.student.true_measure())
+        seen += noise
+        features = [f for twin in pair for f in twin.features]
+        yield Outcome(
+            [_evolutionary(episode, smoothed[0], smoothed[1], seen)], sum(smoothed) / 2,
+            sum(true) / 2 if true else None, features,
+        )
+
+
+class _Twin:
+    """One of the lives that take turns in one module, begun with ``start`` and its buffers."""
+
+    def __init__(self, episode: Episode, teacher: Teacher, start: Tensor) -> None:
+        self.applied = episode.follow(teacher)
+        self.state, self.buffers = start, episode.life.copy_buffers()
+        self.spare = episode.life.flat.empty(2, len(start))
+        self.features: list[Tensor] = []  # of the taught steps that the last call made
+
+    def live(
+        self, episode: Episode, span: range, on_step: OnStep, readout: Readout | None = None
+    ) -> None:
+        """Make the steps of ``span``."""
+        life, first = episode.life, max(span.start, episode.engine.first)
+        life.show(self.state[0])
+        life.load_buffers(self.buffers)
+        self.features = []
+
+        def note(step: int, state: Tensor) -> None:
+            if step > first:  # the s_t of the step just made
+                self.features.append(self.applied.features)
+            if readout is not None:
+                readout.observe(step, state)
+
+        self.state = run_forward(
+            life, self.applied, self.state, None, on_step, note, span=span, spare=self.spare
+        )
+        self.buffers = life.copy_buffers()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2t_core import batch_norm
 from l2t_core.errors import UserError
 
 try:
@@ -28,12 +29,16 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Choose kernels with second derivatives: math attention, and no cuDNN for recurrent nets.
 
     Fused attention has no second derivative on any device; cuDNN's recurrent kernels neither.
-    cuDNN stays on for modules without recurrence, where it is only faster.
+    cuDNN stays on for modules without recurrence, where it is only faster. Batch norm gets the
+    second derivative of :mod:`l2t_core.batch_norm`.
     """
-    recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
     with contextlib.ExitStack() as stack:
         stack.enter_context(_math_attention())
-        if recurrent and torch.backends.cudnn.is_available():
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+            stack.enter_context(batch_norm.TwiceDifferentiable())
+        if torch.backends.cudnn.is_available() and any(
+            isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules()
+        ):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
@@ -63,7 +68,7 @@ def probe(module: nn.Module, scalar_loss: Any) -> None:
                 raise UserError(
                     f"the student's {culprit} cannot be differentiated twice "
                     f"({str(error).splitlines()[0][:120]}); train the teacher on a student "
-                    "without it"
+                    "without it, or with training.hvp=finite-difference"
                 ) from error
     finally:
         for handle in handles:

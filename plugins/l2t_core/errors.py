@@ -1,4 +1,4 @@
-"""The one error type that users see, and the nearest-name hint that goes with it."""
+"""The errors that users see, and the nearest-name hint that goes with them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class PeerLost(Exception):
+    """Another process of the run has ended, so that this one cannot go on."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from l2t_core.errors import UserError
 
@@ -16,14 +19,24 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     Raises:
         UserError: if the folder cannot be created or written, or the disk is full.
     """
-    content = data.encode("utf-8") if isinstance(data, str) else data
+    with atomic_file(path) as handle:
+        handle.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file beside ``path`` that takes its place when the block ends well.
+
+    Raises:
+        UserError: if the folder cannot be created or written, or the disk is full.
+    """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         # mkstemp makes files private; the result should have the permissions of any other file.

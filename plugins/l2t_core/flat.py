@@ -1,11 +1,14 @@
 """A module's parameters as one contiguous vector.
 
-Parameters are overwritten in place rather than swapped through ``functional_call``: that call
-unties shared embeddings and corrupts the module afterwards.
+Parameters are re-pointed or overwritten in place rather than swapped through ``functional_call``:
+that call unties shared embeddings and corrupts the module afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +16,17 @@ from torch import Tensor, nn
 
 from l2t_core.errors import UserError
 
+# Numbers that a row is padded to: every row then begins at a multiple of 64 bytes. Matrix
+# products may round differently for memory that is aligned differently.
+_ALIGNMENT = 16
+# Bytes from which memory is asked for in big pages.
+_BIG = 2**23
+
 
 class FlatParameters:
     """Makes all trainable parameters of ``module`` views of one vector omega [P].
 
-    Tied parameters appear once. Loading a vector is one copy; no graph may be alive across it.
+    Tied parameters appear once. No graph may be alive across a change of omega.
 
     Raises:
         UserError: if the module has no trainable parameters or mixes dtypes or devices.
@@ -36,13 +45,20 @@ class FlatParameters:
                 )
         self.names = {id(p): name for name, p in module.named_parameters()}
         self.sizes = [p.numel() for p in self.parameters]
-        self.vector = torch.cat([p.detach().reshape(-1) for p in self.parameters])
-        for p, piece in zip(self.parameters, self.split(self.vector), strict=True):
-            p.data = piece
+        self.size = sum(self.sizes)
+        self.vector = self.empty(1)[0]
+        torch.cat([p.detach().reshape(-1) for p in self.parameters], out=self.vector)
+        self.show(self.vector)
 
-    def load(self, vector: Tensor) -> None:
-        """Copy ``vector`` [P] into the module's parameters."""
-        self.vector.copy_(vector)
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialised [*shape, P] whose every row is aligned like any other."""
+        padded = -(-self.size // _ALIGNMENT) * _ALIGNMENT
+        return _allocate((*shape, padded), self.parameters[0])[..., : self.size]
+
+    def show(self, vector: Tensor) -> None:
+        """Make the module's parameters views of ``vector`` [P], without copying."""
+        for p, piece in zip(self.parameters, self.split(vector), strict=True):
+            p.data = piece
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of ``vector`` [P] in the parameters' shapes."""
@@ -51,14 +67,39 @@ class FlatParameters:
             for piece, p in zip(vector.split(self.sizes), self.parameters, strict=True)
         ]
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
+    def gather(self, gradients: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """Return gradients, one per parameter, as one vector [P]; None counts as zero."""
-        return torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                for g, p in zip(gradients, self.parameters, strict=True)
-            ]
-        )
+        pieces = [
+            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            for g, p in zip(gradients, self.parameters, strict=True)
+        ]
+        return torch.cat(pieces, out=out)
+
+    def add(self, vector: Tensor, parts: Sequence[Tensor | None]) -> None:
+        """Add ``parts``, one per parameter, to ``vector`` [P] in place; None counts as zero."""
+        pairs = [
+            (piece, part)
+            for piece, part in zip(self.split(vector), parts, strict=True)
+            if part is not None
+        ]
+        if pairs:
+            torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor in big memory pages where the system has them.
+
+    The first touch of a page costs a fault: in pages of 4 KiB, those of a trajectory took more
+    time than the steps that filled it.
+    """
+    size = math.prod(shape) * like.element_size()
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if like.device.type != "cpu" or advice is None or size < _BIG:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(advice)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def refill(module: nn.Module, fresh: nn.Module) -> None:

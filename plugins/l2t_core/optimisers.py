@@ -1,8 +1,11 @@
-"""Optimisers as pure, differentiable functions, equal to torch.optim's.
+"""Optimisers as pure functions with their own vector-Jacobian products, equal to torch.optim's.
 
 The whole state of a student's training is one tensor [R, P]: row 0 holds the P parameters omega,
 the other rows the optimiser's moments. One tensor makes a step a handful of vector operations
 whatever the number of layers, and makes keeping, recomputing or spilling a state a single copy.
+
+``update`` is differentiable, which is what the tests hold ``pull_back`` against; the engine calls
+``pull_back``, written out by hand, because autograd would build a dozen vectors of P a step.
 """
 
 from __future__ import annotations
@@ -17,17 +20,39 @@ from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 from l2t_core.specs import OptimiserSpec
 
+# Added to a norm before dividing by it, as torch's clip_grad_norm_ does.
+_CLIP_EPS = 1e-6
+
 
 class Optimiser(Protocol):
-    """An optimiser: its number of rows R, its initial state, and one step."""
+    """An optimiser: its number of rows R, its initial state, one step, and that step's VJP.
+
+    ``needs_gradient`` tells whether the VJP depends on the value of the gradient.
+    """
 
     rows: int
+    needs_gradient: bool
 
     def initial(self, parameters: Tensor) -> Tensor:
         """Return the state [R, P] around parameters [P]."""
 
-    def update(self, state: Tensor, gradient: Tensor, step: int, lr: float) -> Tensor:
-        """Return the state [R, P] after 0-based ``step`` with gradient [P] and rate ``lr``."""
+    def update(
+        self, state: Tensor, gradient: Tensor, step: int, lr: float, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the state [R, P] after 0-based ``step`` with gradient [P] and rate ``lr``.
+
+        Written to ``out`` [R, P], which may not be ``state``, if given.
+        """
+
+    def pull_back(
+        self, state: Tensor, gradient: Tensor | None, cotangent: Tensor, step: int, lr: float
+    ) -> Tensor:
+        """Pull ``cotangent`` [R, P] of the state after the step back to before it, in place.
+
+        Returns the cotangent of the gradient [P]; what flows to omega through the gradient is
+        the caller's to add. ``state`` is that before the step; ``gradient`` [P] may be None
+        where ``needs_gradient`` is false.
+        """
 
 
 OPTIMISERS: Registry[type[Sgd] | type[Adam]] = Registry("optimiser")
@@ -38,7 +63,20 @@ def clip_by_norm(gradient: Tensor, max_norm: float) -> Tensor:
     if max_norm <= 0.0:
         return gradient
     norm = torch.linalg.vector_norm(gradient)
-    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return gradient * (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+
+
+def pull_back_clip(gradient: Tensor, max_norm: float, cotangent: Tensor) -> Tensor:
+    """Return the VJP of :func:`clip_by_norm` at ``gradient`` [P] with ``cotangent`` [P]."""
+    if max_norm <= 0.0:
+        return cotangent
+    norm = torch.linalg.vector_norm(gradient)
+    scale = max_norm / (norm + _CLIP_EPS)
+    if not bool(scale < 1.0):  # as in clamp, nothing flows through a scale of exactly one
+        return cotangent
+    # d scale / d gradient = -max_norm / (norm + eps)^2 * gradient / norm
+    along = torch.dot(cotangent, gradient) * (scale / (norm + _CLIP_EPS) / norm)
+    return scale * cotangent - along * gradient
 
 
 def _safe_root(squares: Tensor, eps_root: float) -> Tensor:
@@ -48,30 +86,63 @@ def _safe_root(squares: Tensor, eps_root: float) -> Tensor:
     return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, squares).sqrt())
 
 
+def _rows(out: Tensor | None, count: int) -> list[Tensor | None]:
+    return [None] * count if out is None else list(out.unbind(0))
+
+
 class Sgd:
     """SGD, plain or with (Nesterov) momentum, equal to torch.optim.SGD."""
 
     def __init__(self, spec: OptimiserSpec) -> None:
         self.spec = spec
         self.rows = 1 if spec.name == "sgd" else 2
+        self.needs_gradient = spec.clip_norm > 0.0
 
     def initial(self, parameters: Tensor) -> Tensor:
         """Return the state [R, P]; a zero velocity makes the first step torch's."""
         zeros = parameters.new_zeros(self.rows - 1, parameters.shape[0])
         return torch.cat([parameters.unsqueeze(0), zeros])
 
-    def update(self, state: Tensor, gradient: Tensor, step: int, lr: float) -> Tensor:
+    def update(
+        self, state: Tensor, gradient: Tensor, step: int, lr: float, out: Tensor | None = None
+    ) -> Tensor:
         """Return the state [R, P] after one step."""
-        spec, omega = self.spec, state[0]
+        spec, omega, rows = self.spec, state[0], _rows(out, self.rows)
         direction = clip_by_norm(gradient, spec.clip_norm)
         if spec.weight_decay:
-            direction = direction + spec.weight_decay * omega
+            direction = torch.add(direction, omega, alpha=spec.weight_decay)
+        parts = []
+        if self.rows == 2:
+            velocity = torch.add(direction, state[1], alpha=spec.momentum, out=rows[1])
+            parts.append(velocity)
+            nesterov = spec.name == "nesterov"
+            direction = (
+                torch.add(direction, velocity, alpha=spec.momentum) if nesterov else velocity
+            )
+        after = torch.add(omega, direction, alpha=-lr, out=rows[0])
+        return torch.stack([after, *parts]) if out is None else out
+
+    def pull_back(
+        self, state: Tensor, gradient: Tensor | None, cotangent: Tensor, step: int, lr: float
+    ) -> Tensor:
+        """Pull ``cotangent`` [R, P] back in place; return the gradient's cotangent [P]."""
+        spec, d_omega = self.spec, cotangent[0]
         if self.rows == 1:
-            return (omega - lr * direction).unsqueeze(0)
-        velocity = spec.momentum * state[1] + direction
-        nesterov = spec.name == "nesterov"
-        direction = direction + spec.momentum * velocity if nesterov else velocity
-        return torch.stack([omega - lr * direction, velocity])
+            d_direction = d_omega * -lr
+        elif spec.name == "nesterov":
+            # omega' = omega - lr (direction + momentum v'), v' = momentum v + direction
+            d_velocity = cotangent[1].sub_(d_omega, alpha=lr * spec.momentum)
+            d_direction = torch.sub(d_velocity, d_omega, alpha=lr)
+            d_velocity.mul_(spec.momentum)
+        else:
+            d_direction = torch.sub(cotangent[1], d_omega, alpha=lr)
+            torch.mul(d_direction, spec.momentum, out=cotangent[1])
+        if spec.weight_decay:
+            d_omega.add_(d_direction, alpha=spec.weight_decay)
+        if not self.needs_gradient:
+            return d_direction
+        assert gradient is not None
+        return pull_back_clip(gradient, spec.clip_norm, d_direction)
 
 
 class Adam:
@@ -81,6 +152,8 @@ class Adam:
     decay. ``eps_root`` is added under the root (0 as in torch); the root's derivative at zero is
     taken as zero, since the true one is infinite and turns hypergradients into NaN.
     """
+
+    needs_gradient = True
 
     def __init__(self, spec: OptimiserSpec, eps_form: str = "torch") -> None:
         self.spec = spec
@@ -93,24 +166,74 @@ class Adam:
         zeros = parameters.new_zeros(2, parameters.shape[0])
         return torch.cat([parameters.unsqueeze(0), zeros])
 
-    def update(self, state: Tensor, gradient: Tensor, step: int, lr: float) -> Tensor:
+    def _direction(self, omega: Tensor, gradient: Tensor) -> Tensor:
+        """Return what enters the moments: the gradient, clipped, with coupled decay."""
+        gradient = clip_by_norm(gradient, self.spec.clip_norm)
+        if self.spec.weight_decay and not self.decoupled:
+            gradient = torch.add(gradient, omega, alpha=self.spec.weight_decay)
+        return gradient
+
+    def _moments(
+        self, state: Tensor, direction: Tensor, rows: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        first = torch.lerp(state[1], direction, 1.0 - spec.beta1, out=rows[1])
+        second = torch.mul(state[2], spec.beta2, out=rows[2])
+        if rows[2] is None:
+            return first, torch.addcmul(second, direction, direction, value=1.0 - spec.beta2)
+        return first, second.addcmul_(direction, direction, value=1.0 - spec.beta2)
+
+    def _corrections(self, step: int) -> tuple[float, float]:
+        spec = self.spec
+        return 1.0 - spec.beta1 ** (step + 1), (1.0 - spec.beta2 ** (step + 1)) ** 0.5
+
+    def _denominator(self, root: Tensor, correction: float) -> Tensor:
+        """Return what divides the first moment, from the root of the second [P]."""
+        if self.eps_form == "fairseq":
+            return (root + self.spec.eps) / correction
+        return root / correction + self.spec.eps
+
+    def update(
+        self, state: Tensor, gradient: Tensor, step: int, lr: float, out: Tensor | None = None
+    ) -> Tensor:
         """Return the state [3, P] after one step."""
-        spec, omega = self.spec, state[0]
-        gradient = clip_by_norm(gradient, spec.clip_norm)
+        spec, omega, rows = self.spec, state[0], _rows(out, 3)
+        first, second = self._moments(state, self._direction(omega, gradient), rows)
         if spec.weight_decay and self.decoupled:
             omega = omega * (1.0 - lr * spec.weight_decay)
-        elif spec.weight_decay:
-            gradient = gradient + spec.weight_decay * omega
-        first = spec.beta1 * state[1] + (1.0 - spec.beta1) * gradient
-        second = spec.beta2 * state[2] + (1.0 - spec.beta2) * gradient * gradient
-        first_correction = 1.0 - spec.beta1 ** (step + 1)
-        second_correction = (1.0 - spec.beta2 ** (step + 1)) ** 0.5
+        first_correction, second_correction = self._corrections(step)
+        denominator = self._denominator(_safe_root(second, spec.eps_root), second_correction)
+        scaled = first / denominator
+        after = torch.add(omega, scaled, alpha=-lr / first_correction, out=rows[0])
+        return torch.stack([after, first, second]) if out is None else out
+
+    def pull_back(
+        self, state: Tensor, gradient: Tensor | None, cotangent: Tensor, step: int, lr: float
+    ) -> Tensor:
+        """Pull ``cotangent`` [3, P] back in place; return the gradient's cotangent [P]."""
+        assert gradient is not None
+        spec = self.spec
+        d_omega, d_first, d_second = cotangent.unbind(0)
+        direction = self._direction(state[0], gradient)
+        first, second = self._moments(state, direction, [None, None, None])
+        first_correction, second_correction = self._corrections(step)
         root = _safe_root(second, spec.eps_root)
-        if self.eps_form == "fairseq":
-            scaled = first / (root + spec.eps) * second_correction
-        else:
-            scaled = first / (root / second_correction + spec.eps)
-        return torch.stack([omega - lr / first_correction * scaled, first, second])
+        denominator = self._denominator(root, second_correction)
+        d_scaled = d_omega * (-lr / first_correction)
+        d_first.addcdiv_(d_scaled, denominator)
+        # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root)
+        d_root = d_scaled.mul_(first).div_(denominator.square_())
+        d_root.div_(torch.where(root == 0, torch.inf, root))
+        d_second.add_(d_root, alpha=-0.5 / second_correction)
+        d_direction = d_first * (1.0 - spec.beta1)
+        d_direction.addcmul_(d_second, direction, value=2.0 * (1.0 - spec.beta2))
+        d_first.mul_(spec.beta1)
+        d_second.mul_(spec.beta2)
+        if spec.weight_decay and self.decoupled:
+            d_omega.mul_(1.0 - lr * spec.weight_decay)
+        elif spec.weight_decay:
+            d_omega.add_(d_direction, alpha=spec.weight_decay)
+        return pull_back_clip(gradient, spec.clip_norm, d_direction)
 
 
 for _name in ("sgd", "momentum", "nesterov"):

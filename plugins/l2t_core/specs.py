@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Ways to differentiate (training.differentiation) that update theta within a student's life, and
+# those that take no derivatives of the student.
+WITHIN_A_LIFE = ("windows", "persistent-es")
+WITHOUT_DERIVATIVES = ("antithetic-es", "persistent-es")
+
 
 @dataclass
 class LossSpec:
@@ -66,21 +71,49 @@ class ScheduleSpec:
 class TrainingSpec:
     """Teacher training (Algorithm 1). ``lr`` and ``clip_norm`` are those of theta's Adam.
 
-    ``differentiation`` names the way to differentiate; ``discount`` (gamma) multiplies the
-    cotangent at each step back in time; ``truncate`` keeps the last K steps (0: all);
-    ``memory`` bounds the stored trajectory; ``patience`` stops after so many episodes without
-    a better dev measure (0: never). ``student_seeds`` is how many students take turns: 0, the
-    paper's way, makes a fresh one each episode, and then the best of a few episodes is as much
-    the best student as the best teacher; 1 keeps the student the same and compares teachers only.
+    ``students`` live for each update of theta, their hypergradients averaged; ``parallel`` says
+    what several processes share: ``students`` (each process has its own) or ``data`` (each step's
+    batch). ``student_seeds`` is how many students take turns: 0, the paper's way, makes fresh
+    ones each episode, and then the best of a few episodes is as much the best student as the best
+    teacher; 1 keeps the student the same and compares teachers only. ``patience`` stops after so
+    many episodes without a better dev measure (0: never).
+
+    ``differentiation`` names the way to differentiate: exact, windows, antithetic-es,
+    persistent-es or mixed. ``discount`` (gamma) multiplies the cotangent at each step back in
+    time; ``truncate`` keeps the last K steps (0: all); ``cotangent_cap`` bounds the cotangent's
+    norm at so many times its first (0: no bound); ``max_growth`` leaves out students whose
+    cotangent grew more than that (0: none); ``average_last`` reads M-tilde at the mean of
+    the last so many states; ``measure_points`` averages it over so many points of the life;
+    ``phi_penalty`` weighs the mean square of phi's way from neutral, to be subtracted from
+    M-tilde. ``window`` is the steps between updates of the ways that update within a life;
+    ``perturbation`` is the standard deviation of theta's noise in the evolutionary ones.
+
+    ``memory`` bounds the stored trajectory; where it is too small, states are recomputed or
+    spilled as ``spill`` says (auto, none, host, file). ``hvp`` is exact or finite-difference,
+    ``trace`` allows recorded derivatives, ``precision`` (float32, bfloat16, float16) is the
+    student's own arithmetic.
     """
 
     episodes: int = 20
     lr: float = 0.003
     clip_norm: float = 1.0
     patience: int = 0
+    students: int = 1
+    parallel: str = "students"
+    student_seeds: int = 0
     differentiation: str = "exact"
     discount: float = 1.0
     truncate: int = 0
+    cotangent_cap: float = 0.0
+    max_growth: float = 1000.0
+    average_last: int = 1
+    measure_points: int = 1
+    phi_penalty: float = 0.0
+    window: int = 0
+    perturbation: float = 0.01
     memory: str = "1GiB"
-    student_seeds: int = 0
+    spill: str = "auto"
+    hvp: str = "exact"
+    trace: bool = True
+    precision: str = "float32"
     seed: int = 1

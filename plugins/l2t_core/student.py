@@ -14,7 +14,12 @@ class Student(Protocol):
     """One task's student f_omega with its data, optimiser and measures.
 
     ``module.parameters()`` are omega (tied ones once). The engine turns them into views of one
-    vector, so they may be filled in place but never replaced. ``num_classes`` is K,
+    vector, so they may be filled in place but never replaced. A student may set ``fixed_shapes``
+    to say that every batch is a tensor (or a nest of them) of one shape and that ``predict``
+    depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
+    are then recorded and replayed. Batches that are more than tensors of one number of rows need
+    ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
+    where processes share them. ``num_classes`` is K,
     ``total_steps`` T, ``measure_name`` names what :meth:`true_measure` returns.
     """
 

@@ -1,6 +1,6 @@
 """Teachers mu_theta: from the student's state s_t [F] to the loss's coefficients phi_t.
 
-A teacher has parameters only (theta). Both start near the neutral coefficients with small random
+A teacher has parameters only (theta). All start near the neutral coefficients with small random
 differences: at the exact neutral point the slots would be equal and the attention's gradient zero.
 """
 
@@ -65,6 +65,38 @@ class AttentionTeacher(Teacher):
         bias_shares = torch.softmax(self.bias_keys @ features, 0)
         return {
             name: torch.tensordot(bias_shares if name == "b" else weight_shares, slots, 1)
+            for name, slots in self.values.items()
+        }
+
+
+@TEACHERS.register("affine")
+class AffineTeacher(Teacher):
+    """phi_t = phi + phi_2 h(s_t) with h = 2 sigmoid(A s_t + c) - 1 of ``slots`` units.
+
+    The form of the authors' public MNIST demo; with b beside W, and not from all zeros, where its
+    dynamic part has no gradient.
+    """
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__(spec, loss, num_classes, num_features)
+        self.keys = nn.Parameter(num_features**-0.5 * torch.randn(spec.slots, num_features))
+        self.offsets = nn.Parameter(torch.zeros(spec.slots))
+        self.base = _near_neutral(loss, num_classes, 1, 0.0)
+        # Slots around zero, not around the neutral point: they are what is added to it.
+        self.values = nn.ParameterDict(
+            {
+                name: nn.Parameter(spec.init_scale * torch.randn(spec.slots, *value.shape[1:]))
+                for name, value in self.base.items()
+            }
+        )
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return phi_t for the state s_t, ``features`` [F]."""
+        h = 2.0 * torch.sigmoid(self.keys @ features + self.offsets) - 1.0
+        return {
+            name: self.base[name][0] + torch.tensordot(h, slots, 1)
             for name, slots in self.values.items()
         }
 

@@ -1,4 +1,4 @@
-"""A student's life under a teacher: the training step, its replay, and the stored trajectory."""
+"""A student's life under a teacher, there and back: the forward run and the reverse pass."""
 
 from __future__ import annotations
 
@@ -10,253 +10,243 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
-from l2t_core.double_backward import twice_differentiable
-from l2t_core.errors import UserError
-from l2t_core.flat import FlatParameters
-from l2t_core.losses import Coefficients, cross_entropy, step_loss
+from l2t_core.checkpointing import Recompute, Release, first_kept, way_back
+from l2t_core.life import Life, taught_step
+from l2t_core.losses import step_loss
+from l2t_core.second_derivatives import SecondDerivatives
 from l2t_core.specs import LossSpec
-from l2t_core.student import Student
-from l2t_core.student_state import TrainStatistics, train_statistics
+from l2t_core.trajectory import Slots
 
 OnStep = Callable[[str, int], None]  # ("forward" or "reverse", step)
 
 
 @dataclass
-class Point:
-    """A student between two steps: the state [R, P] and the module's buffers."""
-
-    state: Tensor
-    buffers: list[Tensor]
-
-
-@dataclass
 class Trajectory:
-    """What the reverse pass needs of a forward run: kept points and every step's s_t.
+    """What the reverse pass needs of a forward run: kept states, buffers and every step's s_t.
 
-    ``kept`` holds every ``keep_every``-th point; the points between are recomputed.
+    ``steps`` steps from step ``first`` on are differentiated; ``slots`` counts them from 0.
     """
 
-    keep_every: int
-    kept: dict[int, Point] = field(default_factory=dict)
-    features: list[Tensor] = field(default_factory=list)
+    first: int
+    steps: int
+    slots: Slots
+    scratch: Tensor  # [2, R, P], where states are that are not kept
+    keeps_gradient: bool
+    buffers: dict[int, list[Tensor]] = field(default_factory=dict)
+    has_gradient: set[int] = field(default_factory=set)
+    features: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def held(self) -> int:
+        """How many states are held at a time."""
+        return min(self.steps, self.slots.plan.slots)
 
-class Life:
-    """Runs one student's training steps on flat states. Uses torch's global random numbers.
+    def kept_first(self) -> set[int]:
+        """Return the steps whose states the forward run keeps."""
+        kept = first_kept(self.steps, self.held) if self.steps else []
+        return {self.first + i for i in kept}
 
-    The student's module serves as scratch space: every step loads its state into it first.
-    """
+    def place(self, step: int, kept: bool) -> Tensor:
+        """Return [R, P] to write the state before ``step`` into."""
+        if not kept:
+            return self.scratch[step % 2]
+        rows = self.scratch.shape[1]
+        return self.slots.claim(step - self.first)[:rows]
 
-    def __init__(self, student: Student) -> None:
-        self.student = student
-        self.flat = FlatParameters(student.module)
-        self.buffers = list(student.module.buffers())
+    def state(self, step: int) -> Tensor:
+        """Return the kept state [R, P] before ``step``."""
+        return self.slots.fetch(step - self.first)[: self.scratch.shape[1]]
 
-    def begin(self, seed: int) -> Tensor:
-        """Reset the student to ``seed`` and return its initial state [R, P]."""
-        self.student.reset(seed)
-        return self.student.optimiser.initial(self.flat.vector.clone())
+    def gradient(self, step: int) -> Tensor | None:
+        """Return the kept gradient [P] of ``step``, None if it is not kept."""
+        if step not in self.has_gradient:
+            return None
+        return self.slots.fetch(step - self.first)[-1]
 
-    def point(self, state: Tensor) -> Point:
-        """Return ``state`` together with the module's buffers as they are now."""
-        return Point(state, [b.clone() for b in self.buffers])
-
-    def restore(self, point: Point) -> None:
-        """Load a point into the module."""
-        self.flat.load(point.state[0])
-        for buffer, value in zip(self.buffers, point.buffers, strict=True):
-            buffer.copy_(value)
-
-    def outputs(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and targets of ``step``, with the step's random numbers."""
-        torch.manual_seed(self.student.step_seed(step))
-        return self.student.predict(self.student.batch(step))
-
-    def gradients(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
-        """Return the loss's gradient, one tensor per parameter, None where unused."""
-        return list(
-            torch.autograd.grad(
-                loss, self.flat.parameters, create_graph=create_graph, allow_unused=True
-            )
-        )
-
-    def step(
-        self, state: Tensor, step: int, loss_of: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, TrainStatistics]:
-        """Make one training step; ``loss_of`` maps (log-probs, targets) to losses [N].
-
-        Returns the next state [R, P] and the step's statistics. The module's parameters must
-        already hold ``state[0]``; they hold the new ones afterwards.
-        """
-        with twice_differentiable(self.student.module):
-            log_probs, targets = self.outputs(step)
-            gradient = self.flat.gather(self.gradients(loss_of(log_probs, targets).mean()))
-        with torch.no_grad():
-            rate = self.student.learning_rate(step)
-            state = self.student.optimiser.update(state, gradient, step, rate)
-        self.flat.load(state[0])
-        return state, train_statistics(log_probs, targets)
-
-
-def taught_step(
-    life: Life, applied: AppliedTeacher | None, state: Tensor, step: int
-) -> tuple[Tensor, TrainStatistics]:
-    """Make one step under a teacher (or cross-entropy where None), s_t included."""
-    student = life.student
-    if applied is None:
-        return life.step(state, step, cross_entropy)
-    applied.begin_step(student.learning_rate(step), step)
-    state, statistics = life.step(state, step, applied.loss)
-    applied.commit(statistics)
-    dev = student.dev_statistics(step)
-    if dev is not None:
-        applied.observe_dev(dev)
-    return state, statistics
+    def release(self, step: int) -> None:
+        """Forget the state before ``step``."""
+        self.slots.release(step - self.first)
+        self.has_gradient.discard(step)
+        del self.buffers[step]
 
 
 def run_forward(
     life: Life,
     applied: AppliedTeacher,
     state: Tensor,
-    first_needed: int,
-    keep_every: int,
+    trajectory: Trajectory | None,
     on_step: OnStep,
-) -> tuple[Tensor, Trajectory]:
-    """Train a student for its T steps; keep every ``keep_every``-th point from ``first_needed``.
+    observe: Callable[[int, Tensor], None] = lambda step, state: None,
+    *,
+    span: range | None = None,
+    spare: Tensor | None = None,
+) -> Tensor:
+    """Make a student's T training steps, or those of ``span``; return the state after them.
 
-    Returns the final state [R, P] and the trajectory. Raises FloatingPointError where the
-    student's parameters stop being finite.
+    What ``trajectory`` plans is kept; without one, ``spare`` [2, R, P] may take the states.
+    ``observe`` sees every state [R, P] with the step before which it stands. Raises
+    FloatingPointError where the student's parameters stop being finite.
     """
-    trajectory = Trajectory(keep_every)
-    for step in range(life.student.total_steps):
-        if step >= first_needed and (step - first_needed) % keep_every == 0:
-            trajectory.kept[step] = life.point(state)
-        state, statistics = taught_step(life, applied, state, step)
-        trajectory.features.append(applied.features)
+    span = range(life.student.total_steps) if span is None else span
+    kept = trajectory.kept_first() if trajectory is not None else set()
+    if trajectory is not None and span.start in kept:
+        state = trajectory.place(span.start, True).copy_(state)
+    life.show(state[0])
+    for step in span:
+        observe(step, state)
+        out = gradient_out = None
+        if trajectory is not None:
+            out = trajectory.place(step + 1, step + 1 in kept)
+            if step in kept:
+                trajectory.buffers[step] = life.copy_buffers()
+                gradient_out = _gradient_place(trajectory, step)
+        elif spare is not None:
+            out = spare[step % 2]
+        state, statistics = taught_step(life, applied, state, step, out, gradient_out)
+        if trajectory is not None:
+            trajectory.features[step] = applied.features
+            if step in kept:
+                trajectory.slots.seal(step - trajectory.first)
         if not math.isfinite(statistics.nll):
             raise FloatingPointError(f"the student diverged at step {step}")
         on_step("forward", step)
     # The last update has no following loss to show that it went wrong.
     if not bool(state[0].isfinite().all()):
-        raise FloatingPointError(f"the student diverged at step {life.student.total_steps - 1}")
-    return state, trajectory
+        raise FloatingPointError(f"the student diverged at step {span.stop - 1}")
+    observe(span.stop, state)
+    return state
+
+
+def _gradient_place(trajectory: Trajectory, step: int) -> Tensor | None:
+    if not trajectory.keeps_gradient:
+        return None
+    trajectory.has_gradient.add(step)
+    slots, index = trajectory.slots, step - trajectory.first
+    # A spilled state is still in the scratch that it was written to.
+    return slots.being_written(index)[-1]
 
 
 def recompute(
-    life: Life,
-    trajectory: Trajectory,
-    coefficients_of: Callable[[Tensor], Coefficients],
-    loss: LossSpec,
-    start: int,
-    stop: int,
-) -> list[Point]:
-    """Return the points of steps ``start`` .. ``stop - 1`` from the kept point ``start``."""
-    points = [trajectory.kept[start]]
-    if stop - start == 1:
-        return points
-    life.restore(points[0])
-    for step in range(start, stop - 1):
+    life: Life, trajectory: Trajectory, teacher: nn.Module, loss: LossSpec,
+    start: int, stop: int, keep: bool,
+) -> Tensor:
+    """Make the steps from kept state ``start`` to before ``stop`` again; return that state.
+
+    It is kept, with the module's buffers, if ``keep``. The bits are those of the forward run.
+    """
+    state = trajectory.state(start)
+    life.show(state[0])
+    life.load_buffers(trajectory.buffers[start])
+    for step in range(start, stop):
         with torch.no_grad():
-            phi = coefficients_of(trajectory.features[step])
+            phi = teacher(trajectory.features[step])
 
         def loss_of(
-            log_probs: Tensor, targets: Tensor, phi: Coefficients = phi, step: int = step
+            log_probs: Tensor, targets: Tensor, phi: dict[str, Tensor] = phi, step: int = step
         ) -> Tensor:
             return step_loss(loss, log_probs, targets, phi, step)
 
-        state, _ = life.step(points[-1].state, step, loss_of)
-        points.append(life.point(state))
-    return points
+        out = trajectory.place(step + 1, keep and step + 1 == stop)
+        state, _, _ = life.bare_step(state, step, loss_of, out)
+    if keep and stop > start:
+        trajectory.buffers[stop] = life.copy_buffers()
+    return state
+
+
+@dataclass(frozen=True)
+class StepBack:
+    """What one step back is about, for those who watch: v [P], H v and the step's rate."""
+
+    step: int
+    direction: Tensor
+    curved: list[Tensor | None]
+    rate: float
 
 
 def step_vjp(
-    life: Life, teacher: nn.Module, loss: LossSpec, point: Point, features: Tensor,
-    step: int, cotangent: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Pull ``cotangent`` [R, P] of step ``step``'s result back to its start (Algorithm 1, line 4).
+    life: Life, teacher: nn.Module, second: SecondDerivatives, state: Tensor,
+    gradient: Tensor | None, features: Tensor, step: int, cotangent: Tensor,
+) -> tuple[list[Tensor | None], StepBack]:
+    """Pull ``cotangent`` [R, P] of step ``step``'s result back to its start, in place.
 
-    The optimiser's part is differentiated by itself, around the gradient as a leaf; the student's
-    part is then one Hessian-vector product with the cotangent of that gradient.
-
-    Returns the cotangent of the step's start [R, P] and the contribution to d theta, one tensor
-    per teacher parameter, None where the step's loss does not depend on it.
+    Algorithm 1, line 4. The module must show ``state`` and hold its buffers; ``gradient`` [P] is
+    the step's, if known. Returns the contribution to d theta, one tensor per teacher parameter,
+    None where the step's loss does not depend on it.
     """
-    life.restore(point)
     theta = list(teacher.parameters())
-    with torch.enable_grad(), twice_differentiable(life.student.module):
-        log_probs, targets = life.outputs(step)
-        value = step_loss(loss, log_probs, targets, teacher(features), step).mean()
-        gradients = life.gradients(value, create_graph=True)
+    rate = life.student.learning_rate(step)
+    pulled: list[Tensor] = []
 
-        state = point.state.detach().requires_grad_()
-        gradient = life.flat.gather(gradients).detach().requires_grad_()
-        rate = life.student.learning_rate(step)
-        after = life.student.optimiser.update(state, gradient, step, rate)
-        d_state, d_gradient = torch.autograd.grad(after, (state, gradient), cotangent)
+    def direction(get_gradient: Callable[[], Tensor]) -> Tensor:
+        optimiser, known = life.student.optimiser, gradient
+        if known is None and optimiser.needs_gradient:
+            known = get_gradient()
+        with torch.no_grad():
+            pulled.append(optimiser.pull_back(state, known, cotangent, step, rate))
+        return pulled[0]
 
-        pairs = [
-            (g, d)
-            for g, d in zip(gradients, life.flat.split(d_gradient), strict=True)
-            if g is not None and g.requires_grad
-        ]
-        count = len(life.flat.parameters)
-        second = torch.autograd.grad(
-            [g for g, _ in pairs],
-            [*life.flat.parameters, *theta],
-            [d for _, d in pairs],
-            allow_unused=True,
+    with torch.enable_grad():
+        phi = teacher(features)
+    curved, d_phi = second.at(step, phi, direction)
+    if life.processes.world > 1:
+        curved, d_phi = _over_processes(life, curved, d_phi)
+    with torch.no_grad():
+        life.flat.add(cotangent[0], curved)
+    pairs = [(p, d) for p, d in zip(phi.values(), d_phi, strict=True) if d is not None]
+    d_theta: list[Tensor | None] = [None] * len(theta)
+    if pairs:
+        outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
+        d_theta = list(torch.autograd.grad(outputs, theta, directions, allow_unused=True))
+    return d_theta, StepBack(step, pulled[0], curved, rate)
+
+
+def _over_processes(
+    life: Life, curved: list[Tensor | None], d_phi: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Make means over this process's examples means over the step's, in one exchange."""
+    parts = [d for d in d_phi if d is not None]
+    flat = torch.cat([life.flat.gather(curved), *(d.reshape(-1) for d in parts)])
+    life.over_processes(flat)
+    after = flat[life.flat.size :].split([d.numel() for d in parts])
+    whole = iter([a.view_as(d) for a, d in zip(after, parts, strict=True)])
+    pieces: list[Tensor | None] = list(life.flat.split(flat[: life.flat.size]))
+    return pieces, [None if d is None else next(whole) for d in d_phi]
+
+
+def walk_back(
+    life: Life, teacher: nn.Module, loss: LossSpec, second: SecondDerivatives,
+    trajectory: Trajectory, cotangent: Tensor,
+    *, discount: float, on_step: OnStep,
+    arrive: Callable[[int, Tensor], None], watch: Callable[[StepBack, Tensor], None],
+) -> list[Tensor]:
+    """Walk the trajectory back from ``cotangent`` [R, P] of the final state, changed in place.
+
+    ``arrive(step, cotangent)`` may add to the cotangent of the state before ``step``, once the
+    module shows it; ``watch`` sees each step made. Returns d theta, one tensor per teacher
+    parameter.
+    """
+    total = [torch.zeros_like(p) for p in teacher.parameters()]
+    first = trajectory.first
+    for action in way_back(trajectory.steps, trajectory.held):
+        if isinstance(action, Release):
+            trajectory.release(first + action.start)
+            continue
+        if isinstance(action, Recompute):
+            start, stop = first + action.start, first + action.stop
+            recompute(life, trajectory, teacher, loss, start, stop, True)
+            continue
+        step, kept = first + action.step, first + action.kept
+        state = recompute(life, trajectory, teacher, loss, kept, step, False)
+        gradient = trajectory.gradient(step) if step == kept else None
+        d_theta, back = step_vjp(
+            life, teacher, second, state, gradient, trajectory.features[step], step, cotangent
         )
-    d_state[0] += life.flat.gather(second[:count])
-    return d_state, list(second[count:])
-
-
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes that ``text`` such as ``512MiB`` means.
-
-    Raises:
-        UserError: if it is no size.
-    """
-    compact = str(text).replace(" ", "").upper()
-    digits = compact.rstrip("KMGTIB")
-    try:
-        size = float(digits) * _UNITS[compact[len(digits):]]
-    except (KeyError, ValueError):
-        raise UserError(f"memory={text!r} is no size; write it like 512MiB or 2GiB") from None
-    if not 0 < size < math.inf:
-        raise UserError(f"memory={text!r} must be above zero; write it like 512MiB or 2GiB")
-    return int(size)
-
-
-def plan_keep_every(steps: int, bytes_per_point: int, budget: int) -> int:
-    """Return the smallest k for which keeping every k-th of ``steps`` points fits ``budget``.
-
-    Keeping every k-th point holds ceil(steps/k) of them, and recomputing a segment another k - 1;
-    each replayed step costs one more forward training step.
-
-    Raises:
-        UserError: if no k fits, naming the smallest budget that does.
-    """
-    if steps <= 0:
-        return 1
-
-    def needed(k: int) -> int:
-        return (math.ceil(steps / k) + k - 1) * bytes_per_point
-
-    for k in range(1, steps + 1):
-        if needed(k) <= budget:
-            return k
-    least = min(needed(k) for k in range(1, steps + 1))
-    raise UserError(
-        f"training.memory: {budget / 2**20:.3g} MiB cannot hold the trajectory of {steps} steps; "
-        f"the smallest budget that can is {math.ceil(least / 2**20)}MiB"
-    )
-
-
-def trajectory_point_bytes(life: Life, state: Tensor) -> int:
-    """Return the bytes that one kept point takes."""
-    tensors = [state, *life.buffers]
-    return sum(t.numel() * t.element_size() for t in tensors)
+        for sum_, part in zip(total, d_theta, strict=True):
+            if part is not None:
+                sum_ += part
+        watch(back, cotangent)
+        if discount != 1.0:
+            cotangent *= discount
+        arrive(step, cotangent)
+        on_step("reverse", step)
+    return total

@@ -141,3 +141,23 @@ def test_unknown_names_are_user_errors(batch):
     with pytest.raises(UserError, match="did you mean 'sigmoid'"):
         spec = LossSpec("dense", "sigmoyd")
         bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+
+
+@pytest.mark.parametrize("form", ["diagonal", "lowrank", "shared"])
+@pytest.mark.parametrize("constant", [False, True], ids=["phi learns", "phi is constant"])
+def test_structured_forms_are_twice_differentiable(form, constant):
+    """In the logits and in phi together, as the hypergradient needs them."""
+    spec = LossSpec(form, "softplus", rank=2)
+    generator = torch.Generator().manual_seed(3)
+    draw = {"dtype": torch.float64, "generator": generator}
+    logits = torch.randn(3, 5, **draw).requires_grad_()
+    targets = torch.tensor([0, 2, 2])
+    shapes = coefficient_shapes(spec, 5)
+    phi = [torch.rand(shape, **draw).requires_grad_(not constant) for shape in shapes.values()]
+
+    def losses(logits, *parts):
+        named = dict(zip(shapes, parts, strict=True))
+        return step_loss(spec, logits.log_softmax(1), targets, named, 0)
+
+    assert torch.autograd.gradcheck(losses, (logits, *phi))
+    assert torch.autograd.gradgradcheck(losses, (logits, *phi))

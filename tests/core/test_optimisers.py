@@ -70,6 +70,40 @@ def test_update_is_differentiable(spec):
     )
 
 
+@pytest.mark.parametrize("eps_form", ["torch", "fairseq"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_the_written_vjp_is_autograds(spec, eps_form):
+    optimiser = build_optimiser(spec, eps_form)
+    generator = torch.Generator().manual_seed(1)
+    state = torch.rand(optimiser.rows, 5, generator=generator, dtype=torch.float64)
+    if optimiser.rows == 3:
+        state[2, 0] = 0.0  # a second moment of zero, which the gradient below keeps there
+    for scale in (1.0, 0.05):  # clipped, and within the norm
+        gradient = scale * torch.randn(5, generator=generator, dtype=torch.float64)
+        gradient[0] = -0.02 * state[0, 0] if spec.name == "adam" else 0.0
+        cotangent = torch.randn(state.shape, generator=generator, dtype=torch.float64)
+        s, g = state.clone().requires_grad_(), gradient.clone().requires_grad_()
+        after = optimiser.update(s, g, 3, 0.1)
+        d_state, d_gradient = torch.autograd.grad(after, (s, g), cotangent)
+        pulled = cotangent.clone()
+        found = optimiser.pull_back(
+            state, gradient if optimiser.needs_gradient else None, pulled, 3, 0.1
+        )
+        torch.testing.assert_close(found, d_gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(pulled, d_state, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_writing_into_a_given_tensor_changes_nothing(spec):
+    optimiser = build_optimiser(spec)
+    state = torch.rand(optimiser.rows, 5)
+    gradient, out = torch.rand(5), torch.empty(optimiser.rows, 5)
+    before = state.clone()
+    assert optimiser.update(state, gradient, 2, 0.1, out) is out
+    assert torch.equal(out, optimiser.update(state, gradient, 2, 0.1))
+    assert torch.equal(state, before)
+
+
 def test_adam_at_zero_moments_has_a_finite_derivative():
     """The root of a zero second moment has an infinite derivative; times zero that is NaN."""
     optimiser = build_optimiser(OptimiserSpec("adam", 0.1))

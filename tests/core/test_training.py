@@ -14,7 +14,7 @@ from l2t_core.errors import UserError
 from l2t_core.run_folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.teacher_file import load_header, load_teacher
-from l2t_core.training import train_teacher
+from l2t_core.training import TeacherTraining, train_teacher
 
 LOSS = LossSpec("dense", "softplus")
 TEACHER = TeacherSpec(slots=3, init_scale=0.1)
@@ -97,11 +97,13 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
     assert events == []
 
 
-def test_non_finite_hypergradients_are_skipped_and_counted(student, tmp_path):
+@pytest.mark.parametrize(("factor", "reason"), [(float("nan"), "not finite"), (0.0, "flat there")])
+def test_unusable_hypergradients_are_skipped_and_counted(student, tmp_path, factor, reason):
     smoothed = student.smoothed_measure
-    student.smoothed_measure = lambda seed: smoothed(seed) * torch.tensor(float("nan"))
+    student.smoothed_measure = lambda seed: smoothed(seed) * torch.tensor(factor)
     result = run(student, tmp_path / "run")
     assert result.skipped == 5
+    assert reason in result.history[0]["reason"]
     last, _ = load_teacher(result.last_path)
     best, _ = load_teacher(result.best_path)
     assert all(torch.isfinite(p).all() for p in last.parameters())
@@ -126,6 +128,116 @@ def test_a_student_that_dies_in_its_last_step_is_never_the_best(student, tmp_pat
     assert result.skipped == 5
     assert not any(row["best"] for row in result.history)
     json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0], parse_constant=int)
+
+
+def test_an_explosion_is_no_direction(student, tmp_path):
+    result = run(student, tmp_path / "strict", max_growth=1e-3)
+    assert result.skipped == 5
+    assert "fold on its way back" in result.history[0]["reason"]
+    assert run(student, tmp_path / "off", max_growth=0.0).skipped == 0
+
+
+def test_theta_goes_half_the_way_back_from_where_students_die(student, tmp_path):
+    """The second theta kills its students; theta then nears the first, whose student lived."""
+    thetas = []
+    predict = student.predict
+
+    def observed(event):
+        if event["event"] == "episode":
+            thetas.append(theta())
+
+    training = TeacherTraining(
+        student, LOSS, TEACHER, spec(episodes=9), open_run(tmp_path / "run", {}), {}
+    )
+
+    def theta():
+        return torch.cat([p.detach().reshape(-1) for p in training.teacher.parameters()])
+
+    start = theta()
+
+    def dies_after_the_first(batch):
+        log_probs, targets = predict(batch)
+        return (log_probs * float("nan") if thetas else log_probs), targets
+
+    student.predict = dies_after_the_first
+    with pytest.raises(UserError, match="8 episodes in a row"):
+        training.run(observed)
+    assert len(thetas) == 9
+    for before, after in itertools.pairwise(thetas):
+        torch.testing.assert_close(after - start, (before - start) / 2, rtol=0, atol=1e-6)
+    assert float((thetas[0] - start).abs().max()) > 0.01
+
+
+def test_several_students_are_averaged(student, tmp_path):
+    """One update from three students is that of the mean of their hypergradients."""
+    rows = []
+    for number, students in (("one", 1), ("three", 3)):
+        result = run(student, tmp_path / number, episodes=2, students=students, student_seeds=3)
+        rows.append(result.history)
+    one, three = rows
+    assert three[0]["students"] == 3
+    assert three[0]["students_lost"] == 0
+    assert one[0]["signal_to_noise"] is None
+    assert three[0]["signal_to_noise"] > 0
+    # student_seeds=3: episodes 0, 1 and 2 of the first run have the second's first three students.
+    assert three[0]["dev_measure"] != one[0]["dev_measure"]
+    training = TeacherTraining(
+        student, LOSS, TEACHER, spec(students=3, student_seeds=3),
+        open_run(tmp_path / "again", {}), {},
+    )
+    outcomes = next(training._outcomes(lambda event: None))
+    mean = torch.stack([o.estimates[0] for o in outcomes]).mean(0)
+    assert three[0]["hypergradient_norm"] == pytest.approx(float(mean.norm()), rel=1e-6)
+
+
+def test_a_lost_student_leaves_the_others(student, tmp_path):
+    reset, predict, seeds = student.reset, student.predict, []
+    student.reset = lambda seed: (seeds.append(seed), reset(seed))
+
+    def dies(batch):
+        log_probs, targets = predict(batch)
+        return (log_probs * float("nan") if seeds[-1] % 2 else log_probs), targets
+
+    student.predict = dies
+    result = run(student, tmp_path / "run", episodes=1, students=2)
+    assert result.skipped == 0
+    assert [row["students_lost"] for row in result.history] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"differentiation": "windows", "window": 2},
+        {"differentiation": "persistent-es", "window": 2},
+        {"differentiation": "antithetic-es", "students": 2},
+        {"differentiation": "mixed", "students": 2, "phi_penalty": 0.1},
+        {"average_last": 2, "measure_points": 2, "cotangent_cap": 5.0},
+    ],
+    ids=lambda c: c.get("differentiation", "exact"),
+)
+def test_every_way_trains_and_resumes_to_the_same_bits(student, tmp_path, changes):
+    run(student, tmp_path / "whole", **changes)
+
+    def kill(event):
+        if event["event"] == "episode" and event["episode"] == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(student, tmp_path / "parts", on_event=kill, **changes)
+    result = run(student, tmp_path / "parts", **changes)
+    assert len(result.history) == 5
+    assert result.skipped == 0
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        a, b = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))
+        assert a == b
+
+
+def test_a_penalty_keeps_phi_near_its_start(student, tmp_path):
+    def distance(name, **changes):
+        teacher, _ = load_teacher(run(student, tmp_path / name, episodes=6, **changes).last_path)
+        return sum(float((v - torch.eye(3)).square().mean()) for v in teacher.values["W"])
+
+    assert distance("kept", phi_penalty=100.0) < 0.5 * distance("free")
 
 
 def test_patience_stops_early(student, tmp_path):
@@ -167,7 +279,17 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LossSpec(rank=0), {}, "loss.rank is 0"),
         (LossSpec(sigma="sigmoyd"), {}, "did you mean 'sigmoid'"),
         (LOSS, {"differentiation": "exakt"}, "did you mean 'exact'"),
-        (LOSS, {"memory": "1KiB"}, "smallest budget"),
+        (LOSS, {"memory": "100B"}, "smallest budget"),
+        (LOSS, {"students": 0}, "training.students is 0"),
+        (LOSS, {"parallel": "date"}, "did you mean 'data'"),
+        (LOSS, {"window": 3}, "no effect with training.differentiation=exact"),
+        (LOSS, {"differentiation": "windows"}, "needs training.window"),
+        (LOSS, {"differentiation": "windows", "window": 2, "students": 2}, "need 2 processes"),
+        (LOSS, {"differentiation": "mixed"}, "training.students of at least 2"),
+        (LOSS, {"differentiation": "antithetic-es", "discount": 0.9}, "discount has no effect"),
+        (LOSS, {"differentiation": "persistent-es", "window": 2, "average_last": 2}, "no effect"),
+        (LOSS, {"average_last": 7}, "between 1 .off. and the student's 6 steps"),
+        (LOSS, {"perturbation": 0.0}, "training.perturbation is 0.0"),
     ],
 )
 def test_impossible_settings_are_refused(student, tmp_path, loss, changes, message):

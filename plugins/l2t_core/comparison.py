@@ -1,0 +1,164 @@
+"""The mathematics of a fair comparison: grids of equal size, the choice on dev, paired tests."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line reads this module without waiting for numpy
+    import numpy as np
+
+Values = Mapping[str, Sequence[float]]
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One set of values to try: the learning rate and the loss's own settings."""
+
+    lr: float
+    settings: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Scores a_i against b_i of the same seeds.
+
+    ``difference`` is mean(a - b), ``relative`` the same over \\|mean(b)\\|, None where that is
+    zero. ``low`` and ``high`` are the 2.5 and 97.5 % points of the bootstrap's means,
+    ``bootstrap_p`` its two-sided p. ``t_p`` is the paired t-test's two-sided p, None for a single
+    pair.
+    """
+
+    difference: float
+    relative: float | None
+    low: float
+    high: float
+    bootstrap_p: float
+    t_p: float | None
+
+
+def refined(values: Sequence[float], count: int) -> list[float]:
+    """Return the positive ``values``, sorted, with geometric means between them, ``count`` in all.
+
+    Each new value halves, on a logarithmic scale, the widest gap; of equal gaps the lowest first.
+    More values than ``count`` stay as they are, and so does a single one.
+    """
+    grid = sorted(set(values))
+    while len(grid) < count and len(grid) > 1:
+        # Rounded: equal ratios should be equal gaps.
+        gaps = [round(math.log(b / a), 9) for a, b in itertools.pairwise(grid)]
+        widest = gaps.index(max(gaps))
+        middle = math.sqrt(grid[widest] * grid[widest + 1])
+        grid.insert(widest + 1, float(f"{middle:.6g}"))
+    return grid
+
+
+def grid_points(rates: Sequence[float], own: Values, count: int, seed: int = 0) -> list[Point]:
+    """Return ``count`` points of the grid rates x own values, so that every loss gets as many.
+
+    A grid that is too small gets rates in between; of one that is too large every combination of
+    own values keeps the same number of rates (give or take one), drawn by ``seed``.
+    """
+    combinations = [
+        tuple(zip(own, values, strict=True)) for values in itertools.product(*own.values())
+    ]
+    grid = refined(rates, math.ceil(count / len(combinations)))
+    if len(grid) * len(combinations) <= count:
+        return [Point(lr, settings) for settings in combinations for lr in grid]
+    draw = random.Random(seed)
+    orders = [draw.sample(grid, len(grid)) for _ in combinations]
+    draw.shuffle(orders)
+    points = [
+        Point(order[turn], settings)
+        for turn in range(len(grid))
+        for settings, order in zip(combinations, orders, strict=True)
+    ]
+    return sorted(points[:count], key=lambda point: (point.settings, point.lr))
+
+
+def best(scores: Mapping[Point, tuple[float, float] | None]) -> Point | None:
+    """Return the point with the highest score, or None where all diverged.
+
+    A score is the pair (what counts, what decides ties), higher is better, None a student that
+    diverged. Remaining ties go to the lowest rate.
+    """
+    sound = {point: score for point, score in scores.items() if score is not None}
+    if not sound:
+        return None
+    return max(sound, key=lambda point: (sound[point], -point.lr))
+
+
+def at_edge(chosen: float, tried: Sequence[float], ratio: float = 1.0) -> str:
+    """Return ``lowest`` or ``highest`` if ``chosen`` is that of several values, else ``""``.
+
+    With a ``ratio`` above 1, for values tried along a range, so near to its end is at it.
+    """
+    if len(set(tried)) < 2:
+        return ""
+    if chosen <= min(tried) * ratio:
+        return "lowest"
+    return "highest" if chosen >= max(tried) / ratio else ""
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean."""
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Return the sample's standard deviation (n - 1), None for a single value."""
+    if len(values) < 2:
+        return None
+    centre = mean(values)
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
+
+
+def bootstrap_means(differences: Sequence[float], seed: int = 0) -> np.ndarray:
+    """Return the means [10,000] of resamples, with replacement, of ``differences`` [n]."""
+    import numpy as np
+
+    values = np.asarray(differences, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    return np.asarray(values[drawn].mean(1))
+
+
+def compare_paired(ours: Sequence[float], theirs: Sequence[float]) -> PairedComparison:
+    """Compare two lists of scores of the same seeds, in the same order.
+
+    The bootstrap resamples the seeds (Efron & Tibshirani 1993, chapter 13): its p is twice the
+    smaller share of means on either side of zero, at most 1.
+    """
+    import numpy as np
+
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    means = bootstrap_means(differences)
+    low, high = np.percentile(means, [2.5, 97.5])
+    smaller = min(float((means <= 0).mean()), float((means >= 0).mean()))
+    reference = mean(theirs)
+    difference = mean(differences)
+    return PairedComparison(
+        difference=difference,
+        relative=difference / abs(reference) if reference else None,
+        low=float(low),
+        high=float(high),
+        bootstrap_p=min(1.0, 2.0 * smaller),
+        t_p=_t_test(differences),
+    )
+
+
+def _t_test(differences: Sequence[float]) -> float | None:
+    from scipy.stats import t
+
+    spread = deviation(differences)
+    if spread is None:
+        return None
+    if spread == 0.0:  # all seeds say the same
+        return 1.0 if differences[0] == 0.0 else 0.0
+    count = len(differences)
+    statistic = mean(differences) / (spread / math.sqrt(count))
+    return float(2.0 * t.sf(abs(statistic), count - 1))

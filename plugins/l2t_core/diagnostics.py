@@ -1,0 +1,81 @@
+"""What an episode tells about its own hypergradient: growth back in time, curvature, spread."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from l2t_core.life import Life
+from l2t_core.unroll import StepBack
+
+# Steps at which the norms are taken: often enough for a curve, seldom enough to cost nothing.
+_SAMPLES = 32
+
+
+@dataclass
+class WayBack:
+    """Norms along the reverse pass.
+
+    ``growth`` is ||d omega|| at the first differentiated step over that at the last, ``largest``
+    the largest on the way over that at the last; ``norms`` lists (step, ||d omega_t||).
+    ``sharpness`` is the largest |v H v| / (v v) * eta met: above 2 (1 + momentum) a constant rate
+    is beyond the edge of stability.
+    """
+
+    growth: float = 0.0
+    largest: float = 0.0
+    sharpness: float = 0.0
+    norms: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Watch:
+    """Samples norms and curvature at some of the reverse steps."""
+
+    def __init__(self, life: Life, cotangent: Tensor, steps: int) -> None:
+        self.life = life
+        self.every = max(1, steps // _SAMPLES)
+        self.last = float(cotangent[0].norm())
+        self.left = steps
+        self.found = WayBack()
+
+    def step(self, back: StepBack, cotangent: Tensor) -> None:
+        """Take note of one step back; ``cotangent`` is that of its start."""
+        self.left -= 1
+        if self.left % self.every:
+            return
+        norm = float(cotangent[0].norm())
+        self.found.norms.append((back.step, norm))
+        pieces = self.life.flat.split(back.direction)
+        along = sum(
+            float(torch.dot(h.reshape(-1), v.reshape(-1)))
+            for h, v in zip(back.curved, pieces, strict=True) if h is not None
+        )
+        squared = float(torch.dot(back.direction, back.direction))
+        if squared > 0.0 and math.isfinite(along):
+            sharpness = abs(along) / squared * back.rate
+            self.found.sharpness = max(self.found.sharpness, sharpness)
+
+    def result(self) -> WayBack:
+        """Return what was found once the way back is over."""
+        if self.found.norms and self.last > 0.0:
+            self.found.growth = self.found.norms[-1][1] / self.last
+            self.found.largest = max(n for _, n in self.found.norms) / self.last
+        return self.found
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, or None where it is no number: JSON has no name for it."""
+    return value if math.isfinite(value) else None
+
+
+def mean(values: list[float]) -> float | None:
+    """Return the mean, None of nothing or where it is not finite."""
+    return finite(sum(values) / len(values)) if values else None
+
+
+def largest(values: list[float]) -> float | None:
+    """Return the largest, None of nothing or where it is not finite."""
+    return finite(max(values)) if values else None

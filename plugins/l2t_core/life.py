@@ -1,0 +1,206 @@
+"""A student as a pure sequence of steps on flat states, with its module as scratch space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l2t_core.allocator import keep_freed_memory
+from l2t_core.double_backward import twice_differentiable
+from l2t_core.errors import UserError
+from l2t_core.flat import FlatParameters
+from l2t_core.processes import ALONE, Processes
+from l2t_core.step_losses import StepLoss
+from l2t_core.student import Student
+from l2t_core.student_state import TrainStatistics, train_statistics
+
+PRECISIONS = {
+    "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # what a student's own arithmetic may be in; omega and all derivatives stay as they are
+
+
+class Life:
+    """Runs one student's training steps on flat states. Uses torch's global random numbers.
+
+    The module's parameters are made views of the state that is :meth:`show`-n, so that a step
+    reads and writes each state once.
+    """
+
+    def __init__(
+        self, student: Student, precision: str = "float32", processes: Processes = ALONE
+    ) -> None:
+        keep_freed_memory()
+        self.student = student
+        self.processes = processes
+        self.share = 1.0  # of the step's examples, this process's
+        if processes.world > 1:
+            refuse_batch_norm(student.module)
+        self.flat = FlatParameters(student.module)
+        self.buffers = list(student.module.buffers())
+        self.shown = self.flat.vector
+        self._cast = PRECISIONS[precision]
+        self._gradient = self.flat.empty(1)[0]
+
+    def begin(self, seed: int) -> Tensor:
+        """Reset the student to ``seed`` and return its initial state [R, P]."""
+        self.show(self.flat.vector)
+        self.student.reset(seed)
+        return self.student.optimiser.initial(self.flat.vector.clone())
+
+    def show(self, vector: Tensor) -> None:
+        """Make the module's parameters views of ``vector`` [P]."""
+        self.flat.show(vector)
+        self.shown = vector
+
+    def batch(self, step: int) -> Any:
+        """Return this process's part of the batch of ``step``, its ``share`` set beside."""
+        batch = self.student.batch(step)
+        if self.processes.world > 1:
+            shard = getattr(self.student, "shard", shard_rows)
+            batch, self.share = shard(batch, self.processes.rank, self.processes.world)
+        return batch
+
+    def over_processes(self, mean: Tensor) -> Tensor:
+        """Make a mean over this process's examples one over the step's, in place."""
+        if self.processes.world == 1:
+            return mean
+        return self.processes.add_up(mean.mul_(self.share))
+
+    def copy_buffers(self) -> list[Tensor]:
+        """Return copies of the module's buffers."""
+        return [b.clone() for b in self.buffers]
+
+    def load_buffers(self, values: list[Tensor]) -> None:
+        """Copy ``values`` into the module's buffers."""
+        for buffer, value in zip(self.buffers, values, strict=True):
+            buffer.copy_(value)
+
+    def seed(self, step: int) -> None:
+        """Set the random numbers of ``step``, as torch.manual_seed does."""
+        # Processes that share a batch draw their own masks.
+        seed = (self.student.step_seed(step) + self.processes.rank * 7_368_787) % 2**63
+        # Where there is no GPU, torch.manual_seed takes a stack trace in case one appears: half a
+        # plain step of a small student.
+        torch.default_generator.manual_seed(seed)
+        if self.shown.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [N, K] and targets [N] of a batch, in the parameters' dtype."""
+        if self._cast is None:
+            return self.student.predict(batch)
+        with torch.autocast(self.shown.device.type, dtype=self._cast):
+            log_probs, targets = self.student.predict(batch)
+        return log_probs.to(self.shown.dtype), targets
+
+    def outputs(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and targets of ``step``, with the step's random numbers."""
+        batch = self.batch(step)  # first: making one may draw random numbers, asking again not
+        self.seed(step)
+        return self.predict(batch)
+
+    def gradients(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+        """Return the loss's gradient, one tensor per parameter, None where unused."""
+        return list(
+            torch.autograd.grad(
+                loss, self.flat.parameters, create_graph=create_graph, allow_unused=True
+            )
+        )
+
+    def step(
+        self,
+        state: Tensor,
+        step: int,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        out: Tensor | None = None,
+        gradient_out: Tensor | None = None,
+    ) -> tuple[Tensor, TrainStatistics]:
+        """Make one training step; ``loss_of`` maps (log-probs, targets) to losses [N].
+
+        Returns the next state [R, P], written to ``out`` if given, and the step's statistics.
+        ``gradient_out`` [P] receives the step's gradient. The module must show ``state[0]``; it
+        shows the new parameters afterwards.
+        """
+        state, log_probs, targets = self.bare_step(state, step, loss_of, out, gradient_out)
+        statistics = train_statistics(log_probs, targets)
+        if self.processes.world > 1:
+            parts = torch.tensor([statistics.nll, statistics.accuracy], dtype=torch.float64)
+            statistics = TrainStatistics(*self.over_processes(parts).tolist())
+        return state, statistics
+
+    def bare_step(
+        self,
+        state: Tensor,
+        step: int,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        out: Tensor | None = None,
+        gradient_out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make a step as :meth:`step` does; return state, log-probabilities and targets."""
+        with twice_differentiable(self.student.module):
+            log_probs, targets = self.outputs(step)
+            gradients = self.gradients(loss_of(log_probs, targets).mean())
+        into = self._gradient if gradient_out is None else gradient_out
+        with torch.no_grad():
+            gradient = self.over_processes(self.flat.gather(gradients, into))
+            rate = self.student.learning_rate(step)
+            state = self.student.optimiser.update(state, gradient, step, rate, out)
+        self.show(state[0])
+        return state, log_probs, targets
+
+
+def shard_rows(batch: Any, rank: int, world: int) -> tuple[Any, float]:
+    """Return the rows of every tensor in ``batch`` that are process ``rank``'s, and their share.
+
+    Raises:
+        UserError: if the batch is more than tensors of the same number of rows, at least one for
+            each process.
+    """
+    leaves, layout = pytree.tree_flatten(batch)
+    rows = {len(x) if isinstance(x, Tensor) and x.ndim else 0 for x in leaves}
+    if len(rows) != 1 or min(rows) < world:
+        raise UserError(
+            f"training.parallel=data cannot share this student's batches among {world} processes; "
+            "use larger batches, fewer processes or training.parallel=students"
+        )
+    count = rows.pop()
+    start, stop = count * rank // world, count * (rank + 1) // world
+    pieces = [x[start:stop] for x in leaves]
+    return pytree.tree_unflatten(pieces, layout), (stop - start) / count
+
+
+def refuse_batch_norm(module: nn.Module) -> None:
+    """Refuse to share the batches of a module that normalises over them.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"training.parallel=data would give layer {name!r} (batch norm) the statistics of "
+                "a part of the batch; use training.parallel=students"
+            )
+
+
+def taught_step(
+    life: Life,
+    applied: StepLoss,
+    state: Tensor,
+    step: int,
+    out: Tensor | None = None,
+    gradient_out: Tensor | None = None,
+) -> tuple[Tensor, TrainStatistics]:
+    """Make one step under a teacher or a fixed loss, s_t included."""
+    student = life.student
+    applied.begin_step(student.learning_rate(step), step)
+    state, statistics = life.step(state, step, applied.loss, out, gradient_out)
+    applied.commit(statistics)
+    dev = student.dev_statistics(step)
+    if dev is not None:
+        applied.observe_dev(dev)
+    return state, statistics

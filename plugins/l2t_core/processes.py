@@ -1,0 +1,139 @@
+"""The processes of one run: what they share, and what is said when one of them ends.
+
+Under ``torchrun`` every process runs the same program. They share the students of an update or
+the batch of a step (``training.parallel``); process 0 alone writes files and reports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l2t_core.errors import PeerLost, UserError
+
+T = TypeVar("T")
+# A student may take days longer than another; a process that ends is noticed at once.
+_PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """``world`` processes, of which this is number ``rank``. One process needs no group."""
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, count: int) -> range:
+        """Return which of ``count`` students are this process's."""
+        return range(self.rank, count, self.world)
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Return the items of all processes, ordered as :meth:`share` deals them out.
+
+        Raises:
+            PeerLost: if another process has ended.
+        """
+        if self.world == 1:
+            return mine
+        parts: list[Any] = [None] * self.world
+        self._meet(lambda: dist.all_gather_object(parts, mine))
+        longest = max(len(part) for part in parts)
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def from_first(self, item: Any) -> Any:
+        """Return process 0's ``item``.
+
+        Raises:
+            PeerLost: if another process has ended.
+        """
+        if self.world == 1:
+            return item
+        box = [item]
+        self._meet(lambda: dist.broadcast_object_list(box, src=0))
+        return box[0]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Return what ``action`` returns; where it is refused in one process, stop in all.
+
+        Raises:
+            UserError: in the first process, with the first refusal.
+            SystemExit: in the others, so that one mistake is told once.
+            PeerLost: if another process has ended.
+        """
+        if self.world == 1:
+            return action()
+        refusal, result = "", None
+        try:
+            result = action()
+        except UserError as error:
+            refusal = str(error)
+        refusals = [r for r in self.gather([refusal]) if r]
+        if refusals and self.rank == 0:
+            raise UserError(refusals[0])
+        if refusals:
+            raise SystemExit(2)
+        return cast(T, result)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Add ``tensor`` up over the processes, in place, and return it.
+
+        Raises:
+            PeerLost: if another process has ended.
+        """
+        if self.world > 1:
+            self._meet(lambda: dist.all_reduce(tensor))
+        return tensor
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _meet(self, collective: Any) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # what gloo and NCCL raise once a connection is gone
+            raise PeerLost(
+                f"process {self.rank} of {self.world} lost another one "
+                f"({str(error).splitlines()[0][:120]}); see that one's message; the same command "
+                "continues from the last finished episode"
+            ) from error
+
+
+ALONE = Processes()
+
+
+def join_processes() -> Processes:
+    """Join the group that ``torchrun`` describes in the environment; without it, run alone.
+
+    Raises:
+        UserError: if the environment is incomplete or the group cannot be formed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world <= 1 or "RANK" not in os.environ:
+        return ALONE
+    missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={world} asks for several processes, but {missing[0]} is not set; start "
+            "them with torchrun --nproc-per-node N -m l2t_cli train-teacher ..."
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {world} processes could not meet ({str(error).splitlines()[0]}); check "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return Processes(dist.get_rank(), dist.get_world_size())

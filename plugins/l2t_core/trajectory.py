@@ -1,0 +1,143 @@
+"""The kept states of one student's life: in memory, in host memory beside a GPU, or in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2t_core.checkpointing import Plan
+from l2t_core.errors import UserError
+from l2t_core.flat import FlatParameters
+
+
+class Slots:
+    """Memory for states [R, P], each with the gradient [P] of the step that leaves it if asked.
+
+    Reused from episode to episode: the first touch of fresh memory costs more than a step of a
+    small student. The states that a plan spills are those of the earliest steps, which are
+    needed last.
+    """
+
+    def __init__(
+        self, flat: FlatParameters, rows: int, with_gradient: bool, plan: Plan, folder: Path | None
+    ) -> None:
+        self.plan = plan
+        self.rows = rows + int(with_gradient)
+        self._block = flat.empty(max(1, plan.slots - plan.spilled), self.rows)
+        self._free = list(range(len(self._block)))
+        self._at: dict[int, int] = {}
+        self._fetched = -1
+        # Two, because a step reads one state while it writes the next.
+        self._scratch = flat.empty(2, self.rows) if plan.spilled else None
+        self._away = _make_store(self._block, plan, folder) if plan.spilled else None
+
+    def claim(self, step: int) -> Tensor:
+        """Return [rows, P] to write the state before ``step`` and its gradient into."""
+        self._fetched = -1
+        if self._scratch is not None and step < self.plan.spilled:
+            return self._scratch[step % 2]
+        self._at[step] = self._free.pop()
+        return self._block[self._at[step]]
+
+    def seal(self, step: int) -> None:
+        """Take note that what :meth:`claim` gave for ``step`` is written."""
+        if self._away is not None and self._scratch is not None and step < self.plan.spilled:
+            self._away.put(step, self._scratch[step % 2])
+
+    def being_written(self, step: int) -> Tensor:
+        """Return what :meth:`claim` gave for ``step``, until it is sealed."""
+        if self._scratch is not None and step < self.plan.spilled:
+            return self._scratch[step % 2]
+        return self._block[self._at[step]]
+
+    def fetch(self, step: int) -> Tensor:
+        """Return [rows, P] of the state before ``step``; it may be changed until released."""
+        if step in self._at:
+            return self._block[self._at[step]]
+        assert self._away is not None and self._scratch is not None
+        if self._fetched != step:
+            self._away.get(step, self._scratch[step % 2])
+            self._fetched = step
+        return self._scratch[step % 2]
+
+    def release(self, step: int) -> None:
+        """Give the memory of ``step`` free."""
+        if step in self._at:
+            self._free.append(self._at.pop(step))
+
+    def clear(self) -> None:
+        """Forget all states: a life that was cut short leaves some."""
+        for step in list(self._at):
+            self.release(step)
+
+
+class _HostStore:
+    """States of a GPU student in pinned host memory."""
+
+    def __init__(self, like: Tensor, count: int) -> None:
+        pinned = torch.cuda.is_available()
+        self._block = torch.empty(
+            count, *like.shape[1:], dtype=like.dtype, pin_memory=pinned, device="cpu"
+        )
+
+    def put(self, index: int, value: Tensor) -> None:
+        self._block[index].copy_(value, non_blocking=True)
+
+    def get(self, index: int, out: Tensor) -> None:
+        out.copy_(self._block[index], non_blocking=True)
+
+
+class _FileStore:
+    """States in an unlinked file: gone with the process, however that ends."""
+
+    def __init__(self, like: Tensor, count: int, folder: Path) -> None:
+        self._folder = folder
+        self._size = like[0].numel() * like.element_size()
+        self._staging = torch.empty(like.shape[1:], dtype=like.dtype)
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, prefix="trajectory-")  # noqa: SIM115
+            # Claim the room now: a full disk should not end the run in an hour.
+            os.posix_fallocate(self._file.fileno(), 0, count * self._size)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot spill the trajectory to a file in {self._folder} ({error.strerror}); free "
+            "some room, raise training.memory or use training.spill=none"
+        )
+
+    def _bytes(self) -> memoryview:
+        return memoryview(self._staging.numpy()).cast("B")  # type: ignore[arg-type]
+
+    def put(self, index: int, value: Tensor) -> None:
+        self._staging.copy_(value)
+        try:
+            self._all(os.pwrite, self._bytes(), index)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def get(self, index: int, out: Tensor) -> None:
+        def read(fd: int, view: memoryview, offset: int) -> int:
+            return os.preadv(fd, [view], offset)
+
+        self._all(read, self._bytes(), index)
+        out.copy_(self._staging)
+
+    def _all(self, move: object, view: memoryview, index: int) -> None:
+        done, start = 0, index * self._size
+        while done < self._size:  # a call may move less than asked, 2 GiB at most
+            moved = move(self._file.fileno(), view[done:], start + done)  # type: ignore[operator]
+            if moved == 0:
+                raise OSError(0, "the file is cut short")
+            done += moved
+
+
+def _make_store(block: Tensor, plan: Plan, folder: Path | None) -> _HostStore | _FileStore:
+    if plan.where == "host":
+        return _HostStore(block, plan.spilled)
+    return _FileStore(block, plan.spilled, folder or Path(tempfile.gettempdir()))

@@ -1,0 +1,107 @@
+"""From the outcomes of several students to one update of theta, and what it tells.
+
+Pure functions over estimates [N, E, D]: N students, E kinds of estimate, D numbers of theta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from l2t_core.losses import neutral_coefficients
+from l2t_core.specs import LossSpec, TrainingSpec
+from l2t_core.teachers import Teacher
+
+# Growth of the cotangent's norm beyond which runs were seen to learn nothing, and the ratio that
+# pure noise would have on average, with some margin.
+EXPLODED = 100.0
+NOISY = 1.2
+
+
+def combine(estimates: Tensor) -> Tensor:
+    """Return one estimate [D] from [N, E, D]: the students' mean, kinds mixed by their variances.
+
+    Each coefficient's weights are the inverse variances of the kinds' means over the students
+    (Metz et al. 2019, section 3.2). A coefficient that no kind varies in is averaged.
+
+    Raises:
+        ValueError: if two kinds come from less than two students.
+    """
+    students, kinds, _ = estimates.shape
+    means = estimates.mean(0)  # [E, D]
+    if kinds == 1:
+        return means[0]
+    if students < 2:
+        raise ValueError("variances need two students")
+    variances = estimates.var(0)
+    smallest = variances.min(0).values
+    # Ratios to the smallest variance: 0 / 0 counts as equal, x / 0 as nothing.
+    weights = torch.where(variances == smallest, 1.0, smallest / variances)
+    return (weights * means).sum(0) / weights.sum(0)
+
+
+def signal_to_noise(estimates: Tensor) -> float:
+    """Return ||mean|| over the standard error of that mean, of one kind's [N, D] over N students.
+
+    Without any signal it is about 1. NaN for one student.
+    """
+    students = len(estimates)
+    if students < 2:
+        return math.nan
+    signal = float(estimates.mean(0).norm())
+    noise = math.sqrt(float(estimates.var(0).sum()) / students)
+    return signal / noise if noise > 0.0 else math.inf
+
+
+def phi_penalty(
+    teacher: Teacher, loss: LossSpec, features: Sequence[Tensor], weight: float
+) -> tuple[float, Tensor]:
+    """Return weight times phi's mean squared distance from neutral, and its gradient [D].
+
+    The mean is over the states s_t of ``features`` and over phi's numbers: a teacher far from
+    W = I, b = 0 pays for it.
+    """
+    parameters: dict[str, Tensor] = dict(teacher.named_parameters())
+    neutral = neutral_coefficients(loss, teacher.num_classes)
+
+    def distances(s: Tensor) -> Tensor:
+        phi = functional_call(teacher, parameters, (s,))
+        return torch.stack([(phi[n] - neutral[n].to(phi[n])).square().sum() for n in phi]).sum()
+
+    numbers = sum(part.numel() for part in neutral.values())
+    value = weight * vmap(distances)(torch.stack(list(features))).mean() / numbers
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    flat = [
+        (torch.zeros_like(p) if g is None else g).reshape(-1)
+        for p, g in zip(parameters.values(), gradients, strict=True)
+    ]
+    return float(value.detach()), torch.cat(flat)
+
+
+def advice(row: dict[str, object], spec: TrainingSpec) -> str:
+    """Return what is wrong with an episode's hypergradient and the setting that mends it, or ""."""
+
+    def number(key: str) -> float:
+        value = row.get(key)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    if number("largest") > EXPLODED:
+        mend = (
+            "let the student's rate end at zero (schedule: linear) or lower its peak"
+            if spec.discount < 1.0
+            else "set training.discount below 1 (0.99), or let the student's rate end at zero "
+            "(schedule: linear)"
+        )
+        return f"the hypergradient grew {number('largest'):.0f}-fold on its way back; {mend}"
+    snr = row.get("signal_to_noise")
+    if isinstance(snr, float) and snr < NOISY:
+        return (
+            f"the students' hypergradients disagree (signal to noise {snr:.1f}); raise "
+            f"training.students (now {spec.students}) or lower training.lr"
+        )
+    return ""
+

@@ -1,0 +1,109 @@
+"""Grids, choices and tests of a comparison against scipy and values worked out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from l2t_core.comparison import (
+    Point,
+    at_edge,
+    best,
+    bootstrap_means,
+    compare_paired,
+    deviation,
+    grid_points,
+    mean,
+    refined,
+)
+
+OURS = [2.1, 1.9, 2.4, 2.0, 2.2]
+THEIRS = [2.3, 2.2, 2.4, 2.5, 2.1]
+
+
+def test_t_test_is_scipys() -> None:
+    assert compare_paired(OURS, THEIRS).t_p == pytest.approx(
+        stats.ttest_rel(OURS, THEIRS).pvalue, rel=1e-12
+    )
+    # By hand: differences -1, 1, 3: mean 1, deviation 2, t = sqrt(3)/2, two degrees of freedom,
+    # of which the distribution is 1/2 + t / (2 sqrt(2 + t^2)).
+    t = 3**0.5 / 2
+    by_hand = 2 * (0.5 - t / (2 * (2 + t * t) ** 0.5))
+    assert compare_paired([0.0, 2.0, 4.0], [1.0, 1.0, 1.0]).t_p == pytest.approx(by_hand)
+
+
+def test_bootstrap_agrees_with_scipys_and_with_all_resamples() -> None:
+    found = compare_paired(OURS, THEIRS)
+    differences = np.subtract(OURS, THEIRS)
+    theirs = stats.bootstrap(
+        (differences,), np.mean, n_resamples=20_000, method="percentile"
+    ).confidence_interval
+    assert found.low == pytest.approx(theirs.low, abs=0.02)
+    assert found.high == pytest.approx(theirs.high, abs=0.02)
+    grid = np.stack(np.meshgrid(*[differences] * 5), -1).reshape(-1, 5).mean(1)  # all 5^5
+    share = min((grid <= 1e-12).mean(), (grid >= -1e-12).mean())
+    assert found.bootstrap_p == pytest.approx(2 * share, abs=0.01)
+    means = bootstrap_means(differences.tolist())
+    assert means.shape == (10_000,) and abs(means.mean() - differences.mean()) < 0.01
+
+
+def test_differences_in_numbers_and_relative_to_the_reference() -> None:
+    found = compare_paired([1.0, 2.0], [2.0, 4.0])
+    assert found.difference == -1.5 and found.relative == pytest.approx(-0.5)
+    assert compare_paired([1.0], [0.0]).relative is None
+    assert compare_paired([1.0], [2.0]).t_p is None
+
+
+def test_equal_and_constantly_different_scores() -> None:
+    same = compare_paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (same.t_p, same.bootstrap_p, same.low, same.high) == (1.0, 1.0, 0.0, 0.0)
+    apart = compare_paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    assert (apart.t_p, apart.bootstrap_p, apart.difference) == (0.0, 0.0, 1.0)
+
+
+def test_mean_and_deviation_are_numpys() -> None:
+    assert mean(OURS) == pytest.approx(np.mean(OURS))
+    assert deviation(OURS) == pytest.approx(np.std(OURS, ddof=1))
+    assert deviation([1.0]) is None
+
+
+def test_refined_grids_halve_the_widest_gap() -> None:
+    assert refined([0.4, 0.1], 3) == [0.1, 0.2, 0.4]
+    assert refined([0.1, 0.2, 0.8], 4) == [0.1, 0.2, 0.4, 0.8]
+    assert refined([0.1, 0.4, 1.6], 5) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
+    assert refined([0.3, 0.1, 0.2, 0.1], 2) == [0.1, 0.2, 0.3]
+    assert refined([0.1], 5) == [0.1]
+    grid = refined([0.05, 0.1, 0.2, 0.4], 12)
+    assert len(grid) == len(set(grid)) == 12 and (grid[0], grid[-1]) == (0.05, 0.4)
+
+
+def test_every_loss_gets_as_many_points() -> None:
+    rates = [0.05, 0.1, 0.2, 0.4]
+    plain = grid_points(rates, {}, 12)
+    smoothed = grid_points(rates, {"eps": [0.05, 0.1, 0.2]}, 12)
+    large = {"margin": [2.0, 3.0, 4.0], "lambda_min": [0.0, 5.0]}
+    thinned = grid_points(rates, large, 12)
+    assert len(set(plain)) == len(set(smoothed)) == len(set(thinned)) == 12
+    assert {p.lr for p in smoothed} == set(rates)
+    assert Counter(p.settings for p in thinned).most_common()[-1][1] == 2  # 6 x 2
+    assert thinned == grid_points(rates, large, 12) != grid_points(rates, large, 12, seed=1)
+    assert grid_points([0.1, 0.2], {"eps": [0.1]}, 2)[0] == Point(0.1, (("eps", 0.1),))
+
+
+def test_the_best_point_ties_and_divergence() -> None:
+    low, middle, high = (Point(lr) for lr in (0.1, 0.2, 0.4))
+    assert best({low: (0.9, -1.0), middle: (0.95, -2.0), high: None}) == middle
+    assert best({low: (0.9, -1.0), middle: (0.9, -0.5)}) == middle
+    assert best({middle: (0.9, -1.0), low: (0.9, -1.0)}) == low
+    assert best({low: None, high: None}) is None
+
+
+def test_edges() -> None:
+    assert at_edge(0.1, [0.2, 0.1]) == "lowest" and at_edge(0.2, [0.2, 0.1]) == "highest"
+    assert at_edge(0.2, [0.1, 0.2, 0.4]) == "" and at_edge(0.1, [0.1, 0.1]) == ""
+    assert at_edge(0.104, [0.1, 0.4], ratio=1.05) == "lowest"
+    assert at_edge(0.39, [0.1, 0.4], ratio=1.05) == "highest"
+    assert at_edge(0.11, [0.1, 0.4], ratio=1.05) == ""

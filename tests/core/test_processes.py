@@ -1,0 +1,142 @@
+"""Two real processes over gloo against one: shared batches, shared students, lost peers."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from toy_students import STUDENTS, ToyStudent  # type: ignore[import-not-found]
+
+from l2t_core.differentiation import exact
+from l2t_core.engine import Engine, Episode
+from l2t_core.errors import PeerLost, UserError
+from l2t_core.life import Life, shard_rows
+from l2t_core.processes import ALONE, join_processes
+from l2t_core.settings import check_processes
+from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import build_teacher
+
+LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
+CASES = [
+    ("mlp", OptimiserSpec("momentum", 0.3, clip_norm=0.05), {}, False),
+    ("mlp", OptimiserSpec("adam", 0.05, eps=1e-3), {"memory": "4KB", "spill": "none"}, True),
+    ("transformer", OptimiserSpec("adam", 0.05, eps=1e-3), {}, False),
+    ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "finite-difference"}, False),
+]
+
+
+def estimate(case, processes):
+    name, optimiser, settings, fixed_shapes = case
+    student = ToyStudent(STUDENTS[name], optimiser, steps=7)
+    student.fixed_shapes = fixed_shapes
+    for module in student.module.modules():  # masks are each process's own
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.self_attn.dropout = 0.0
+    names = student.default_features
+    spec = TeacherSpec(slots=3, init_scale=0.3)
+    teacher = build_teacher(spec, LOSS, 3, feature_count(names, 3), seed=1).double()
+    engine = Engine(Life(student, processes=processes), LOSS, TrainingSpec(**settings))
+    outcome = exact(Episode(engine, names, 3, 0), teacher, lambda phase, step: None)
+    return outcome.estimates[0], outcome.smoothed, engine.plan.recomputed
+
+
+def together(rank, port, folder, work):
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
+    }
+    torch.set_num_threads(1)
+    processes = join_processes()
+    torch.save(work(processes), folder / f"{rank}.pt")
+    processes.close()
+
+
+def in_two_processes(folder, work):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(together, (port, folder, work), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def share_batches(processes):
+    return [estimate(case, processes) for case in CASES]
+
+
+def test_shared_batches_give_one_processs_hypergradient(tmp_path):
+    both = in_two_processes(tmp_path, share_batches)
+    for case, first, second in zip(CASES, *both, strict=True):
+        alone, smoothed, recomputed = estimate(case, ALONE)
+        assert (recomputed > 0) == ("memory" in case[2])
+        for found in (first, second):
+            tolerance = 1e-5 if case[2].get("hvp") else 1e-9  # differences divide rounding by h
+            torch.testing.assert_close(found[0], alone, rtol=tolerance, atol=tolerance * 1e-3)
+            assert found[1] == pytest.approx(smoothed, rel=1e-12)
+        assert torch.equal(first[0], second[0])
+
+
+def deal(processes):
+    mine = [10 * i for i in processes.share(5)]
+    refusals = []
+
+    def refused():
+        if processes.rank == 1:
+            raise UserError("only here")
+
+    try:
+        processes.agree(refused)
+    except (UserError, SystemExit) as error:
+        refusals.append(str(error))
+    agreed = processes.agree(lambda: processes.rank)
+    return processes.gather(mine), processes.from_first(processes.rank), refusals, agreed
+
+
+def test_students_are_dealt_out_and_gathered_in_order(tmp_path):
+    first, second = in_two_processes(tmp_path, deal)
+    assert first == ([0, 10, 20, 30, 40], 0, ["only here"], 0)
+    assert second == ([0, 10, 20, 30, 40], 0, ["2"], 1)
+
+
+def lose_one(processes):
+    if processes.rank == 1:
+        return "gone"
+    try:
+        for _ in range(50):
+            processes.gather([0])
+    except PeerLost as error:
+        return str(error)
+    return "not noticed"
+
+
+def test_a_lost_process_is_noticed(tmp_path):
+    first, _ = in_two_processes(tmp_path, lose_one)
+    assert "process 0 of 2 lost another one" in first
+    assert "the same command continues" in first
+
+
+def test_rows_are_shared_without_rest():
+    batch = {"x": torch.arange(14).view(7, 2), "y": torch.arange(7)}
+    pieces = [shard_rows(batch, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([p["x"] for p, _ in pieces]), batch["x"])
+    assert sum(share for _, share in pieces) == pytest.approx(1.0)
+    for unfit in (torch.arange(2), [torch.arange(4), torch.arange(5)], torch.tensor(3)):
+        with pytest.raises(UserError, match="cannot share"):
+            shard_rows(unfit, 0, 3)
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match="some of 4 processes without one"):
+        check_processes(TrainingSpec(students=3), 4)
+    check_processes(TrainingSpec(students=3, parallel="data"), 4)
+    check_processes(TrainingSpec(students=4, differentiation="windows", window=2), 4)
+    from l2t_core.processes import Processes
+
+    student = ToyStudent(STUDENTS["conv_bn"], OptimiserSpec("sgd", 0.1))
+    with pytest.raises(UserError, match=r"layer 'layers\.1' \(batch norm\)"):
+        Life(student, processes=Processes(0, 2))

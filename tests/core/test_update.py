@@ -1,0 +1,76 @@
+"""From several students' estimates to one update, checked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from l2t_core.losses import neutral_coefficients
+from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+from l2t_core.teachers import build_teacher
+from l2t_core.update import advice, combine, phi_penalty, signal_to_noise
+
+
+def test_one_kind_is_averaged():
+    estimates = torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]]])
+    assert combine(estimates).tolist() == [2.0, 4.0]
+
+
+def test_two_kinds_are_weighed_by_their_inverse_variances():
+    # First coefficient: variances 2 and 8 around 1 and 5; second: 0 and 2 around 1 and 5.
+    estimates = torch.tensor([[[0.0, 1.0], [3.0, 4.0]], [[2.0, 1.0], [7.0, 6.0]]])
+    assert combine(estimates).tolist() == pytest.approx([(1 / 2 + 5 / 8) / (1 / 2 + 1 / 8), 1.0])
+    nothing_varies = torch.tensor([[[1.0], [3.0]], [[1.0], [3.0]]])
+    assert combine(nothing_varies).tolist() == [2.0]
+    with pytest.raises(ValueError, match="two students"):
+        combine(torch.zeros(1, 2, 3))
+
+
+def test_the_mix_has_less_variance_than_either_kind():
+    """Where one kind is calm in some coefficients and the other in the rest."""
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.tensor([[0.1, 3.0], [2.0, 0.2]])
+    draws = torch.randn(500, 16, 2, 2, generator=generator) * scales + 1.0
+    mixed = torch.stack([combine(d) for d in draws])
+    # Weights from 16 students are near the best ones: 1 / sum(1 / variance), doubled for safety.
+    best = 1.0 / (1.0 / scales.square()).sum(0) / 16
+    assert (mixed.var(0) < 2.0 * best).all()
+    assert (mixed.mean(0) - 1.0).abs().max() < 0.01
+
+
+def test_signal_to_noise():
+    assert math.isnan(signal_to_noise(torch.ones(1, 3)))
+    assert signal_to_noise(torch.ones(2, 3)) == math.inf
+    # Mean (2, 0), variances (2, 0): 2 / sqrt(2 / 2).
+    assert signal_to_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]])) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("form", ["dense", "lowrank", "shared"])
+def test_the_penalty_is_phis_mean_square_from_neutral(form):
+    loss = LossSpec(form, "softplus")
+    teacher = build_teacher(TeacherSpec(slots=3, init_scale=0.5), loss, 4, 5, 1).double()
+    states = [torch.randn(5, dtype=torch.float64) for _ in range(3)]
+
+    def by_hand():
+        neutral = neutral_coefficients(loss, 4)
+        parts = [
+            torch.cat([(teacher(s)[n] - neutral[n]).reshape(-1) for n in neutral]) for s in states
+        ]
+        return 0.7 * torch.stack(parts).square().mean()
+
+    value, gradient = phi_penalty(teacher, loss, states, 0.7)
+    expected = by_hand()
+    assert value == pytest.approx(float(expected.detach()))
+    parts = torch.autograd.grad(expected, list(teacher.parameters()))
+    torch.testing.assert_close(gradient, torch.cat([p.reshape(-1) for p in parts]))
+
+
+def test_advice_names_the_remedy():
+    spec = TrainingSpec(students=2)
+    assert advice({"largest": 3.0, "signal_to_noise": 4.0}, spec) == ""
+    assert advice({"largest": None, "signal_to_noise": None}, spec) == ""
+    assert "training.discount" in advice({"largest": 1e4}, spec)
+    assert "schedule: linear" in advice({"largest": 1e4}, TrainingSpec(discount=0.9))
+    assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)

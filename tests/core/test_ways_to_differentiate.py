@@ -1,0 +1,203 @@
+"""Every way to differentiate against what it claims to estimate, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from l2t_core.differentiation import DIFFERENTIATIONS, exact, spans
+from l2t_core.engine import Engine, Episode
+from l2t_core.life import Life
+from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import build_teacher
+from l2t_core.unroll import run_forward
+
+LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
+# A static teacher does not read s_t, so that the whole derivative is the one that is wanted.
+STATIC = TeacherSpec("static", init_scale=0.3)
+STEPS = 9
+
+
+def no_step(phase, step):
+    pass
+
+
+def build(make_student, spec, name="mlp", seed=3, noise=1, **options):
+    student = make_student(name, OptimiserSpec("momentum", 0.3), steps=STEPS)
+    student.learning_rate = lambda step: 0.3  # whatever T
+    names = student.default_features
+    teacher = build_teacher(STATIC, LOSS, 3, feature_count(names, 3), seed=1).double()
+    engine = Engine(Life(student), LOSS, spec)
+    return Episode(engine, names, seed, 0, noise), teacher
+
+
+def numeric(teacher, value, h=1e-5):
+    """Central differences of ``value()`` along every coordinate of theta, [D]."""
+    theta = parameters_to_vector(teacher.parameters()).detach().clone()
+    found = torch.zeros_like(theta)
+    for i in range(len(theta)):
+        sides = []
+        for sign in (1, -1):
+            moved = theta.clone()
+            moved[i] += sign * h
+            vector_to_parameters(moved, teacher.parameters())
+            sides.append(value())
+        found[i] = (sides[0] - sides[1]) / (2 * h)
+    vector_to_parameters(theta, teacher.parameters())
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"average_last": 4},
+        {"measure_points": 3},
+        {"average_last": 2, "measure_points": 2},
+    ],
+)
+def test_calmer_readouts_are_differentiated_exactly(make_student, settings):
+    episode, teacher = build(make_student, TrainingSpec(**settings))
+    life = episode.life
+    points = settings.get("measure_points", 1)
+    last = settings.get("average_last", 1)
+
+    def value():
+        states = {}
+        run_forward(
+            life, episode.follow(teacher), life.begin(3), None, no_step,
+            lambda step, state: states.__setitem__(step, state[0].clone()),
+        )
+        at = [round(STEPS * (i + 1) / points) for i in range(points)]
+        vectors = [states[s] for s in at[:-1]]
+        vectors.append(torch.stack([states[STEPS - i] for i in range(last)]).mean(0))
+        total = 0.0
+        for vector in vectors:
+            life.show(vector)
+            total += float(life.student.smoothed_measure(0).detach())
+        return total / len(vectors)
+
+    outcome = exact(episode, teacher, no_step)
+    assert outcome.smoothed == pytest.approx(value(), rel=1e-12)
+    torch.testing.assert_close(
+        outcome.estimates[0], numeric(teacher, value), rtol=1e-6, atol=1e-10
+    )
+
+
+def test_the_cap_bounds_the_cotangent(make_student):
+    """A cap that never binds changes nothing; one that does shortens what it should."""
+    free = exact(*build(make_student, TrainingSpec()), no_step)
+    loose = exact(*build(make_student, TrainingSpec(cotangent_cap=1e6)), no_step)
+    assert torch.equal(free.estimates[0], loose.estimates[0])
+    tight = exact(*build(make_student, TrainingSpec(cotangent_cap=1e-10)), no_step)
+    last = exact(*build(make_student, TrainingSpec(truncate=1)), no_step)
+    torch.testing.assert_close(tight.estimates[0], last.estimates[0], rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(tight.estimates[0], free.estimates[0], rtol=1e-2)
+
+
+def test_windows_are_truncated_gradients_at_their_ends(make_student):
+    """The last window's is the truncated hypergradient; the first one's that of a short life."""
+    outcomes = list(
+        DIFFERENTIATIONS.get("windows")(
+            *build(make_student, TrainingSpec(differentiation="windows", window=4)), no_step
+        )
+    )
+    assert spans(1, STEPS, 4) == [range(1, 5), range(5, 9)]
+    assert len(outcomes) == 2
+    assert [o.true is None for o in outcomes] == [True, False]
+    reference = exact(*build(make_student, TrainingSpec(truncate=4)), no_step)
+    torch.testing.assert_close(outcomes[1].estimates[0], reference.estimates[0])
+    assert outcomes[1].smoothed == reference.smoothed
+    episode, teacher = build(make_student, TrainingSpec())
+    episode.life.student.total_steps = 5
+    short = exact(
+        Episode(Engine(episode.life, LOSS, TrainingSpec()), episode.feature_names, 3, 0),
+        teacher, no_step,
+    )
+    torch.testing.assert_close(outcomes[0].estimates[0], short.estimates[0])
+
+
+@pytest.mark.parametrize("way", ["windows", "persistent-es"])
+def test_theta_may_change_between_windows(make_student, way):
+    """An update within the life changes what follows, and only that."""
+    spec = TrainingSpec(differentiation=way, window=4)
+
+    def lived(change):
+        episode, teacher = build(make_student, spec)
+        values = []
+        for outcome in DIFFERENTIATIONS.get(way)(episode, teacher, no_step):
+            values.append(outcome.smoothed)
+            with torch.no_grad():
+                for p in teacher.parameters():
+                    p.add_(change)
+        return values
+
+    still, moved = lived(0.0), lived(0.5)
+    assert still[0] == moved[0]
+    assert still[1] != moved[1]
+
+
+def test_antithetic_estimates_are_directional_derivatives(make_student):
+    """For small noise e the estimate is (gradient . e) e / sigma^2, batch norm included."""
+    sigma = 1e-4
+    spec = TrainingSpec(differentiation="antithetic-es", perturbation=sigma)
+    for noise in (1, 2):
+        episode, teacher = build(make_student, spec, noise=noise)
+        outcome = next(DIFFERENTIATIONS.get("antithetic-es")(episode, teacher, no_step))
+        found = outcome.estimates[0]
+        direction = found / found.norm()
+        reference = exact(*build(make_student, TrainingSpec()), no_step).estimates[0]
+        # found = c e with c = reference . e / sigma^2, so e is recovered up to its sign.
+        length = math.sqrt(abs(float(found @ direction) / float(reference @ direction))) * sigma
+        assert float(found @ direction) == pytest.approx(
+            float(reference @ direction) * length**2 / sigma**2, rel=1e-4
+        )
+        # Normal noise of D coordinates has a length of about sigma sqrt(D).
+        assert length == pytest.approx(sigma * math.sqrt(len(found)), rel=0.6)
+
+
+def test_mixed_estimates_come_from_the_same_lives(make_student):
+    spec = TrainingSpec(differentiation="mixed", perturbation=1e-4, students=2)
+    outcome = next(DIFFERENTIATIONS.get("mixed")(*build(make_student, spec), no_step))
+    assert len(outcome.estimates) == 2
+    reference = exact(*build(make_student, TrainingSpec()), no_step)
+    torch.testing.assert_close(
+        outcome.estimates[0], reference.estimates[0], rtol=1e-4, atol=1e-7
+    )
+    es = TrainingSpec(differentiation="antithetic-es", perturbation=1e-4)
+    alone = next(DIFFERENTIATIONS.get("antithetic-es")(*build(make_student, es), no_step))
+    torch.testing.assert_close(outcome.estimates[1], alone.estimates[0])
+
+
+def test_persistent_estimates_add_up_to_the_gradient_of_the_mean_measure(make_student):
+    """Averaged over much noise, the windows' estimates are the exact gradients of M-tilde at
+    their ends: not those of the windows alone."""
+    window, first = 4, LOSS.warmup_steps
+    spec = TrainingSpec(differentiation="persistent-es", window=window, perturbation=1e-3)
+    way = DIFFERENTIATIONS.get("persistent-es")
+    draws = []
+    for noise in range(120):
+        outcomes = list(way(*build(make_student, spec, noise=noise), no_step))
+        assert len(outcomes) == len(spans(first, STEPS, window))
+        draws.append(torch.stack([o.estimates[0] for o in outcomes]))
+    means = torch.stack(draws).mean(0)
+    errors = torch.stack(draws).std(0) / math.sqrt(len(draws))
+    whole = exact(*build(make_student, TrainingSpec()), no_step).estimates[0]
+    alone = exact(*build(make_student, TrainingSpec(truncate=window)), no_step).estimates[0]
+    # The last window's estimate is of the whole life's gradient.
+    distance = ((means[-1] - whole) / errors[-1]).square().mean().sqrt()
+    biased = ((means[-1] - alone) / errors[-1]).square().mean().sqrt()
+    assert float(distance) < 1.5 < float(biased)
+
+
+def test_a_student_that_dies_in_a_window_says_so(make_student):
+    spec = TrainingSpec(differentiation="windows", window=4)
+    episode, teacher = build(make_student, spec)
+    episode.life.student.learning_rate = lambda step: float("inf") if step == 6 else 0.1
+    outcomes = DIFFERENTIATIONS.get("windows")(episode, teacher, no_step)
+    next(outcomes)
+    with pytest.raises(FloatingPointError, match="step"):
+        next(outcomes)
