@@ -1,12 +1,56 @@
-"""What differs between versions of torch and numpy, kept in one place."""
+"""What differs between versions of torch, numpy and fairseq, kept in one place."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import importlib
+import re
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
+import omegaconf
+import omegaconf.base
 import torch
+
+from l2t_core.errors import UserError
+
+# What the plugin stands on in fairseq; 0.12.2, main and fairseq-fixed have it all.
+_NEEDED = {
+    "fairseq.checkpoint_utils": "torch_persistent_save",
+    "fairseq.dataclass": "FairseqDataclass",
+    "fairseq.logging.metrics": "get_active_aggregators",
+    "fairseq.tasks.translation": "TranslationConfig",
+}
+_OLDEST_TORCH = (2, 1)
+
+
+def refuse_unusable_versions() -> None:
+    """Refuse a torch or a fairseq that the plugin cannot work with.
+
+    Raises:
+        UserError: naming the version found and one that works.
+    """
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < _OLDEST_TORCH:
+        raise UserError(
+            f"torch {torch.__version__} is too old for the plugin; install torch "
+            f"{'.'.join(map(str, _OLDEST_TORCH))} or newer"
+        )
+    import fairseq
+
+    for module, name in _NEEDED.items():
+        try:
+            there = hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            there = False
+        if not there:
+            raise UserError(
+                f"fairseq {getattr(fairseq, '__version__', 'of unknown version')} has no "
+                f"{module}.{name}, which the plugin needs; install fairseq-fixed 0.12.3.1 "
+                "(Python 3.11 and 3.12) or fairseq 0.12.2 (Python 3.10)"
+            )
 
 
 def _numpy_globals() -> list[Any]:
@@ -22,22 +66,49 @@ def _numpy_globals() -> list[Any]:
     return found
 
 
+def _omegaconf_globals() -> list[Any]:
+    """Return the types of a pickled configuration.
+
+    fairseq of early 2021 saved its settings so, and several processes that resume send each other
+    one now.
+    """
+    base = omegaconf.base
+    found: list[Any] = [omegaconf.DictConfig, omegaconf.ListConfig, omegaconf.AnyNode]
+    found += [base.Metadata, base.ContainerMetadata, collections.defaultdict, dict, list, int]
+    return found
+
+
 def register_safe_globals() -> None:
     """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read checkpoints.
 
-    fairseq writes its model configuration as an ``argparse.Namespace`` and the meters of
-    ``--eval-bleu`` as numpy values. All of these are plain data; nothing else is let in.
+    fairseq writes its model configuration as an ``argparse.Namespace``, the meters of
+    ``--eval-bleu`` as numpy values and sometimes its settings as they are in memory. All of these
+    are plain data; nothing else is let in.
     """
     add: Any = getattr(torch.serialization, "add_safe_globals", None)
     if add is None:  # torch before 2.5 has no such list, and no such default
         return
-    add([Namespace, *_numpy_globals()])
+    add([Namespace, *_numpy_globals(), *_omegaconf_globals()])
     reconstruct, scalar = _numpy_globals()[2:4]
+    named = [(Any, "typing.Any")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        try:  # pairs (object, name) are understood since torch 2.6
-            add([(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")])
-        except (AttributeError, TypeError, ValueError):
-            return
+        named += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        add(named)  # pairs (object, name) are understood since torch 2.6
+
+
+def register_broadcast_globals() -> None:
+    """Let processes that resume together read the checkpoint that the first one sends them.
+
+    fairseq sends tensors apart from the rest, and its placeholders for them go through
+    ``torch.load``, too.
+    """
+    from fairseq.distributed import utils
+
+    add: Any = getattr(torch.serialization, "add_safe_globals", None)
+    placeholder: Any = getattr(utils, "_TensorPlaceholder", None)
+    if add is not None and placeholder is not None:
+        add([placeholder])
 
 
 def avoid_fused_encoder() -> None:

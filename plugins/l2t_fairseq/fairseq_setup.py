@@ -32,7 +32,6 @@ _REFUSED = {
     "fp16": "--fp16 is for the application; the hypergradient is in float32",
     "sentence_avg": "--sentence-avg scales the loss by sentences; teachers work per token",
 }
-_WRONG_ARCHITECTURES = ("fconv",)
 
 
 def parse_flags(data_bin: Path, flags: str) -> Any:
@@ -91,12 +90,7 @@ def _refuse(namespace: Any, config: Any) -> None:
             raise UserError(f"nmt.train: {reason}; leave it out in teacher training")
     if getattr(namespace, "quant_noise_pq", 0) or getattr(namespace, "quant_noise_scalar", 0):
         raise UserError("nmt.train: --quant-noise-* cannot be differentiated twice; leave it out")
-    if str(getattr(namespace, "arch", "")).startswith(_WRONG_ARCHITECTURES):
-        raise UserError(
-            f"nmt.train: --arch {namespace.arch} has wrong second derivatives in torch (fused "
-            "weight norm, scaled gradients); teach a transformer, lightconv or lstm"
-        )
-    if str(getattr(namespace, "arch", "")).startswith("transformer_lm"):
+    if "_lm" in str(getattr(namespace, "arch", "")):
         raise UserError(
             f"nmt.train: --arch {namespace.arch} is a language model and cannot be taught: l2t "
             "teaches translation"

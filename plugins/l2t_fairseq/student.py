@@ -18,12 +18,14 @@ from l2t_core.errors import UserError, suggestion
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
+from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
 from l2t_fairseq.scoring import corpus_bleu
+from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.sentence_scores import sentence_bleu
 
 # Sources decoded together by the true measure.
@@ -42,7 +44,7 @@ class NmtStudent:
         self.num_classes = len(self.dictionary)
         self.total_steps = spec.steps
         self.optimiser = setup.optimiser()
-        self.module: nn.Module = setup.build_model(1)
+        self.module: nn.Module = mend_second_derivatives(setup.build_model(1))
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(corpus.spm_model))
         self.references = read_lines(corpus.raw("valid", corpus.target))
         self.dev = setup.task.dataset(setup.valid_subset)
@@ -67,14 +69,21 @@ class NmtStudent:
     def _reach(self, step: int) -> None:
         # Batches are kept: fairseq's order within one depends on how it was collated.
         while len(self._batches) <= step:
-            group, ends_epoch = next(self._updates)
-            self._batches.append(group)
+            # An epoch's data loader draws a number; the step's own must be what they are when
+            # the step is replayed and its batch is there already.
+            with torch.random.fork_rng(devices=[]):
+                group, ends_epoch = next(self._updates)
+            self._batches.append(pack(group))
             self._schedule.next_update(ends_epoch)
 
     def batch(self, step: int) -> list[Any]:
         """Return the micro-batches of update ``step``."""
         self._reach(step)
-        return self._batches[step]
+        return list(unpack(self._batches[step]))
+
+    def shard(self, batch: list[Any], rank: int, world: int) -> tuple[list[Any], float]:
+        """Return process ``rank``'s sentences of ``batch`` and its share of the tokens."""
+        return shard(batch, self.dictionary.pad(), rank, world)
 
     def step_seed(self, step: int) -> int:
         """Return the seed that fairseq's trainer sets before update ``step``."""
@@ -126,9 +135,10 @@ class NmtStudent:
         count = min(self.spec.dev_sentences, len(self.dev))
         chosen = torch.randperm(len(self.dev), generator=generator)[:count].tolist()
         collated = self._collate(chosen)
-        if self.spec.measure == "log_likelihood":
-            return log_likelihood(*self._tokens(collated))
-        return self._expected_bleu(collated, seed)
+        with true_gradients():
+            if self.spec.measure == "log_likelihood":
+                return log_likelihood(*self._tokens(collated))
+            return self._expected_bleu(collated, seed)
 
     def _expected_bleu(self, collated: Any, seed: int) -> Tensor:
         ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}

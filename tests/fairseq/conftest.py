@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from toy_fairseq import run_module, toy_corpus
+from toy_runs import Runs, train_all
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +85,11 @@ def write_teacher() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, toy_data: Path, write_teacher: Callable[..., Path]
+) -> Runs:
+    """Return the students that several test files look at."""
+    return train_all(tmp_path_factory.mktemp("runs"), toy_data, write_teacher)

@@ -1,4 +1,4 @@
-"""What torch.load reads of fairseq's checkpoints once the plugin is there, and what it does not."""
+"""What differs between versions: safe loading, and what is refused as the plugin is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from l2t_fairseq.compat import register_safe_globals
 
-pytestmark = pytest.mark.skipif(
+safe_loading = pytest.mark.skipif(
     torch.__version__ < (2, 6), reason="torch reads anything before 2.6"
 )
 
@@ -29,6 +29,7 @@ def contents() -> dict[str, object]:
     }
 
 
+@safe_loading
 @pytest.mark.parametrize("name", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
 def test_checkpoints_of_old_and_new_numpy(tmp_path: Path, name: bytes) -> None:
     register_safe_globals()
@@ -59,8 +60,46 @@ class Payload:
         return os.system, ("exit 1",)
 
 
+@safe_loading
 def test_code_in_a_checkpoint_is_still_refused(tmp_path: Path) -> None:
     register_safe_globals()
     torch.save({"model": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "bad.pt")
+
+
+BROKEN = """
+import sys, types
+import fairseq, torch
+{change}
+sys.path.insert(0, {plugins!r})
+import l2t_fairseq
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("torch.__version__ = '1.13.1+cu117'", "torch 1.13.1+cu117 is too old"),
+        ("import fairseq.tasks.translation as t; del t.TranslationConfig", "install fairseq-fixed"),
+        ("sys.modules['safetensors'] = None", "pip install safetensors"),
+    ],
+)
+def test_versions_that_cannot_work_are_one_line(
+    tmp_path: Path, change: str, message: str
+) -> None:
+    pytest.importorskip("fairseq")
+    from toy_fairseq import PLUGINS, run_module
+
+    (tmp_path / "broken.py").write_text(BROKEN.format(change=change, plugins=str(PLUGINS)))
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'broken.py')!r})"
+    (tmp_path / "start.py").write_text(code)
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        done = run_module("start", [])
+    finally:
+        os.chdir(here)
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("l2t: error: ")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in done.stderr

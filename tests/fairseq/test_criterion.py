@@ -302,3 +302,15 @@ def test_another_dictionary_is_refused(make_bench: MakeBench, tmp_path: Path) ->
         L2TDynamicCriterion(bench.task, str(tmp_path / "teacher.safetensors"), 20)
     size = len(bench.task.tgt_dict)
     assert str(size) in str(caught.value) and str(size - 1) in str(caught.value)
+
+
+def test_the_best_class_is_the_argmax() -> None:
+    from l2t_fairseq.criterion import is_best
+
+    generator = torch.Generator().manual_seed(1)
+    log_probs = torch.randn(200, 7, generator=generator).log_softmax(1)
+    target = torch.randint(7, (200,), generator=generator)
+    nll = -log_probs.gather(1, target.unsqueeze(1)).squeeze(1)
+    assert torch.equal(is_best(log_probs, nll), log_probs.argmax(1) == target)
+    uniform = torch.zeros(3, 7).log_softmax(1)  # a model that has not begun to learn
+    assert not is_best(uniform, -uniform[:, 0]).any()

@@ -1,0 +1,30 @@
+"""``l2t export``: a taught student as a checkpoint that knows nothing of its teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from l2t_cli import console
+from l2t_core.errors import UserError
+
+
+def command(
+    checkpoints: list[Path] = typer.Argument(
+        ..., metavar="CHECKPOINT...", help="Checkpoints of fairseq-train; several are averaged."
+    ),
+    to: Path = typer.Option(..., "--to", help="The file to write."),
+    ema: bool = typer.Option(False, "--ema", help="Take the running averages of --store-ema."),
+    force: bool = typer.Option(False, "--force", help="Replace the file if it exists."),
+) -> None:
+    """Write a checkpoint that every fairseq command reads without this plugin."""
+    from l2t_fairseq.checkpoints import export_checkpoint
+
+    if to.exists() and not force:
+        raise UserError(f"--to {to} exists; name another file, or replace it with --force")
+    made = export_checkpoint(checkpoints, to, ema=ema)
+    console.line(
+        f"{to}: {made['architecture']}, {made['parameters']:,} parameters, "
+        f"{made['updates']:,} updates; task translation, criterion cross_entropy"
+    )

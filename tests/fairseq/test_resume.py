@@ -1,0 +1,115 @@
+"""A run that was killed and started again is the run that was not killed, to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_fairseq import run_module, start_module
+from toy_runs import STEPS, Runs, same_parameters
+
+from l2t_fairseq.command import FairseqCommand, with_value
+
+fairseq = pytest.importorskip("fairseq")
+
+pytestmark = pytest.mark.skipif(
+    fairseq.__version__.startswith("0.12.2") and sys.version_info < (3, 11),
+    reason="under fairseq 0.12.2 a resumed run is not exact to the bit yet",
+)
+
+
+def updates(output: str) -> dict[int, dict[str, str]]:
+    """Return what was logged of each update, without times and speeds; the last one counts."""
+    found = {}
+    for line in output.splitlines():
+        if re.search(r"\| train_inner \| \{.*\}$", line):
+            entry = json.loads(line[line.index("{") :])
+            slow = ("wps", "ups", "wall")
+            found[int(entry["num_updates"])] = {
+                k: v for k, v in entry.items() if not k.endswith(slow)
+            }
+    return found
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint_last.pt", weights_only=True)
+
+
+def teacher_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["extra_state"]["train_iterator"]["l2t"]
+
+
+def test_killed_at_random_updates(runs: Runs, tmp_path: Path) -> None:
+    """Three kills at updates that change from day to day, with nothing but checkpoints kept."""
+    seed = int(time.time()) // 86400
+    draw = random.Random(seed)
+    command = with_value(runs.taught("real"), "--save-dir", str(tmp_path))
+    command = with_value(command, "--save-interval-updates", "2")
+    logged: dict[int, dict[str, str]] = {}
+    for target in sorted(draw.sample(range(3, STEPS - 2), 3)):
+        running = start_module("fairseq_cli.train", command.arguments)
+        while f'"num_updates": "{target}"' not in running.output():
+            time.sleep(0.005)
+            assert "Traceback" not in running.output(), running.output()[-2000:]
+            if "done training" in running.output():
+                break
+        running.kill()
+        killed = running.wait()
+        logged |= updates(killed.stdout)
+    done = run_module("fairseq_cli.train", command.arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logged |= updates(done.stdout)
+    whole = runs.checkpoint("real")
+    assert same_parameters(last(tmp_path), whole), f"seed {seed}"
+    assert teacher_state(last(tmp_path)) == teacher_state(whole)
+    assert logged == updates(runs.results["real"].stdout), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("file", "first"),
+    [("checkpoint_1_5.pt", 6), ("checkpoint_3_15.pt", 16), ("checkpoint1.pt", 8),
+     ("checkpoint2.pt", 15)],
+)  # fmt: skip
+def test_from_every_kind_of_checkpoint(
+    runs: Runs, tmp_path: Path, file: str, first: int
+) -> None:
+    """In mid-epoch and at an epoch's end, as the file that fairseq looks for itself."""
+    shutil.copy(runs.root / "real" / file, tmp_path / "checkpoint_last.pt")
+    command = with_value(runs.taught("real"), "--save-dir", str(tmp_path))
+    done = run_module("fairseq_cli.train", command.arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = updates(runs.results["real"].stdout)
+    assert updates(done.stdout) == {k: v for k, v in whole.items() if k >= first}
+    assert same_parameters(last(tmp_path), runs.checkpoint("real"))
+    assert teacher_state(last(tmp_path)) == teacher_state(runs.checkpoint("real"))
+
+
+def test_running_averages_and_grouped_updates_resume_too(runs: Runs, tmp_path: Path) -> None:
+    flags = ["--store-ema", "--ema-decay", "0.9", "--update-freq", "2",
+             "--encoder-layerdrop", "0.2", "--save-interval-updates", "3",
+             "--max-update", "9"]  # fmt: skip
+    command = FairseqCommand({}, [], [*runs.taught("real").arguments, *flags])
+    (tmp_path / "resumed").mkdir()
+    for name in ("whole", "resumed"):
+        if name == "resumed":
+            half = tmp_path / "whole/checkpoint_1_3.pt"
+            shutil.copy(half, tmp_path / "resumed/checkpoint_last.pt")
+        done = run_module(
+            "fairseq_cli.train", with_value(command, "--save-dir", str(tmp_path / name)).arguments
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "resumed")
+    assert teacher_state(whole) == teacher_state(resumed)
+    assert teacher_state(whole)["applied"]["step"] == 9
+    assert same_parameters(whole, resumed)
+    averages = [checkpoint["extra_state"]["ema"] for checkpoint in (whole, resumed)]
+    assert all(torch.equal(tensor, averages[1][key]) for key, tensor in averages[0].items())
+    assert not same_parameters(whole, {"model": averages[0]})
