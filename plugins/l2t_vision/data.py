@@ -1,44 +1,42 @@
 """Image data sets as tensors, in fixed splits: dev is cut off train once and never leaks.
 
-Images are float32 [N, C, H, W], standardised by the training images' mean and deviation; labels
-are long [N]. The splits are stratified by class and belong to the task: they never depend on a
-run's seed.
+Images stay unsigned bytes [N, C, H, W] and are standardised batch by batch, by the mean and
+deviation of the training images' channels; labels are long [N]. The splits are stratified by
+class and belong to the task: they follow ``data_seed`` and never a run's seed.
 """
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import math
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
+from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
+from l2t_vision.corruption import long_tail, noisy_labels
+from l2t_vision.idx import load_idx_set
+from l2t_vision.image_folder import load_image_folder
+from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.user_code import imported, is_import_path
 
-SPLIT_SEED = 20181027
+DIGITS_TEST_SEED = 20181027
 DIGITS_TEST_SIZE = 500
-
-MNIST_FILES = {
-    "train-images-idx3-ubyte": 3,
-    "train-labels-idx1-ubyte": 1,
-    "t10k-images-idx3-ubyte": 3,
-    "t10k-labels-idx1-ubyte": 1,
-}
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training, dev and test images [N, C, H, W] with their labels [N].
+    """Training, dev and test images, unsigned bytes [N, C, H, W], with their labels [N].
 
-    ``mean`` and ``deviation`` are those of the training pixels as stored (0-255 for MNIST, 0-16
-    for digits); all images are standardised by them.
+    ``mean`` and ``deviation`` [C] are those of the training pixels as stored (0-255, or 0-16 for
+    digits).
     """
 
     train_x: Tensor
@@ -48,128 +46,94 @@ class ImageData:
     test_x: Tensor
     test_y: Tensor
     num_classes: int
-    mean: float
-    deviation: float
+    mean: Tensor
+    deviation: Tensor
+
+    def standardised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return unsigned bytes [N, C, H, W] as numbers of mean 0 and deviation 1 on train."""
+        mean, deviation = (
+            values.to(dtype).view(-1, 1, 1) for values in (self.mean, self.deviation)
+        )
+        return images.to(dtype).sub_(mean).div_(deviation)
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """Return the same data on ``device``."""
+        moved = {
+            item.name: getattr(self, item.name).to(device)
+            for item in dataclasses.fields(self)
+            if isinstance(getattr(self, item.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class RawImages:
-    """A data set as it comes: unsigned bytes [N, C, H, W] and long labels [N]."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    num_classes: int
-
-
-LOADERS: Registry[Callable[[Path], RawImages]] = Registry("image data set")
+# From (folder, recipe section) to the data set.
+LOADERS: Registry[Callable[[Path, ImageSpec], RawImages]] = Registry("image data set")
 
 
 @LOADERS.register("digits")
-def load_digits(folder: Path) -> RawImages:
+def load_digits(folder: Path, spec: ImageSpec) -> RawImages:
     """Return scikit-learn's 1,797 handwritten digits, 8 by 8 (Alpaydin and Kaynak 1998).
 
-    500 of them are the test set. The package holds them all, so ``folder`` is not used.
+    500 of them are the test set, the same whatever the seed. The package holds them all, so
+    ``folder`` is not used.
     """
     from sklearn.datasets import load_digits as from_sklearn
 
     found = from_sklearn()
     x = torch.from_numpy(found.images).to(torch.uint8).unsqueeze(1)
     y = torch.from_numpy(found.target).long()
-    order = stratified_order(y, SPLIT_SEED)
+    order = stratified_order(y, DIGITS_TEST_SEED)
     test, rest = order[:DIGITS_TEST_SIZE], order[DIGITS_TEST_SIZE:]
     return RawImages(x[rest], y[rest], x[test], y[test], 10)
 
 
-@LOADERS.register("mnist")
-def load_mnist(folder: Path) -> RawImages:
-    """Return MNIST from the four IDX files in ``folder``, gzipped or plain.
+LOADERS.register("mnist")(lambda folder, spec: load_idx_set(folder, "mnist"))
+LOADERS.register("fashion-mnist")(lambda folder, spec: load_idx_set(folder, "fashion-mnist"))
+LOADERS.register("cifar10")(lambda folder, spec: load_cifar(folder, CIFAR10))
+LOADERS.register("cifar100")(lambda folder, spec: load_cifar(folder, CIFAR100))
+LOADERS.register("images")(lambda folder, spec: load_image_folder(folder, spec.size))
+
+
+def own_data(folder: Path, spec: ImageSpec) -> RawImages:
+    """Return the data set of the user's own function ``spec.data``, ``module:function``.
+
+    It is called as ``function(folder, train=True)`` and ``function(folder, train=False)`` and
+    returns images and labels, as a pair or as attributes ``data`` and ``targets``; so do
+    torchvision's classes: ``data: torchvision.datasets:KMNIST``. Images are unsigned bytes,
+    [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 or 3.
 
     Raises:
-        UserError: if the folder or a file is missing, cut short, or not of MNIST's kind.
+        UserError: if there is no such function, or it returns something else.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"no data folder {folder}; prepare it with `l2t data prepare mnist --out {folder}`"
-        )
-    paths = [find_idx(folder, name) for name in MNIST_FILES]
-    arrays = [read_idx(p, dims) for p, dims in zip(paths, MNIST_FILES.values(), strict=True)]
-    train_x, train_y, test_x, test_y = (torch.from_numpy(array) for array in arrays)
-    for x, y, images, labels in (
-        (train_x, train_y, paths[0], paths[1]),
-        (test_x, test_y, paths[2], paths[3]),
-    ):
-        if len(x) != len(y) or not len(y):
+    function = imported(spec.data, "image.data")
+    splits: list[ImagesAndLabels] = []
+    for train in (True, False):
+        try:
+            found: Any = function(str(folder), train=train)
+            images, labels = found if isinstance(found, tuple) else (found.data, found.targets)
+            splits.append((_unsigned_bytes(images), torch.as_tensor(labels).long().flatten()))
+        except Exception as error:  # the user's own code
             raise UserError(
-                f"{images} holds {len(x)} images and {labels.name} {len(y)} labels; {_mend(folder)}"
-            )
-        if int(y.max()) > 9:
-            raise UserError(
-                f"{labels}: label {int(y.max())} is out of range, digits are 0 to 9; "
-                f"{_mend(folder)}"
-            )
-    if train_x.shape[1:] != test_x.shape[1:]:
-        raise UserError(
-            f"{folder}: training images are {_size(train_x)} pixels and test images "
-            f"{_size(test_x)}; {_mend(folder)}"
-        )
-    return RawImages(
-        train_x.unsqueeze(1), train_y.long(), test_x.unsqueeze(1), test_y.long(), 10
-    )
+                f"image.data {spec.data} failed ({type(error).__name__}: {error}); it is called "
+                "as function(folder, train=True) and returns images and labels"
+            ) from error
+    train_split, test_split = splits
+    classes = max((int(y.max()) for _, y in splits if len(y)), default=0) + 1
+    return checked_splits(f"image.data {spec.data}", train_split, test_split, classes)
 
 
-def find_idx(folder: Path, name: str) -> Path:
-    """Return the file ``name`` in ``folder``, gzipped or plain.
-
-    Raises:
-        UserError: if neither is there.
-    """
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"{folder} holds neither {name}.gz nor {name}; prepare a folder with "
-        "`l2t data prepare mnist`"
-    )
-
-
-def idx_bytes(path: Path) -> bytes:
-    """Return the uncompressed content of an IDX file.
-
-    Raises:
-        UserError: if it cannot be read or its compression is damaged.
-    """
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read or is cut short ({error}); {_mend(path.parent)}"
-        ) from error
-
-
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Return the unsigned bytes of an IDX file of ``dimensions`` axes (LeCun's MNIST format).
-
-    Raises:
-        UserError: if it is no such file or has another length than its header says.
-    """
-    content = idx_bytes(path)
-    start = 4 + 4 * dimensions
-    # Two zeros, the type (8: unsigned byte), the number of axes; then each axis's length.
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise UserError(
-            f"{path} is no IDX file of bytes in {dimensions} dimensions; {_mend(path.parent)}"
-        )
-    shape = struct.unpack(f">{dimensions}I", content[4:start])
-    expected = start + math.prod(shape)
-    if len(content) != expected:
-        raise UserError(
-            f"{path} is {'cut short' if len(content) < expected else 'too long'}: "
-            f"{len(content)} bytes, its header says {expected}; {_mend(path.parent)}"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+def _unsigned_bytes(images: Any) -> Tensor:
+    """Return images of the layouts above as unsigned bytes [N, C, H, W]."""
+    tensor = torch.as_tensor(images)
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"images are {tensor.dtype}, expected unsigned bytes (uint8)")
+    if tensor.ndim == 3:
+        tensor = tensor.unsqueeze(1)
+    elif tensor.ndim == 4 and tensor.shape[1] not in (1, 3):
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
+        raise TypeError(f"images have the shape {list(tensor.shape)}")
+    return tensor.contiguous()
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
@@ -188,75 +152,55 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     return place.argsort()
 
 
-def load_data(
-    name: str, folder: Path, *, train_size: int, dev_size: int, label_noise: float
-) -> ImageData:
-    """Return a data set, split and standardised; ``train_size`` 0 takes all that dev leaves.
+def load_data(spec: ImageSpec) -> ImageData:
+    """Return the data set that ``spec`` names, split and corrupted as it says, on the CPU.
 
     Raises:
         UserError: if the name is unknown, the files unusable or the sizes impossible.
     """
-    if dev_size <= 0:
+    loader = own_data if is_import_path(spec.data) else LOADERS.get(spec.data)
+    raw = loader(Path(spec.folder or f"data/{spec.data}"), spec)
+    left = len(raw.train_y) - spec.dev_size
+    if left < max(1, spec.train_size):
         raise UserError(
-            f"image.dev_size is {dev_size}: the dev set is empty, and the teacher learns from it; "
-            "give it some hundreds of examples"
+            f"{spec.data} has {len(raw.train_y)} images outside its test set: image.dev_size "
+            f"{spec.dev_size} and image.train_size {spec.train_size or 1} do not fit; make them "
+            "smaller"
         )
-    if train_size < 0:
-        raise UserError(f"image.train_size is {train_size}; 0 takes all that dev leaves")
-    if not 0.0 <= label_noise <= 1.0:
-        raise UserError(f"image.label_noise is {label_noise}; it must lie in [0, 1]")
-    raw = LOADERS.get(name)(folder)
-    left = len(raw.train_y) - dev_size
-    if left < max(1, train_size):
-        raise UserError(
-            f"{name} has {len(raw.train_y)} images outside its test set: image.dev_size {dev_size} "
-            f"and image.train_size {train_size or 1} do not fit; make them smaller"
-        )
-    order = stratified_order(raw.train_y, SPLIT_SEED + 1)
-    dev, train = order[:dev_size], order[dev_size : dev_size + (train_size or left)]
-    train_x, train_y = raw.train_x[train], raw.train_y[train]
+    order = stratified_order(raw.train_y, spec.data_seed + 1)
+    dev, train = order.split([spec.dev_size, left])
+    train, train_y = _corrupted(train[: spec.train_size or left], raw, spec, spec.data_seed + 2)
+    dev_y = raw.train_y[dev]
+    if spec.corrupt_dev:
+        dev, dev_y = _corrupted(dev, raw, spec, spec.data_seed + 3)
+    train_x = raw.train_x[train]
     mean, deviation = _pixel_statistics(train_x)
-
-    def standardised(images: Tensor) -> Tensor:
-        return images.float().sub_(mean).div_(deviation)
-
     return ImageData(
-        standardised(train_x),
-        with_label_noise(train_y, label_noise, raw.num_classes),
-        standardised(raw.train_x[dev]),
-        raw.train_y[dev],
-        standardised(raw.test_x),
-        raw.test_y,
-        raw.num_classes,
-        mean,
-        deviation,
+        train_x, train_y, raw.train_x[dev], dev_y, raw.test_x, raw.test_y,
+        raw.num_classes, mean, deviation,
     )
 
 
-def with_label_noise(labels: Tensor, fraction: float, num_classes: int) -> Tensor:
-    """Return ``labels`` [N], each replaced with probability ``fraction`` by a uniform class.
+def _corrupted(
+    indices: Tensor, raw: RawImages, spec: ImageSpec, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return those of ``indices`` that stay, and their labels, wrong ones among them."""
+    indices = indices[long_tail(raw.train_y[indices], spec.imbalance, raw.num_classes)]
+    labels = noisy_labels(
+        raw.train_y[indices], spec.label_noise, spec.noise, raw.num_classes,
+        torch.Generator().manual_seed(seed),
+    )
+    return indices, labels
 
-    Symmetric noise: the drawn class may be the true one, so 1 - fraction * (K - 1) / K of the
-    labels stay right. The same labels get the same noise whenever asked.
-    """
-    generator = torch.Generator().manual_seed(SPLIT_SEED + 2)
-    noisy = torch.rand(len(labels), generator=generator) < fraction
-    drawn = torch.randint(0, num_classes, (len(labels),), generator=generator)
-    return torch.where(noisy, drawn, labels)
 
-
-def _pixel_statistics(images: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation of unsigned bytes, exactly, from their histogram."""
-    counts = torch.bincount(images.flatten(), minlength=256).double()
+def _pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation [C] of unsigned bytes [N, C, H, W], exactly, from histograms."""
     values = torch.arange(256, dtype=torch.float64)
-    mean = float((counts * values).sum() / counts.sum())
-    variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
-    return mean, math.sqrt(variance) or 1.0
-
-
-def _mend(folder: Path) -> str:
-    return f"prepare it again with `l2t data prepare mnist --out {folder}`"
-
-
-def _size(images: Tensor) -> str:
-    return " x ".join(str(length) for length in images.shape[1:])
+    found = []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        mean = float((counts * values).sum() / counts.sum())
+        variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
+        found.append((mean, math.sqrt(variance) or 1.0))
+    means, deviations = torch.tensor(found, dtype=torch.float64).unbind(1)
+    return means, deviations

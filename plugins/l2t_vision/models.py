@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
+from l2t_vision.densenets import DenseNet
 from l2t_vision.recipe import ImageSpec
+from l2t_vision.resnets import CifarResNet, Shape, WideResNet
+from l2t_vision.user_code import imported, is_import_path
 
-Shape = tuple[int, int, int]
 MODELS: Registry[Callable[[Shape, int, ImageSpec], nn.Module]] = Registry("model")
+# Those for which image.depth and image.width mean something.
+SCALABLE = ("densenet", "wide-resnet")
+
+
+def build_model(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
+    """Return the model that ``spec.model`` names, freshly initialised from torch's random numbers.
+
+    A name like ``module:function`` is a function of the user's own, called as
+    ``function(num_classes=K)``, and with ``shape=(C, H, W)`` too if it has a parameter of that
+    name. It returns a module from images [N, C, H, W] to logits [N, K]; torchvision's models do:
+    ``model: torchvision.models:resnet18``.
+
+    Raises:
+        UserError: if the name is unknown or the model does not fit the images.
+    """
+    if is_import_path(spec.model):
+        return _own_model(shape, num_classes, spec.model)
+    return MODELS.get(spec.model)(shape, num_classes, spec)
+
+
+def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
+    function = imported(path, "image.model")
+    arguments: dict[str, object] = {"num_classes": num_classes}
+    try:
+        if "shape" in inspect.signature(function).parameters:
+            arguments["shape"] = shape
+        model = function(**arguments)
+    except Exception as error:  # the user's own code
+        raise UserError(
+            f"image.model {path} could not be built ({type(error).__name__}: {error}); it is "
+            "called with num_classes, and with shape if it has such a parameter"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"image.model {path} returned a {type(model).__name__}, not an nn.Module")
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(2, *shape))
+    except Exception as error:
+        raise UserError(
+            f"image.model {path} does not take images of {_size(shape)} ({error})"
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.shape != (2, num_classes):
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            f"image.model {path} gives {found} for two images, expected logits [2, {num_classes}]"
+        )
+    # The way back sees a batch again: a model that works in place gets its own copy each time.
+    model.register_forward_pre_hook(lambda _, inputs: tuple(x.clone() for x in inputs))
+    return model.train()
 
 
 @MODELS.register("mlp")
@@ -38,12 +93,8 @@ def lenet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
     Raises:
         UserError: if the images are smaller than 16 x 16.
     """
+    _refuse_below(16, shape, "lenet")
     height, width = (((length - 4) // 2 - 4) // 2 for length in shape[1:])
-    if height < 1 or width < 1:
-        raise UserError(
-            f"image.model lenet needs images of at least 16 x 16 pixels, these are {shape[1]} x "
-            f"{shape[2]}; use mlp"
-        )
     return nn.Sequential(
         nn.Conv2d(shape[0], 20, 5),
         nn.MaxPool2d(2),
@@ -75,3 +126,46 @@ def convnet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
         nn.Dropout(spec.dropout),
         nn.Linear(32, num_classes),
     )
+
+
+def _resnet(depth: int, shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
+    _refuse_below(8, shape, f"resnet{depth}")
+    return CifarResNet(shape, num_classes, depth, spec.dropout)
+
+
+for _depth in (8, 20, 32, 44, 56, 110):
+    MODELS.register(f"resnet{_depth}")(partial(_resnet, _depth))
+
+
+@MODELS.register("wide-resnet")
+def wide_resnet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
+    """Return WRN-``depth``-``width``, by default WRN-40-10.
+
+    Raises:
+        UserError: if there is no net of that depth, or the images are smaller than 8 x 8.
+    """
+    _refuse_below(8, shape, "wide-resnet")
+    return WideResNet(shape, num_classes, spec.depth or 40, spec.width or 10, spec.dropout)
+
+
+@MODELS.register("densenet")
+def densenet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
+    """Return DenseNet-BC of ``depth`` layers and growth rate ``width``, by default L=190, k=40.
+
+    Raises:
+        UserError: if there is no net of that depth, or the images are smaller than 8 x 8.
+    """
+    _refuse_below(8, shape, "densenet")
+    return DenseNet(shape, num_classes, spec.depth or 190, spec.width or 40, spec.dropout)
+
+
+def _refuse_below(side: int, shape: Shape, name: str) -> None:
+    if min(shape[1:]) < side:
+        raise UserError(
+            f"image.model {name} needs images of at least {side} x {side} pixels, these are "
+            f"{shape[1]} x {shape[2]}; use mlp"
+        )
+
+
+def _size(shape: Shape) -> str:
+    return " x ".join(str(length) for length in shape)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
 from l2t_core.flat import refill
-from l2t_core.measures import expected_accuracy, log_likelihood, margin_surrogate
 from l2t_core.optimisers import build_optimiser
-from l2t_core.registry import Registry
 from l2t_core.schedules import SCHEDULES, learning_rate
 from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
+from l2t_vision.augmentation import AUGMENTATIONS, augmented
+from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
-from l2t_vision.models import MODELS
+from l2t_vision.measures import MEASURES
+from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
 
-MEASURES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("image measure")
-MEASURES.register("expected_accuracy")(expected_accuracy)
-MEASURES.register("log_likelihood")(log_likelihood)
-MEASURES.register("margin")(margin_surrogate)
-
-# Images per forward pass where no gradient is needed.
-_EVALUATION_CHUNK = 2000
+# Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
+_EVALUATION_SIZE = 2000 * 28 * 28
 # torch takes seeds of 64 bits; a user's seed times the steps may exceed them.
 _SEEDS = 2**63
+# Crops and dropout of one step are drawn from different numbers.
+_AUGMENTATION = 0x5DEECE66D
+
+Batch = tuple[Tensor, Tensor]
 
 
 class ImageStudent:
@@ -38,6 +35,7 @@ class ImageStudent:
 
     measure_name = "accuracy"
     default_features = IMAGE_FEATURES
+    fixed_shapes = True  # every batch has the same shape: derivatives may be recorded
 
     def __init__(self, spec: ImageSpec, data: ImageData) -> None:
         self.spec = spec
@@ -47,12 +45,12 @@ class ImageStudent:
         self.optimiser = build_optimiser(spec.optimiser)
         self.smoothed = MEASURES.get(spec.measure)
         channels, height, width = data.train_x.shape[1:]
-        self.make = lambda: MODELS.get(spec.model)(
-            (channels, height, width), data.num_classes, spec
-        )
+        self.make = lambda: build_model((channels, height, width), data.num_classes, spec)
+        self.augmentation = AUGMENTATIONS.get(spec.augment)
         self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation
+        self._latest: tuple[tuple[int, int, torch.dtype], Batch] | None = None
 
     def reset(self, seed: int) -> None:
         """Fill the module with fresh parameters and buffers; batches follow ``seed`` too."""
@@ -62,8 +60,8 @@ class ImageStudent:
             fresh = self.make()
         refill(self.module, fresh)
 
-    def batch(self, step: int) -> Tensor:
-        """Return the indices [batch_size] of ``step``; each epoch is a fresh permutation."""
+    def indices(self, step: int) -> Tensor:
+        """Return which training images [batch_size] make ``step``; epochs are permutations."""
         size = self.spec.batch_size
         per_epoch = len(self.data.train_y) // size
         epoch, position = divmod(step, per_epoch)
@@ -73,15 +71,36 @@ class ImageStudent:
             self._epoch = (self.seed, epoch, order)
         return self._epoch[2][position * size : (position + 1) * size]
 
+    def batch(self, step: int) -> Batch:
+        """Return the images [N, C, H, W] of ``step``, standardised and augmented, and labels [N].
+
+        They follow the student's seed and the step alone: the same whenever asked, on any device.
+        """
+        key = (self.seed, step, self._dtype())
+        # The way back asks for each batch more than once.
+        if self._latest is None or self._latest[0] != key:
+            chosen = self.indices(step).to(self.data.train_x.device)
+            images = self._images(self.data.train_x[chosen])
+            generator = torch.Generator().manual_seed(self.step_seed(step) ^ _AUGMENTATION)
+            images = augmented(images, self.augmentation, generator)
+            self._latest = (key, (images, self.data.train_y[chosen]))
+        return self._latest[1]
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def _images(self, images: Tensor) -> Tensor:
+        return self.data.standardised(images, self._dtype())
+
     def step_seed(self, step: int) -> int:
         """Return the dropout seed of ``step``."""
         return (self.seed * 1_000_003 + step) % _SEEDS
 
-    def predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch) -> Batch:
         """Return log-probabilities [N, K] and labels [N] in training mode."""
+        images, labels = batch
         self.module.train()
-        outputs = self.module(self.data.train_x[batch])
-        return torch.log_softmax(outputs, 1), self.data.train_y[batch]
+        return torch.log_softmax(self.module(images), 1), labels
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of ``step``."""
@@ -90,10 +109,11 @@ class ImageStudent:
         )
 
     def _log_probs(self, images: Tensor) -> Tensor:
-        """Return log-probabilities [N, K] in evaluation mode, without gradient."""
+        """Return log-probabilities [N, K] of unsigned bytes, without dropout and gradient."""
         self.module.eval()
+        size = max(1, _EVALUATION_SIZE // images[0].numel())
         with torch.no_grad():
-            chunks = [self.module(c) for c in images.split(_EVALUATION_CHUNK)]
+            chunks = [self.module(self._images(chunk)) for chunk in images.split(size)]
         return torch.log_softmax(torch.cat(chunks), 1)
 
     def dev_statistics(self, step: int) -> DevStatistics | None:
@@ -114,7 +134,8 @@ class ImageStudent:
             chosen = torch.randperm(len(labels), generator=generator)[: self.spec.dev_batch]
             images, labels = images[chosen], labels[chosen]
         self.module.eval()
-        return self.smoothed(torch.log_softmax(self.module(images), 1), labels)
+        log_probs = torch.log_softmax(self.module(self._images(images)), 1)
+        return self.smoothed(log_probs, labels)
 
     def true_measure(self) -> float:
         """Return dev accuracy in [0, 1]."""
@@ -139,34 +160,22 @@ def build_student(spec: ImageSpec) -> ImageStudent:
     Raises:
         UserError: if a name is unknown, a setting impossible or the data unusable.
     """
-    _check(spec)
-    data = load_data(
-        spec.data,
-        Path(spec.folder or f"data/{spec.data}"),
-        train_size=spec.train_size,
-        dev_size=spec.dev_size,
-        label_noise=spec.label_noise,
-    )
+    if wrong := problems(spec):
+        raise UserError(wrong[0])
+    SCHEDULES.get(spec.schedule.name)
+    build_optimiser(spec.optimiser)
+    device = _device(spec.device)
+    data = load_data(spec)
     if spec.batch_size > len(data.train_y):
         raise UserError(
             f"image.batch_size is {spec.batch_size}, there are only {len(data.train_y)} training "
             "images; make it smaller"
         )
-    return ImageStudent(spec, data)
+    return ImageStudent(spec, data.to(device))
 
 
-def _check(spec: ImageSpec) -> None:
-    """Refuse unknown names and impossible numbers before any data is read."""
-    MODELS.get(spec.model)
-    MEASURES.get(spec.measure)
-    SCHEDULES.get(spec.schedule.name)
-    if not 0.0 < spec.optimiser.lr < float("inf"):
-        raise UserError(f"image.optimiser.lr is {spec.optimiser.lr}; it must be above 0")
-    build_optimiser(spec.optimiser)
-    for name in ("steps", "batch_size", "dev_interval", "hidden"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"image.{name} is {getattr(spec, name)}; it must be at least 1")
-    if spec.dev_batch < 0:
-        raise UserError(f"image.dev_batch is {spec.dev_batch}; 0 takes the whole dev set")
-    if not 0.0 <= spec.dropout < 1.0:
-        raise UserError(f"image.dropout is {spec.dropout}; it must lie in [0, 1)")
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("image.device is cuda, but torch finds no GPU here; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")

@@ -43,19 +43,21 @@ def small_mnist(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_student() -> Callable[..., ImageStudent]:
-    """Return a function (**settings of ImageSpec) -> student on 40 random 1 x 8 x 8 images."""
+    """Return a function (shape, **settings of ImageSpec) -> student on 40 random images."""
 
-    def make(**settings: Any) -> ImageStudent:
+    def make(shape: tuple[int, int, int] = (1, 8, 8), **settings: Any) -> ImageStudent:
         generator = torch.Generator().manual_seed(3)
 
         def images(count: int) -> torch.Tensor:
-            return torch.randn(count, 1, 8, 8, generator=generator)
+            return torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
 
         def labels(count: int) -> torch.Tensor:
             return torch.randint(0, 4, (count,), generator=generator)
 
+        mean, deviation = torch.full((2, shape[0]), 128.0).double()
         data = ImageData(
-            images(40), labels(40), images(30), labels(30), images(20), labels(20), 4, 0.0, 1.0
+            images(40), labels(40), images(30), labels(30), images(20), labels(20), 4,
+            mean, deviation / 2,
         )
         spec = ImageSpec(
             **{

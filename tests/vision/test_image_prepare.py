@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import shutil
@@ -14,11 +15,17 @@ from idx_files import idx  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_vision import prepare
-from l2t_vision.data import MNIST_FILES, load_data
-from l2t_vision.prepare import DATASETS, prepare_mnist
+from l2t_vision.data import load_data
+from l2t_vision.idx import IDX_FILES
+from l2t_vision.prepare import DATASETS, FASHION_MNIST, MNIST, prepare_idx
+from l2t_vision.recipe import ImageSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_MNIST = ROOT.parent / "shared/data/mnist"
+
+
+def prepare_mnist(out: Path, source: Path | None, on_event: Any) -> Path:
+    return prepare_idx(prepare.MNIST, out, source, on_event)
 
 
 def quiet(event: dict[str, Any]) -> None:
@@ -28,11 +35,14 @@ def quiet(event: dict[str, Any]) -> None:
 @pytest.fixture
 def official(small_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder whose small files count as the official ones."""
-    for name in MNIST_FILES:
+    plain = {}
+    for name in IDX_FILES:
         path = small_mnist / name
         packed = small_mnist / f"{name}.gz"
         content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-        monkeypatch.setitem(prepare.MD5, name, hashlib.md5(content).hexdigest())
+        plain[name] = hashlib.md5(content).hexdigest()
+    changed = dataclasses.replace(MNIST, plain=plain)
+    monkeypatch.setattr(prepare, "MNIST", changed)
     return small_mnist
 
 
@@ -42,20 +52,23 @@ def mirrors(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folders = [tmp_path / "mirror-1", tmp_path / "mirror-2"]
     for folder in folders:
         prepare_mnist(folder, official, quiet)
-    for name in MNIST_FILES:
-        packed = (folders[0] / f"{name}.gz").read_bytes()
-        monkeypatch.setitem(prepare.PACKED_MD5, name, hashlib.md5(packed).hexdigest())
-    monkeypatch.setattr(prepare, "MIRRORS", tuple(f.as_uri() for f in folders))
+    packed = {
+        name: hashlib.md5((folders[0] / f"{name}.gz").read_bytes()).hexdigest()
+        for name in IDX_FILES
+    }
+    addresses = tuple(folder.as_uri() for folder in folders)
+    changed = dataclasses.replace(prepare.MNIST, packed=packed, mirrors=addresses)
+    monkeypatch.setattr(prepare, "MNIST", changed)
     return folders
 
 
 def test_from_a_folder_gzipped_or_plain(official: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stages: list[dict[str, Any]] = []
-    assert DATASETS.get("mnist")(out, official, stages.append) == out
-    assert sorted(p.name for p in out.iterdir()) == sorted(f"{name}.gz" for name in MNIST_FILES)
-    assert [event["stage"] for event in stages] == list(MNIST_FILES)
-    data = load_data("mnist", out, train_size=0, dev_size=20, label_noise=0.0)
+    assert prepare_mnist(out, official, stages.append) == out
+    assert sorted(p.name for p in out.iterdir()) == sorted(f"{name}.gz" for name in IDX_FILES)
+    assert [event["stage"] for event in stages] == list(IDX_FILES)
+    data = load_data(ImageSpec(data="mnist", folder=str(out), dev_size=20))
     assert len(data.train_y) == 40
 
 
@@ -96,11 +109,11 @@ def test_from_the_first_mirror_with_progress(mirrors: list[Path], tmp_path: Path
     shutil.rmtree(mirrors[1])
     events: list[dict[str, Any]] = []
     out = prepare_mnist(tmp_path / "out", None, events.append)
-    for name in MNIST_FILES:
+    for name in IDX_FILES:
         size = (out / f"{name}.gz").stat().st_size
         arrived = [e for e in events if e["event"] == "download" and e["file"] == f"{name}.gz"]
         assert arrived[-1]["done"] == arrived[-1]["of"] == size
-    assert load_data("mnist", out, train_size=0, dev_size=20, label_noise=0.0)
+    assert load_data(ImageSpec(data="mnist", folder=str(out), dev_size=20))
 
 
 def test_the_second_mirror_steps_in(mirrors: list[Path], tmp_path: Path) -> None:
@@ -109,12 +122,13 @@ def test_the_second_mirror_steps_in(mirrors: list[Path], tmp_path: Path) -> None
     wrong.write_bytes(gzip.compress(b"something else"))
     out = prepare_mnist(tmp_path / "out", None, quiet)
     assert (out / wrong.name).read_bytes() == (mirrors[1] / wrong.name).read_bytes()
-    assert sorted(p.name for p in out.iterdir()) == sorted(f"{name}.gz" for name in MNIST_FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(f"{name}.gz" for name in IDX_FILES)
 
 
 def test_offline_the_line_names_the_way_out(tmp_path: Path, monkeypatch) -> None:
     # Port 9 of this machine: refused at once, no name to look up.
-    monkeypatch.setattr(prepare, "MIRRORS", ("http://127.0.0.1:9/a", "http://127.0.0.1:9/b"))
+    unreachable = ("http://127.0.0.1:9/a", "http://127.0.0.1:9/b")
+    monkeypatch.setattr(prepare, "MNIST", dataclasses.replace(MNIST, mirrors=unreachable))
     with pytest.raises(UserError, match=r"cannot download http://127.*--from"):
         prepare_mnist(tmp_path / "out", None, quiet)
     assert not (tmp_path / "out").exists()
@@ -128,5 +142,36 @@ def test_an_output_that_is_a_file(official: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="MNIST is not here")
 def test_real_mnist_passes_its_checksums(tmp_path: Path) -> None:
-    out = prepare_mnist(tmp_path / "mnist", REAL_MNIST, quiet)
+    out = DATASETS.get("mnist")(tmp_path / "mnist", REAL_MNIST, quiet)
     assert len(list(out.iterdir())) == 4
+
+
+def test_fashion_mnist_is_asked_for_by_its_packed_checksum(
+    small_mnist: Path, tmp_path: Path
+) -> None:
+    """No checksum of its plain files is published: only the .gz files count as official."""
+    assert not FASHION_MNIST.plain and FASHION_MNIST.packed.keys() == IDX_FILES.keys()
+    with pytest.raises(UserError, match=r"not fashion-mnist's train-images.*\.gz file again"):
+        DATASETS.get("fashion-mnist")(tmp_path / "out", small_mnist, quiet)
+    source = tmp_path / "packed"
+    packed = {}
+    source.mkdir()
+    for name in IDX_FILES:
+        path = small_mnist / name
+        content = gzip.compress(path.read_bytes()) if path.exists() else (
+            small_mnist / f"{name}.gz"
+        ).read_bytes()
+        (source / f"{name}.gz").write_bytes(content)
+        packed[name] = hashlib.md5(content).hexdigest()
+    official = dataclasses.replace(FASHION_MNIST, packed=packed)
+    out = prepare_idx(official, tmp_path / "out", source, quiet)
+    spec = ImageSpec(data="fashion-mnist", folder=str(out), dev_size=20)
+    assert len(load_data(spec).train_y) == 40
+    stages: list[dict[str, Any]] = []
+    prepare_idx(official, out, None, stages.append)
+    assert stages == []
+
+
+def test_a_missing_fashion_mnist_is_asked_for_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"l2t data prepare fashion-mnist --out .*gone"):
+        load_data(ImageSpec(data="fashion-mnist", folder=str(tmp_path / "gone"), dev_size=20))

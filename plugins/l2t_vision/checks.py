@@ -1,0 +1,100 @@
+"""What can be said against an ``image`` section before any data is read."""
+
+from __future__ import annotations
+
+import math
+
+from l2t_core.errors import UserError, suggestion
+from l2t_core.optimisers import OPTIMISERS, build_optimiser
+from l2t_core.registry import Registry
+from l2t_vision.augmentation import AUGMENTATIONS
+from l2t_vision.corruption import NOISES
+from l2t_vision.data import LOADERS
+from l2t_vision.measures import MEASURES
+from l2t_vision.models import MODELS, SCALABLE
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.user_code import is_import_path
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def problems(spec: ImageSpec) -> list[str]:
+    """Return a line for every unknown name and impossible number, none if there is none.
+
+    The names of optimiser and schedule are left to the core's registries.
+    """
+    return [*_unknown_names(spec), *_impossible_numbers(spec), *_impossible_optimiser(spec)]
+
+
+def _unknown_names(spec: ImageSpec) -> list[str]:
+    registries: dict[str, Registry] = {
+        "data": LOADERS,
+        "model": MODELS,
+        "noise": NOISES,
+        "augment": AUGMENTATIONS,
+        "measure": MEASURES,
+    }
+    found = []
+    for key, registry in registries.items():
+        name = getattr(spec, key)
+        if key in ("data", "model") and is_import_path(name):
+            continue
+        try:
+            registry.get(name)
+        except UserError as error:
+            found.append(f"image.{key}: {error}")
+    if spec.device not in DEVICES:
+        hint = suggestion(spec.device, DEVICES)
+        found.append(f"image.device is {spec.device!r}{hint} (known: {', '.join(DEVICES)})")
+    return found
+
+
+def _impossible_optimiser(spec: ImageSpec) -> list[str]:
+    if spec.optimiser.name not in OPTIMISERS.names() or not 0.0 < spec.optimiser.lr < math.inf:
+        return []  # told elsewhere
+    try:
+        build_optimiser(spec.optimiser)
+    except UserError as error:
+        return [f"image.{error}"]
+    return []
+
+
+def _impossible_numbers(spec: ImageSpec) -> list[str]:
+    scaled = spec.model in SCALABLE or is_import_path(spec.model)
+    of_scaled = f"0 where the model is {spec.model}; only {' and '.join(SCALABLE)} take it"
+    rate = spec.optimiser.lr
+    limits: list[tuple[str, float, bool, str]] = [
+        ("optimiser.lr", rate, 0.0 < rate < math.inf, "above 0"),
+        ("steps", spec.steps, spec.steps >= 1, "at least 1"),
+        ("batch_size", spec.batch_size, spec.batch_size >= 1, "at least 1"),
+        ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),
+        ("hidden", spec.hidden, spec.hidden >= 1, "at least 1"),
+        ("depth", spec.depth, spec.depth >= 0, "0 (the paper's largest) or more"),
+        ("width", spec.width, spec.width >= 0, "0 (the paper's largest) or more"),
+        ("depth", spec.depth, scaled or spec.depth <= 0, of_scaled),
+        ("width", spec.width, scaled or spec.width <= 0, of_scaled),
+        (
+            "schedule.warmup_steps", spec.schedule.warmup_steps,
+            0 <= spec.schedule.warmup_steps < max(1, spec.steps), "0 or more and below image.steps",
+        ),
+        ("dropout", spec.dropout, 0.0 <= spec.dropout < 1.0, "in [0, 1)"),
+        ("size", spec.size, spec.size >= 0, "0 (as they are) or more"),
+        (
+            "size", spec.size, spec.data == "images" or spec.size <= 0,
+            f"0 where the data is {spec.data}; only images of your own are scaled",
+        ),
+        ("train_size", spec.train_size, spec.train_size >= 0, "0 (all that dev leaves) or more"),
+        (
+            "dev_size", spec.dev_size, spec.dev_size >= 1,
+            "some hundreds: without it the dev set is empty, and the teacher learns from it",
+        ),
+        ("dev_batch", spec.dev_batch, spec.dev_batch >= 0, "0 (the whole dev set) or more"),
+        ("data_seed", spec.data_seed, 0 <= spec.data_seed < 2**31, "in [0, 2^31)"),
+        ("label_noise", spec.label_noise, 0.0 <= spec.label_noise <= 1.0, "in [0, 1]"),
+        ("imbalance", spec.imbalance, 1.0 <= spec.imbalance < math.inf, "1 (none) or more"),
+    ]
+    return [
+        f"image.{name} is {value}; it must be {mend}"
+        for name, value, fine, mend in limits
+        if not fine
+    ]

@@ -1,0 +1,181 @@
+"""People's own images: ``<split>/<class>/*.jpg`` or ``.png``, in a folder or a tar archive.
+
+Decoded once: the result is kept as unsigned bytes in the cache folder of the user's account, under
+a name that is the digest of all file names and contents, so that a changed picture is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from l2t_core.download import file_digest
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+SPLITS = ("train", "test")
+_FORMAT = "1"  # of the cached file and of the way to decode
+
+
+def load_image_folder(source: Path, size: int = 0) -> RawImages:
+    """Return the images under ``source``, a folder or a tar archive, classes in order of name.
+
+    Grey images are [N, 1, H, W]; where one has colours all are [N, 3, H, W]. With ``size`` each is
+    cut to its central square and scaled to ``size`` x ``size`` pixels.
+
+    Raises:
+        UserError: if there is no such thing, it has another layout, a picture is damaged, or the
+            pictures differ in size and ``size`` is 0.
+    """
+    try:
+        cache = _cache_folder() / f"{_content_key(source, size)}.safetensors"
+        cached = _load(cache)
+        if cached is not None:
+            return cached
+        raw = _decode_all(source, size)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{source} cannot be read or is cut short ({error})") from error
+    _save(cache, raw)
+    return raw
+
+
+def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Yield every picture's path, down from its split, and its content."""
+    if source.is_dir():
+        for found in sorted(p for p in source.rglob("*") if _is_picture(p) and p.is_file()):
+            yield PurePosixPath(found.relative_to(source).as_posix()), found.read_bytes()
+        return
+    if not source.is_file():
+        raise UserError(
+            f"no image folder or archive {source}; give image.folder one that holds "
+            "train/CLASS/*.jpg and test/CLASS/*.jpg"
+        )
+    if not tarfile.is_tarfile(source):
+        raise UserError(f"{source} is neither a folder nor a tar archive (.tar, .tar.gz, .tar.xz)")
+    with tarfile.open(source) as archive:
+        for member in archive:
+            path = PurePosixPath(member.name.removeprefix("./"))
+            if member.isfile() and _is_picture(path):
+                handle = archive.extractfile(member)
+                assert handle is not None  # it is a file
+                yield path, handle.read()
+
+
+def _is_picture(path: PurePosixPath | Path) -> bool:
+    # Names with a dot first are a system's own, such as the Macintosh's ._IMG.jpg.
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _content_key(source: Path, size: int) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {size} ".encode())
+    if source.is_file():
+        digest.update(file_digest(source, "sha256").encode())
+    else:
+        for path, content in _files(source):
+            digest.update(str(path).encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _decode_all(source: Path, size: int) -> RawImages:
+    found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in SPLITS}
+    shapes: dict[tuple[int, ...], PurePosixPath] = {}
+    for path, content in _files(source):
+        if len(path.parts) != 3 or path.parts[0] not in SPLITS:
+            raise UserError(
+                f"{source}: {path} is not where an image is looked for: train/CLASS/NAME or "
+                "test/CLASS/NAME; dev images belong to train, dev is cut from it"
+            )
+        pixels = _decode(content, f"{source}: {path}", size)
+        shapes.setdefault(pixels.shape[:2], path)
+        if len(shapes) > 1:
+            (first, one), (second, other) = list(shapes.items())[:2]
+            raise UserError(
+                f"{source}: {one} has {first[0]} x {first[1]} pixels and {other} {second[0]} x "
+                f"{second[1]}; set image.size to cut and scale them alike"
+            )
+        found[path.parts[0]].append((path.parts[1], path.parts[2], pixels))
+    for split in SPLITS:
+        if not found[split]:
+            raise UserError(f"{source} holds no {split}/CLASS/*.jpg or *.png")
+    return _assemble(source, found)
+
+
+def _assemble(source: Path, found: dict[str, list[tuple[str, str, np.ndarray]]]) -> RawImages:
+    classes = sorted({name for name, _, _ in found["train"]})
+    unknown = sorted({name for name, _, _ in found["test"]} - set(classes))
+    if unknown:
+        raise UserError(f"{source}: no train/{unknown[0]} for test/{unknown[0]}")
+    colour = any(pixels.ndim == 3 for images in found.values() for _, _, pixels in images)
+    splits: list[ImagesAndLabels] = []
+    for split in SPLITS:
+        images = sorted(found.pop(split), key=lambda item: item[:2])  # whatever an archive's order
+        pixels = torch.stack([_channels_first(pixels, colour) for _, _, pixels in images])
+        splits.append((pixels, torch.tensor([classes.index(name) for name, _, _ in images])))
+    train, test = splits
+    return checked_splits(source, train, test, len(classes))
+
+
+def _channels_first(pixels: np.ndarray, colour: bool) -> Tensor:
+    tensor = torch.from_numpy(pixels)
+    if tensor.ndim == 3:
+        return tensor.permute(2, 0, 1).contiguous()
+    return tensor.expand(3 if colour else 1, *tensor.shape).contiguous()
+
+
+def _decode(content: bytes, name: str, size: int) -> np.ndarray:
+    """Return a picture as unsigned bytes, [H, W] if it is grey, else [H, W, 3]."""
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits for each colour; save it with 8")
+            picture: Any = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
+        if size:
+            side = min(picture.size)
+            left, top = ((length - side) // 2 for length in picture.size)
+            picture = picture.crop((left, top, left + side, top + side))
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+        return np.array(picture)
+    # Pillow fails on damaged pictures in many ways, SyntaxError among them.
+    except Exception as error:
+        raise UserError(f"{name} is no picture that can be read ({error})") from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "l2t" / "images"
+
+
+def _load(cache: Path) -> RawImages | None:
+    """Return what is cached; a damaged file counts as none."""
+    try:
+        kept = safetensors.torch.load_file(cache)
+        return RawImages(
+            kept["train_x"], kept["train_y"], kept["test_x"], kept["test_y"],
+            int(kept["num_classes"]),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _save(cache: Path, raw: RawImages) -> None:
+    tensors = {name: getattr(raw, name) for name in ("train_x", "train_y", "test_x", "test_y")}
+    tensors["num_classes"] = torch.tensor(raw.num_classes)
+    # Without room or permission the images are decoded again next time.
+    with contextlib.suppress(UserError):
+        atomic_write(cache, safetensors.torch.save(tensors))

@@ -1,0 +1,44 @@
+"""Functions of the user's own, named in a recipe by their import path ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from l2t_core.errors import UserError
+
+
+def is_import_path(name: str) -> bool:
+    """Tell whether ``name`` is an import path rather than an entry of ours."""
+    return ":" in name
+
+
+def imported(path: str, key: str) -> Callable[..., Any]:
+    """Return what ``path``, the value of the recipe's ``key``, names.
+
+    The module may be installed or lie in the folder where the command is run.
+
+    Raises:
+        UserError: if there is no such module or function, or it cannot be imported.
+    """
+    module_name, _, attribute = path.partition(":")
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever the user's module does while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{key} {path} cannot be imported ({reason}); write module:function, with the module "
+            "installed or in the folder where you are"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise UserError(f"{key} {path} is no function; write module:function")
+    return found

@@ -1,0 +1,147 @@
+"""What is refused before any data is read, and data sets of the user's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from l2t_core.errors import UserError
+from l2t_core.specs import OptimiserSpec, ScheduleSpec
+from l2t_vision.checks import problems
+from l2t_vision.data import load_data
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import build_student
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"data": "cifar"}, "image.data: unknown image data set 'cifar'"),
+        ({"model": "resnet21"}, "image.model: unknown model 'resnet21'; did you mean 'resnet"),
+        ({"noise": "pairs"}, "image.noise: unknown label noise 'pairs'"),
+        ({"augment": "flip"}, "image.augment: unknown augmentation 'flip'"),
+        ({"measure": "accuracy"}, "did you mean 'expected_accuracy'"),
+        ({"device": "gpu"}, "image.device is 'gpu'"),
+        ({"depth": -1, "model": "densenet"}, "image.depth is -1; it must be 0"),
+        ({"depth": 20, "model": "resnet20"}, "0 where the model is resnet20; only densenet and"),
+        ({"width": 2}, "image.width is 2; it must be 0 where the model is mlp"),
+        ({"size": -2}, "image.size is -2"),
+        ({"size": 32}, "image.size is 32; it must be 0 where the data is digits"),
+        ({"train_size": -1}, "image.train_size is -1; it must be 0 (all that dev leaves) or more"),
+        ({"dev_size": 0}, "image.dev_size is 0"),
+        ({"data_seed": -1}, "image.data_seed is -1"),
+        ({"label_noise": 1.5}, "image.label_noise is 1.5; it must be in [0, 1]"),
+        ({"label_noise": float("nan")}, "image.label_noise is nan"),
+        ({"imbalance": 0.01}, "image.imbalance is 0.01; it must be 1 (none) or more"),
+        ({"imbalance": float("inf")}, "image.imbalance is inf"),
+        ({"dropout": 1.0}, "image.dropout is 1.0"),
+        ({"steps": 0}, "image.steps is 0"),
+        ({"schedule": ScheduleSpec("cosine", 1000)}, "image.schedule.warmup_steps is 1000"),
+        ({"optimiser": OptimiserSpec("nesterov", momentum=1.0)}, "image.optimiser.momentum is 1.0"),
+        ({"optimiser": OptimiserSpec(weight_decay=-1e-4)}, "image.optimiser.weight_decay"),
+    ],
+)
+def test_each_impossible_setting_is_one_line(settings: dict[str, Any], says: str) -> None:
+    spec = ImageSpec(**{"dev_size": 100, **settings})
+    found = problems(spec)
+    assert says in found[0] and "\n" not in found[0]
+    with pytest.raises(UserError, match=re.escape(says)):
+        build_student(spec)
+
+
+def test_all_are_listed_at_once_and_none_where_there_is_none() -> None:
+    assert len(problems(ImageSpec(model="lenett", steps=0, batch_size=-1, dev_size=9))) == 3
+    assert problems(ImageSpec(dev_size=100, model="mine:net", data="mine:load", depth=3)) == []
+    assert problems(ImageSpec(dev_size=100, model="wide-resnet", depth=16, width=4)) == []
+
+
+def test_names_of_the_core_are_left_to_the_core() -> None:
+    spec = ImageSpec(dev_size=100, optimiser=OptimiserSpec("sgdd"))
+    assert problems(spec) == []
+    with pytest.raises(UserError, match="did you mean 'sgd'"):
+        build_student(spec)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("auto", "cpu"):
+        student = build_student(ImageSpec(dev_size=700, hidden=4, device=name))
+        assert student.data.train_x.device.type == "cpu"
+        assert student.data.train_x.dtype == torch.uint8
+    with pytest.raises(UserError, match=r"image\.device is cuda, but torch finds no GPU"):
+        build_student(ImageSpec(dev_size=700, device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_sees_the_same_batches() -> None:
+    batches = []
+    for device in ("cpu", "cuda"):
+        student = build_student(ImageSpec(dev_size=700, hidden=4, device=device, augment="crop"))
+        student.reset(2)
+        images, labels = student.batch(3)
+        assert images.device.type == device
+        batches.append((images.cpu(), labels.cpu()))
+    assert torch.allclose(batches[0][0], batches[1][0], atol=1e-5)
+    assert torch.equal(batches[0][1], batches[1][1])
+
+
+OWN = """\
+import numpy as np
+class Like:  # as torchvision's classes
+    def __init__(self, root, train=True):
+        count = 40 if train else 10
+        self.data = np.full((count, 5, 6, 3), 1 if train else 2, np.uint8)
+        self.data[:, 0, 1, 2] = np.arange(count)
+        self.targets = [i % 4 for i in range(count)]
+def pair(root, train):
+    found = Like(root, train)
+    return found.data[:, :, :, 0], found.targets
+def floats(root, train):
+    return np.zeros((5, 6, 6)), [0] * 5
+def uneven(root, train):
+    return np.zeros((5, 6, 6), np.uint8), [0, 1] * 2
+def one_class(root, train):
+    return np.zeros((5, 6, 6), np.uint8), [0] * 5
+def none(root, train):
+    return None
+def failing(root, train):
+    raise OSError(f"no {root}")
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_data_here.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("own_data")
+def test_data_of_the_users_own() -> None:
+    colour = load_data(ImageSpec(data="own_data_here:Like", dev_size=8))
+    assert colour.train_x.shape == (32, 3, 5, 6) and colour.num_classes == 4
+    blue = torch.cat([colour.train_x, colour.dev_x])[:, 2, 0, 1]
+    assert np.array_equal(blue.sort().values.numpy(), np.arange(40))
+    grey = load_data(ImageSpec(data="own_data_here:pair", dev_size=8))
+    assert grey.test_x.shape == (10, 1, 5, 6) and grey.test_x.unique().tolist() == [2]
+
+
+@pytest.mark.usefixtures("own_data")
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("floats", "expected unsigned bytes"),
+        ("uneven", "5 training images and 4 labels"),
+        ("one_class", "holds one class only"),
+        ("none", "failed .AttributeError"),
+        ("failing", "failed .OSError: no somewhere"),
+        ("absent", "cannot be imported"),
+    ],
+)
+def test_own_data_that_cannot_be_used(name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_data(ImageSpec(data=f"own_data_here:{name}", folder="somewhere", dev_size=8))

@@ -1,0 +1,198 @@
+"""Images of people's own: a folder or a tar archive of one folder for each class."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from l2t_core.errors import UserError
+from l2t_vision import image_folder
+from l2t_vision.data import load_data
+from l2t_vision.image_folder import load_image_folder
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import build_student
+
+COLOURS = np.random.default_rng(2).integers(0, 256, (20, 9, 8, 3)).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "l2t" / "images"
+
+
+def picture(pixels: np.ndarray, kind: str = "png", mode: str | None = None) -> bytes:
+    content = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(content, format=kind)
+    return content.getvalue()
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Return a folder of 4 cats, 6 dogs (grey) and 3 of each for the test, 9 x 8 pixels."""
+    folder = tmp_path / "pets"
+    for split, name, count, first in (
+        ("train", "dog", 6, 4),
+        ("train", "cat", 4, 0),
+        ("test", "cat", 3, 10),
+        ("test", "dog", 3, 13),
+    ):
+        (folder / split / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = COLOURS[first + number]
+            content = picture(pixels[:, :, 0] if name == "dog" else pixels)
+            (folder / split / name / f"{number:03}.png").write_bytes(content)
+    (folder / "README.txt").write_text("cats and dogs")
+    (folder / "train" / "cat" / "._000.png").write_bytes(b"left by a Macintosh")
+    return folder
+
+
+def packed(folder: Path, kind: str) -> Path:
+    path = folder.parent / f"pets.tar{'.' + kind if kind else ''}"
+    with tarfile.open(path, f"w:{kind}") as archive:  # type: ignore[call-overload]
+        for split in ("test", "train"):
+            archive.add(folder / split, f"./{split}")
+    return path
+
+
+def test_classes_in_order_of_name_and_grey_beside_colour(pets: Path) -> None:
+    raw = load_image_folder(pets)
+    assert raw.num_classes == 2 and raw.train_x.dtype == torch.uint8
+    assert raw.train_x.shape == (10, 3, 9, 8) and raw.test_x.shape == (6, 3, 9, 8)
+    assert raw.train_y.tolist() == [0] * 4 + [1] * 6 and raw.test_y.tolist() == [0] * 3 + [1] * 3
+    assert np.array_equal(raw.train_x[2].permute(1, 2, 0).numpy(), COLOURS[2])
+    for channel in raw.train_x[5]:
+        assert np.array_equal(channel.numpy(), COLOURS[5][:, :, 0])
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "xz"])
+def test_an_archive_gives_the_same(pets: Path, kind: str) -> None:
+    folder, archive = load_image_folder(pets), load_image_folder(packed(pets, kind))
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(folder, name), getattr(archive, name))
+
+
+def test_grey_alone_has_one_channel(pets: Path) -> None:
+    for split in ("train", "test"):
+        for path in (pets / split / "cat").glob("0*.png"):
+            path.write_bytes(picture(COLOURS[0], mode="1"))
+    assert load_image_folder(pets).train_x.shape == (10, 1, 9, 8)
+
+
+def test_jpeg_palette_and_transparency(pets: Path) -> None:
+    cats = pets / "train" / "cat"
+    (cats / "000.png").write_bytes(picture(COLOURS[0], mode="RGBA"))
+    (cats / "001.png").write_bytes(picture(np.full((9, 8, 3), 102, np.uint8), mode="P"))
+    (cats / "999.JPEG").write_bytes(picture(np.full((9, 8, 3), 200, np.uint8), "jpeg"))
+    raw = load_image_folder(pets)
+    assert np.array_equal(raw.train_x[0].permute(1, 2, 0).numpy(), COLOURS[0])
+    assert raw.train_x[1].unique().tolist() == [102]
+    assert raw.train_x[4].float().sub(200).abs().max() <= 2
+
+
+def test_decoded_once_and_again_when_a_picture_changes(
+    pets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    whole = image_folder._decode
+
+    def counting(content: bytes, name: str, size: int) -> np.ndarray:
+        decoded.append(name)
+        return whole(content, name, size)
+
+    monkeypatch.setattr(image_folder, "_decode", counting)
+    first = load_image_folder(pets)
+    assert len(decoded) == 16 and len(list(cache.iterdir())) == 1
+    again = load_image_folder(pets)
+    assert len(decoded) == 16
+    assert torch.equal(first.train_x, again.train_x) and again.num_classes == 2
+    (pets / "train" / "cat" / "000.png").write_bytes(picture(COLOURS[19]))
+    assert not torch.equal(load_image_folder(pets).train_x, first.train_x)
+    assert len(decoded) == 32 and len(list(cache.iterdir())) == 2
+    for path in cache.iterdir():
+        path.write_bytes(b"damaged")
+    load_image_folder(pets)
+    assert len(decoded) == 48
+
+
+def test_without_a_place_for_the_cache(pets: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    assert len(load_image_folder(pets).train_y) == 10
+
+
+def test_images_of_any_size_are_cut_and_scaled_alike(pets: Path) -> None:
+    striped = np.zeros((10, 30, 3), np.uint8)
+    striped[:, 10:20] = 90  # the central square
+    (pets / "train" / "cat" / "000.png").write_bytes(picture(striped))
+    with pytest.raises(UserError, match=r"9 x 8 pixels and .* 10 x 30; set image\.size"):
+        load_image_folder(pets)
+    raw = load_image_folder(pets, size=5)
+    assert raw.train_x.shape == (10, 3, 5, 5) and raw.train_x[0].unique().tolist() == [90]
+
+
+def test_a_recipe_trains_on_them(pets: Path) -> None:
+    settings = {"data": "images", "folder": str(packed(pets, "xz")), "dev_size": 4, "size": 8}
+    data = load_data(ImageSpec(**settings))
+    assert data.train_y.bincount().tolist() == [2, 4] and data.dev_y.bincount().tolist() == [2, 2]
+    student = build_student(ImageSpec(**settings, model="resnet8", batch_size=3))
+    log_probs, _ = student.predict(student.batch(0))
+    assert log_probs.shape == (3, 2) and student.fingerprint()["num_classes"] == 2
+
+
+@pytest.mark.parametrize(
+    "mishap, says",
+    [
+        ("damaged", r"train/cat/001.png is no picture that can be read"),
+        ("cut", r"train/cat/001.png is no picture that can be read"),
+        ("sixteen bits", r"more than 8 bits"),
+        ("other split", r"val/cat/000.png is not where an image is looked for"),
+        ("no classes", r"train/000.png is not where an image is looked for"),
+        ("no test", r"holds no test/CLASS"),
+        ("other class", r"no train/cow for test/cow"),
+        ("one class", r"holds one class only"),
+    ],
+)
+def test_what_cannot_be_used_is_named(pets: Path, mishap: str, says: str) -> None:
+    victim = pets / "train" / "cat" / "001.png"
+    if mishap == "damaged":
+        victim.write_bytes(b"<html>")
+    elif mishap == "cut":
+        victim.write_bytes(victim.read_bytes()[:-60])
+    elif mishap == "sixteen bits":
+        victim.write_bytes(picture(np.full((9, 8), 3000, np.uint16)))
+    elif mishap == "other split":
+        (pets / "val").mkdir()
+        (pets / "train" / "cat").rename(pets / "val" / "cat")
+    elif mishap == "no classes":
+        victim.rename(pets / "train" / "000.png")
+    elif mishap == "no test":
+        (pets / "test").rename(pets / ".test.old")
+        for path in (pets / ".test.old").rglob("*.png"):
+            path.unlink()
+    elif mishap == "other class":
+        (pets / "test" / "cat").rename(pets / "test" / "cow")
+    else:
+        for split in ("train", "test"):
+            for path in (pets / split / "dog").iterdir():
+                path.unlink()
+    with pytest.raises(UserError, match=says) as raised:
+        load_image_folder(pets)
+    assert str(pets) in str(raised.value)
+
+
+def test_neither_folder_nor_archive(pets: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no image folder or archive .*gone"):
+        load_image_folder(tmp_path / "gone")
+    with pytest.raises(UserError, match="neither a folder nor a tar archive"):
+        load_image_folder(pets / "README.txt")
+    archive = packed(pets, "xz")
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        load_image_folder(archive)
