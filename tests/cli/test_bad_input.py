@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Run  # type: ignore[import-not-found]
+from in_process import Run  # type: ignore[import-not-found]
 
 
 @pytest.mark.parametrize(

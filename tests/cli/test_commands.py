@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run  # type: ignore[import-not-found]
+from in_process import Run  # type: ignore[import-not-found]
 
 COMMANDS = [
     [],
     ["train-teacher"],
     ["apply-teacher"],
+    ["compare"],
+    ["transfer"],
     ["data"],
     ["data", "prepare"],
     ["recipes"],
@@ -29,8 +31,17 @@ COMMANDS = [
     ["demo"],
 ]
 SHIPPED = [
+    "image/cifar10-densenet",
+    "image/cifar10-resnet20",
+    "image/cifar10-resnet32",
+    "image/cifar10-resnet8",
+    "image/cifar10-wide-resnet",
+    "image/cifar100-resnet32",
     "image/digits",
+    "image/fashion-lenet",
     "image/mnist-lenet",
+    "image/mnist-long-tail",
+    "image/mnist-mlp-noise40",
     "image/mnist-mlp",
     "nmt/demo-de-en",
     "nmt/multi30k-de-en",

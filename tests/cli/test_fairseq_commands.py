@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run  # type: ignore[import-not-found]
+from in_process import Run  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
 

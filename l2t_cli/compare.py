@@ -1,0 +1,274 @@
+"""``l2t compare``: losses tuned alike, then set side by side on fresh seeds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l2t_cli import compare_plan, console
+from l2t_cli.console import LogFormat
+from l2t_cli.doctor import cores
+from l2t_cli.errors import Interrupted
+from l2t_cli.progress import bar
+from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_sections
+from l2t_cli.tidying import FreshFolder
+from l2t_cli.train_teacher import complete_recipe
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+JOBS_HELP = "Students trained side by side, each on one core."
+JOBS_DEFAULT = "the cores; 1 on a GPU"
+
+
+def command(
+    recipe: str = typer.Argument(
+        ...,
+        help="A recipe's name (see `l2t recipes ls`) or YAML file.",
+        autocompletion=complete_recipe,
+    ),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Changes, e.g. compare.seeds=10."
+    ),
+    teacher: list[Path] = typer.Option(
+        None, help="A teacher file to compare, too (give it again for another)."
+    ),
+    out: Path = typer.Option(None, show_default="runs/RECIPE-compare", help="Output folder."),
+    jobs: int = typer.Option(None, show_default=JOBS_DEFAULT, help=JOBS_HELP),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the trials and their number."),
+    log_format: LogFormat = typer.Option(
+        None, show_default="rich on a terminal, else simple", help="How to report."
+    ),
+) -> None:
+    """Compare losses fairly: each tuned alike on dev, then the same fresh seeds on test.
+
+    The recipe's `compare` section lists losses, grids and seeds. Finished trials are kept: the
+    same command goes on, and one with more losses or seeds adds to them.
+    """
+    changes = list(overrides or [])
+    loaded = load_for_comparison(recipe, changes)
+    folder = out or Path("runs") / f"{loaded.short_name}-compare"
+    comparison = Comparison(loaded, list(teacher or []), folder)
+    if dry_run:
+        comparison.show_plan()
+        return
+    comparison.run(chosen_jobs(jobs, [comparison]), console.default_format(log_format), report=True)
+
+
+def load_for_comparison(name: str, changes: Sequence[str]) -> Recipe:
+    """Return a recipe whose ``compare`` section makes sense.
+
+    Raises:
+        UserError: at the first thing that is wrong.
+    """
+    refuse_sections(
+        changes,
+        list(CORE_SECTIONS),
+        "belongs to the teacher's training and has no effect here; give it to `l2t train-teacher`",
+    )
+    recipe = load_recipe(name, changes)
+    if wrong := compare_plan.problems(recipe):
+        raise UserError(wrong[0])
+    return recipe
+
+
+def chosen_jobs(jobs: int | None, comparisons: Iterable[Comparison]) -> int:
+    """Return how many students to train side by side: a core each, or one on a GPU.
+
+    Raises:
+        UserError: if ``jobs`` is given and not positive.
+    """
+    if jobs is None:
+        if not all(comparison.field.one_a_core for comparison in comparisons):
+            return 1
+        return cores()
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1")
+    return jobs
+
+
+class Comparison:
+    """One recipe's losses, tuned and measured."""
+
+    def __init__(self, recipe: Recipe, teachers: Sequence[Path], folder: Path) -> None:
+        """Check all that can be checked before anything is trained.
+
+        Raises:
+            UserError: if data, teachers, losses or the folder cannot be used.
+        """
+        from l2t_cli.compare_trials import FieldTrials, TrialStore
+
+        recipe.field.require()
+        self.recipe, self.folder = recipe, folder
+        self.arms = compare_plan.arms(recipe, teachers)
+        self.field: FieldTrials = recipe.field.load("trials")(recipe)
+        self.field.check(
+            [arm.teacher for arm in self.arms if arm.teacher],
+            [arm.loss for arm in self.arms if not arm.teacher],
+        )
+        self.seeds = range(recipe.compare.seed, recipe.compare.seed + recipe.compare.seeds)
+        self.tuning = compare_plan.Tuning(recipe, self.arms, self.field)
+        self.store = TrialStore(folder, self.field.identity())
+        self.total = self.tuning.total() + len(self.arms) * len(self.seeds)
+        _refuse_foreign(folder)
+
+    def show_plan(self) -> None:
+        """Print the trials, by loss, and do nothing."""
+        rows, done = [], 0
+        for arm in self.arms:
+            points = self.tuning.points(arm)
+            by_own: dict[tuple[tuple[str, float], ...], list[float]] = {}
+            for point in points:
+                by_own.setdefault(point.settings, []).append(point.lr)
+                done += sum(
+                    self.store.path(arm.trial(point, seed, final=False)).exists()
+                    for seed in self.tuning.seeds
+                )
+            if self.recipe.compare.search == "optuna":
+                low, high = min(self.tuning.rates), max(self.tuning.rates)
+                tries = self.tuning.count * len(self.tuning.seeds)
+                rows.append((arm.name, "by optuna", f"{low:g} to {high:g}", str(tries)))
+                by_own.clear()
+            for own, rates in by_own.items():
+                said = " ".join(f"{name}={value:g}" for name, value in own)
+                tries = len(rates) * len(self.tuning.seeds)
+                rows.append((arm.name, said, " ".join(f"{rate:g}" for rate in rates), str(tries)))
+            rows.append((arm.name, "the best", "the best", f"{len(self.seeds)} final"))
+        heads = ["loss", "own settings", "learning rates", "trials"]
+        console.table(f"{self.recipe.name}: trials", heads, rows, numbers=(3,))
+        console.line(
+            f"plan: {self.total} trials ({self.tuning.total()} tuning, "
+            f"{len(self.arms) * len(self.seeds)} final), into {console.shown(self.folder)}"
+            + (f"; {done} of the tuning's are done" if done else "")
+        )
+
+    def run(self, jobs: int, log_format: LogFormat, *, report: bool) -> dict[str, Any]:
+        """Run what is not done yet, write the results, and return their summary.
+
+        Raises:
+            UserError: if a student cannot be trained or the folder not be written.
+            Interrupted: after Ctrl-C.
+        """
+        from l2t_cli import compare_report
+        from l2t_cli.compare_trials import Result, Trial, run_trials, workers
+
+        before = FreshFolder.before(self.folder)
+        _mark(self.folder, self.recipe, self.arms)
+        results: dict[Trial, Result] = {}
+        view = _View(self.total, jobs, self.field.dev_measure, log_format)
+        with (
+            _kept(before, self.folder),
+            view.running(f"comparing on {self.recipe.name}") as show,
+            workers(self.recipe, self.field, jobs) as pool,
+        ):
+
+            def receive(trial: Trial, result: Result, fresh: bool) -> None:
+                results[trial] = result
+                show(trial, result, fresh)
+
+            run_trials(self.tuning, self.store, pool, jobs, receive)
+            finals = compare_plan.Finals(self.arms, self.tuning.chosen(), self.seeds)
+            run_trials(finals, self.store, pool, jobs, receive)
+        summary = compare_report.summarise(
+            self.recipe.name, self.arms, self.tuning, finals, results, self.field
+        )
+        if len(self.seeds) < 5:
+            summary["warnings"].append(f"{len(self.seeds)} seeds say little; give compare.seeds=5")
+        ordered = dict(sorted(results.items(), key=lambda item: _order(self.arms, item[0])))
+        files = compare_report.write(summary, ordered, self.field.curve, self.folder)
+        if report and log_format is LogFormat.json:
+            print(json.dumps({"event": "result", **summary}), flush=True)
+        elif report and log_format is not LogFormat.none:
+            compare_report.show(summary, files)
+        return summary
+
+
+def _order(arms: Sequence[compare_plan.Arm], trial: Any) -> tuple[Any, ...]:
+    names = [arm.name for arm in arms]
+    return trial.final, names.index(trial.arm), trial.settings, trial.lr, trial.seed
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    ours = (folder / "config.json").exists()
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise UserError(
+            f"{folder} is not empty and holds no comparison of ours; choose another --out"
+        )
+
+
+def _mark(folder: Path, recipe: Recipe, arms: Sequence[compare_plan.Arm]) -> None:
+    """Write down what is compared, the last time that it was asked for."""
+    content = {
+        "recipe": recipe.name,
+        recipe.field.name: recipe.config()[recipe.field.name],
+        "compare": asdict(recipe.compare),
+        "teachers": {arm.name: str(arm.teacher) for arm in arms if arm.teacher},
+    }
+    atomic_write(folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _kept(before: FreshFolder, folder: Path) -> Iterator[None]:
+    """Turn Ctrl-C into advice; after a failure with nothing finished take the folder back."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("finished trials are kept; the same command continues") from None
+    except Exception:
+        logs = folder.glob("work/*/*.log")
+        if not any(folder.glob("trials/*.json")) and next(logs, None) is None:
+            before.take_back()
+        raise
+
+
+class _View:
+    """Shows the trials as they finish: a bar with an estimate, lines, or JSON lines."""
+
+    def __init__(self, total: int, jobs: int, measure: str, log_format: LogFormat) -> None:
+        self.total, self.jobs, self.measure, self.format = total, jobs, measure, log_format
+        self.done = self.fresh = 0
+        self.began = time.monotonic()
+
+    @contextmanager
+    def running(self, title: str) -> Iterator[Callable[[Any, Any, bool], None]]:
+        """Yield the receiver of results."""
+        with bar(title, self.format, quiet=True) as update:
+            update(0, self.total)
+
+            def receive(trial: Any, result: Any, fresh: bool) -> None:
+                self.done += 1
+                self.fresh += fresh
+                if fresh:
+                    self._tell(trial, result)
+                update(self.done, self.total, self._left())
+
+            yield receive
+        if self.format is LogFormat.simple and self.done > self.fresh:
+            console.line(f"{self.done - self.fresh} of {self.done} trials were finished before")
+
+    def _left(self) -> str:
+        if not self.fresh or self.done == self.total:
+            return ""
+        each = (time.monotonic() - self.began) / self.fresh
+        return f"about {console.duration(each * (self.total - self.done))} left"
+
+    def _tell(self, trial: Any, result: Any) -> None:
+        if self.format is LogFormat.json:
+            event = {
+                "event": "trial", "loss": trial.arm, "lr": trial.lr,
+                "settings": dict(trial.settings), "seed": trial.seed, "final": trial.final,
+                **{k: v for k, v in asdict(result).items() if k != "curve"},
+                "done": self.done, "of": self.total,
+            }
+            print(json.dumps(event), flush=True)
+        elif self.format is LogFormat.simple:
+            said = "diverged" if result.diverged else f"dev {self.measure} {result.dev:.4f}"
+            console.line(f"{self.done:>4}/{self.total}  {trial.title()}: {said}  {self._left()}")

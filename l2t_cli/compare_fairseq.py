@@ -1,0 +1,187 @@
+"""The trials of a translation recipe's comparison: one fairseq-train command, several losses."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from l2t_cli.application import checksum
+from l2t_cli.apply_fairseq import RecipeApplication
+from l2t_cli.compare_trials import Result, Trial
+from l2t_cli.fairseq_process import run_logged, this_python
+from l2t_cli.fairseq_scoring import data_folder
+from l2t_cli.recipe_loading import Recipe
+from l2t_core.errors import UserError
+from l2t_fairseq.command import (
+    CRITERION_FLAGS,
+    FairseqCommand,
+    has_flag,
+    shell_text,
+    total_steps,
+    value_of,
+    with_value,
+    without,
+)
+from l2t_fairseq.prepare import load_prepared
+from l2t_fairseq.scoring import language_pair, score_checkpoint
+
+_BEST = "--best-checkpoint-metric"
+# `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
+_NLL = re.compile(r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*|nan|inf)")
+_UPDATES = re.compile(r"(?:valid_)?num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
+_DIVERGED = ("FloatingPointError", "Minimum loss scale", "NaN", "Nan")
+
+
+class FairseqTrials:
+    """Trains and measures a translation recipe's students; see ``FieldTrials``."""
+
+    measure = "BLEU"
+    lower_is_better = False
+    worst = 0.0
+    dev_measure = "BLEU"
+    curve = "dev nll (nats a token)"
+
+    def __init__(self, recipe: Recipe) -> None:
+        import torch
+
+        self.application = RecipeApplication(recipe)
+        self.steps = total_steps(self.application.command)
+        command = self.application.command
+        if value_of(command, "--validate-interval-updates") is None:
+            # As often as the teacher's students looked at dev, and the same for every loss.
+            every = max(1, round(recipe.student.dev_interval * self.steps / recipe.student.steps))
+            command = with_value(command, "--validate-interval-updates", str(every))
+        self.application.command = command
+        self.rate = _rate(command)
+        self.one_a_core = has_flag(command, "--cpu") or not torch.cuda.is_available()
+
+    def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
+        """Refuse missing data, and teachers for another dictionary."""
+        prepared = self.application.prepared
+        load_prepared(prepared)
+        self.application.test_set()
+        for teacher in teachers:
+            self.application.check(teacher)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the command without rate and seed, the data's record, and the versions."""
+        import torch
+
+        from l2t_core import __version__
+
+        command = without(self.application.command, "--seed", takes_value=True)
+        command = without(command, "--lr", takes_value=True)
+        words = [word for word in command.arguments if word != str(data_folder(command))]
+        return {
+            "field": "nmt",
+            "command": shell_text(replace(command, arguments=words)),
+            "generate": self.application.generate,
+            "data": checksum(self.application.prepared / "prepared.json"),
+            "versions": {
+                "l2t": __version__,
+                "torch": torch.__version__,
+                # Whichever distribution or checkout gives `import fairseq`.
+                "fairseq": str(getattr(import_module("fairseq"), "__version__", "unknown")),
+            },
+        }
+
+    def command(self, trial: Trial, folder: Path) -> FairseqCommand:
+        """Return exactly what is run for one student."""
+        command = self.application.command
+        if trial.teacher:
+            command = self.application.taught(trial.teacher)
+            command = _judged_by(command, "nll_loss", "l2t_accuracy")
+        else:
+            for flag, takes_value in CRITERION_FLAGS.items():
+                command = without(command, flag, takes_value)
+            eps = dict(trial.settings).get("eps")
+            if eps is None and value_of(command, _BEST) not in ("accuracy", "l2t_accuracy"):
+                command = with_value(command, "--criterion", "cross_entropy")
+                command = _judged_by(command, "loss", "")
+            else:  # plain cross_entropy reports no accuracy; smoothing by 0 is the same loss
+                command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
+                command = with_value(command, "--label-smoothing", f"{eps or 0:g}")
+                command = replace(command, arguments=[*command.arguments, "--report-accuracy"])
+                command = _judged_by(command, "nll_loss", "accuracy")
+        command = with_value(command, "--lr", f"{trial.lr:g}")
+        command = with_value(command, "--seed", str(trial.seed))
+        return with_value(command, "--save-dir", str(folder / "checkpoints"))
+
+    def run(self, trial: Trial, folder: Path) -> Result:
+        """Run fairseq-train, or let it go on; translate dev, and test if it is a final student."""
+        began = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        command = self.command(trial, folder)
+        log = folder / "train.log"
+        words = [*this_python(command.program), *command.arguments]
+        try:
+            run_logged(words, command.environment, log, lambda updates, note: None)
+        except UserError as error:
+            if not any(sign in str(error) for sign in _DIVERGED):
+                raise
+            made = int(_curve(log)[-1][0]) if _curve(log) else 0
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            return Result(time.monotonic() - began, made, diverged="fairseq-train lost its numbers")
+        curve = _curve(log)
+        splits = (value_of(command, "--valid-subset") or "valid").split(",")
+        dev, _ = self._bleu(folder, splits[0])
+        test, signature = self._bleu(folder, "test") if trial.final else (None, "")
+        return Result(
+            seconds=time.monotonic() - began,
+            steps=self.steps,
+            dev=dev,
+            nll=min((nll for _, nll in curve), default=None),
+            test=test,
+            signature=signature,
+            curve=curve,
+        )
+
+    def _bleu(self, folder: Path, split: str) -> tuple[float, str]:
+        prepared, flags = self.application.prepared, self.application.test_set().generate
+        language_pair(prepared / "data-bin", split)
+        checkpoints = folder / "checkpoints"
+        best = checkpoints / "checkpoint_best.pt"
+        chosen = best if best.exists() else checkpoints / "checkpoint_last.pt"
+        scored = score_checkpoint(prepared, chosen, flags, split, folder)
+        return scored.bleu, scored.signature
+
+
+def _judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqCommand:
+    """Choose the checkpoint by plain dev nll, or by what the user asked for, for every loss."""
+    given = value_of(command, _BEST)
+    if given in (None, "loss", "nll_loss"):
+        return with_value(command, _BEST, nll)
+    if given in ("accuracy", "l2t_accuracy"):
+        return with_value(command, _BEST, accuracy)
+    return command
+
+
+def _curve(log: Path) -> list[list[float]]:
+    """Return ``[updates, dev nll in nats]`` of every validation in fairseq-train's output."""
+    found: dict[int, float] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        at = _UPDATES.search(line)
+        if "valid" not in line or at is None:
+            continue
+        losses = dict(_NLL.findall(line))
+        value = float(losses.get("nll_loss") or losses.get("loss") or "nan")
+        if math.isfinite(value):
+            found[int(at.group(1))] = value * math.log(2)  # fairseq reports base 2
+    return [[updates, found[updates]] for updates in sorted(found)]
+
+
+def _rate(command: FairseqCommand) -> float:
+    text = value_of(command, "--lr")
+    try:
+        return float(text or "")
+    except ValueError:
+        raise UserError(
+            f"nmt.train has --lr {text}; a comparison needs one rate to start from, or compare.lr"
+        ) from None

@@ -1,0 +1,118 @@
+"""The trials of an image recipe's comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from l2t_cli.compare_trials import Result, Trial
+from l2t_cli.recipe_loading import Recipe
+
+
+class ImageTrials:
+    """Trains and measures an image recipe's students; see ``FieldTrials``."""
+
+    measure = "error %"
+    lower_is_better = True
+    worst = 100.0
+    dev_measure = "accuracy"
+    curve = "dev accuracy"
+    one_a_core = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.student = recipe.field.build_student(recipe.student, 1)
+        self.rate = float(recipe.student.optimiser.lr)
+
+    def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
+        """Refuse teachers for other classes, and losses that the student cannot give."""
+        from l2t_core.step_losses import fixed_loss
+        from l2t_core.teacher_file import check_fits, load_teacher
+
+        for teacher in teachers:
+            _, header = load_teacher(teacher)
+            check_fits(header, self.student.fingerprint(), teacher)
+        for loss in losses:
+            fixed_loss(loss, {}, self._student(self.student.spec))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the image section without its rate, the data's hash, and the versions."""
+        import torch
+
+        from l2t_core import __version__
+
+        section = self.recipe.config()["image"]
+        del section["optimiser"]["lr"], section["folder"]
+        return {
+            "field": "image",
+            "image": section,
+            "data": _data_hash(self.student.data),
+            "versions": {"l2t": __version__, "torch": torch.__version__},
+        }
+
+    def run(self, trial: Trial, folder: Path) -> Result:
+        """Train one student; read its test error if it is a final one."""
+        from l2t_core.applied import AppliedTeacher
+        from l2t_core.apply import train_student
+        from l2t_core.step_losses import Recorded, StepLoss, fixed_loss
+
+        spec = self.student.spec
+        spec = dataclasses.replace(
+            spec, optimiser=dataclasses.replace(spec.optimiser, lr=trial.lr)
+        )
+        student = self._student(spec)
+        loss: StepLoss
+        if trial.teacher:
+            loss = applied = AppliedTeacher.from_file(trial.teacher, spec.steps)
+            assert applied.header is not None
+            interval = applied.header.dev_interval_for(spec.steps)
+            student.spec = dataclasses.replace(spec, dev_interval=interval)
+        else:
+            loss = fixed_loss(trial.loss, dict(trial.settings), student)
+        recorded = Recorded(loss)
+        try:
+            train_student(
+                student, trial.seed, recorded, snapshot=folder / "snapshot.safetensors"
+            )
+        except FloatingPointError as error:
+            return Result(recorded.seconds(), recorded.step, diverged=str(error))
+        # Asked at the step where it is due, it answers for the parameters as they are.
+        dev = student.dev_statistics(student.spec.dev_interval - 1)
+        return Result(
+            seconds=recorded.seconds(),
+            steps=spec.steps,
+            dev=student.true_measure(),
+            nll=dev.nll if math.isfinite(dev.nll) else None,
+            test=100.0 * student.test_error() if trial.final else None,
+            signature=self._signature(),
+            curve=[[step, accuracy] for step, _, accuracy in recorded.curve],
+        )
+
+    def _student(self, spec: Any) -> Any:
+        """Return a fresh student of ``spec`` on the data that is loaded already."""
+        return type(self.student)(spec, self.student.data)
+
+    def _signature(self) -> str:
+        from l2t_core import __version__
+
+        spec = self.recipe.student
+        return (
+            f"data:{spec.data}|model:{spec.model}|steps:{spec.steps}|batch:{spec.batch_size}|"
+            f"noise:{spec.label_noise:g}|l2t:{__version__}"
+        )
+
+
+def _data_hash(data: Any) -> str:
+    """Return a hash of every tensor of ``data``: splits, standardised pixels, noisy labels."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(vars(data).items()):
+        if isinstance(value, torch.Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()[:24]

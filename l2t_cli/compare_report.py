@@ -1,0 +1,315 @@
+"""What came out of a comparison: one summary, shown as a table and written in four formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from l2t_cli import console
+from l2t_cli.compare_plan import Arm, Finals, Tuning
+from l2t_cli.compare_trials import FieldTrials, Result, Trial
+from l2t_cli.train_teacher import finished_episodes
+from l2t_core.comparison import Point, at_edge, compare_paired, deviation, mean
+from l2t_core.files import atomic_write
+from l2t_core.teacher_file import load_header
+
+LABELS = {
+    "cross_entropy": "cross-entropy",
+    "label_smoothing": "label smoothing",
+    "large_margin": "large margin",
+    "focal": "focal",
+    "gce": "generalised CE",
+    "sigmoid": "sigmoid form",
+}
+COLUMNS = (
+    "loss", "chosen on dev", "dev {dev}", "test {test}", "change", "95 % interval", "p", "time",
+    "steps",
+)
+# Below this a paired t-test's p tells two losses apart.
+SIGNIFICANT = 0.05
+
+Summary = dict[str, Any]
+
+
+def summarise(
+    name: str,
+    found: Sequence[Arm],
+    tuning: Tuning,
+    finals: Finals,
+    results: Mapping[Trial, Result],
+    field_trials: FieldTrials,
+) -> Summary:
+    """Return all that a comparison found, as plain values."""
+    chosen = tuning.chosen()
+    rows = [
+        _row(arm, chosen[arm.name], tuning, finals, results, field_trials) for arm in found
+    ]
+    reference = rows[0]["test"]
+    for row in rows[1:]:
+        paired = len(row["test"]) == len(reference) > 0
+        row["against_cross_entropy"] = (
+            asdict(compare_paired(row["test"], reference)) if paired else None
+        )
+    signatures = [r.signature for r in results.values() if r.signature]
+    return {
+        "name": name,
+        "measure": field_trials.measure,
+        "lower_is_better": field_trials.lower_is_better,
+        "dev_measure": field_trials.dev_measure,
+        "tuned_on": "nll" if tuning.on_nll else field_trials.dev_measure,
+        "points_each": tuning.count,
+        "tuning_seeds": list(tuning.seeds),
+        "seeds": sorted({trial.seed for trial in results if trial.final}),
+        "learning_rates": sorted(tuning.rates),
+        "signature": signatures[0] if signatures else "",
+        "losses": rows,
+        "warnings": [line for row in rows for line in row.pop("warnings")],
+    }
+
+
+def _row(
+    arm: Arm,
+    point: Point | None,
+    tuning: Tuning,
+    finals: Finals,
+    results: Mapping[Trial, Result],
+    field_trials: FieldTrials,
+) -> dict[str, Any]:
+    last = [result for _, result in sorted(finals.results[arm.name].items())]
+    spent = [result for trial, result in results.items() if trial.arm == arm.name]
+    cost = teacher_cost(arm.teacher) if arm.teacher else (0.0, 0)
+    tuned = [
+        {"lr": p.lr, **dict(p.settings), "score": score[0] if score else None}
+        for p, score in tuning.scores[arm.name].items()
+    ]
+    return {
+        "name": arm.name,
+        "label": LABELS.get(arm.name, arm.name),
+        "teacher": str(arm.teacher) if arm.teacher else None,
+        "lr": point.lr if point else None,
+        "settings": dict(point.settings) if point else {},
+        "tuned_settings": [name for name, values in arm.own.items() if point and len(values) > 1],
+        "tuning": tuned,
+        "tuning_diverged": sum(row["score"] is None for row in tuned),
+        # A student that diverged counts as the worst there can be.
+        "dev": [0.0 if r.dev is None else r.dev for r in last],
+        "test": [field_trials.worst if r.test is None else r.test for r in last],
+        "diverged": sum(bool(r.diverged) for r in last),
+        "students_seconds": sum(r.seconds for r in spent),
+        "students_steps": sum(r.steps for r in spent),
+        "teacher_seconds": cost[0],
+        "teacher_steps": cost[1],
+        "against_cross_entropy": None,
+        "warnings": _warnings(arm, point, tuning, last, cost[0]),
+    }
+
+
+def teacher_cost(path: Path) -> tuple[float | None, int]:
+    """Return the seconds (None: not known) and student steps that training a teacher took.
+
+    The steps are in the file's record; the seconds in the log of the run's folder, where the
+    file still lies in it.
+    """
+    header = load_header(path)
+    training = header.record.get("training")
+    students = training.get("students", 1) if isinstance(training, dict) else 1
+    episodes = header.record.get("episodes", 0)
+    if not (isinstance(episodes, int) and isinstance(students, int)):
+        return None, 0
+    rows = finished_episodes(path.parent / "metrics.jsonl")
+    known = len(rows) == episodes and all(isinstance(row.get("seconds"), float) for row in rows)
+    seconds = sum(row["seconds"] for row in rows) if known else None
+    return seconds, episodes * students * header.total_steps
+
+
+def _warnings(
+    arm: Arm,
+    point: Point | None,
+    tuning: Tuning,
+    last: Sequence[Result],
+    teacher_seconds: float | None,
+) -> list[str]:
+    from l2t_core.baselines import BASELINES
+
+    label = LABELS.get(arm.name, arm.name)
+    if point is None:
+        return [f"{label} diverged at every point: no students; give compare.lr lower rates"]
+    found = []
+    if edge := at_edge(point.lr, tuning.rates, ratio=1.05):
+        found.append(
+            f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
+        )
+    for name, value in point.settings:
+        known = BASELINES.get(arm.loss).settings[name]
+        edge = at_edge(value, arm.own[name])
+        if edge and value not in (known.low, known.high):
+            found.append(
+                f"{label}: the best {name} {value:g} is the {edge} of compare.{arm.name}.{name}; "
+                "widen it"
+            )
+    if dead := sum(bool(result.diverged) for result in last):
+        found.append(f"{label}: {dead} of {len(last)} final students diverged and count as worst")
+    if teacher_seconds is None:
+        found.append(
+            f"{label}: how long the teacher's training took is not known (no metrics.jsonl of it "
+            f"beside {arm.teacher}); its time is left out"
+        )
+    return found
+
+
+def columns(summary: Summary) -> list[str]:
+    """Return the table's column names."""
+    return [
+        name.format(dev=summary["dev_measure"], test=summary["measure"]) for name in COLUMNS
+    ]
+
+
+def table_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Return the table's rows as text."""
+    rows: list[tuple[str, ...]] = []
+    for row in summary["losses"]:
+        own = [f"{name} {row['settings'][name]:g}" for name in row["tuned_settings"]]
+        chosen = ", ".join([f"lr {row['lr']:g}", *own]) if row["lr"] is not None else "diverged"
+        against = row["against_cross_entropy"]
+        seconds = row["students_seconds"] + (row["teacher_seconds"] or 0.0)
+        unknown = " + ?" if row["teacher_seconds"] is None else ""
+        rows.append(
+            (
+                row["label"],
+                chosen,
+                spread(row["dev"], digits=4 if summary["dev_measure"] == "accuracy" else 2),
+                spread(row["test"]),
+                _percent(against["relative"]) if against else "",
+                f"{against['low']:+.2f} to {against['high']:+.2f}" if against else "",
+                _p_value(against["t_p"]) if against else "",
+                console.duration(seconds) + unknown,
+                f"{row['students_steps'] + row['teacher_steps']:,}",
+            )
+        )
+    return rows
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return ``2.31 ± 0.12``, mean and standard deviation, or ``-`` for none."""
+    if not values:
+        return "-"
+    wide = deviation(values)
+    return f"{mean(values):.{digits}f}" + (f" ± {wide:.{digits}f}" if wide is not None else "")
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def _percent(relative: float | None) -> str:
+    return "" if relative is None else f"{100 * relative:+.1f} %"
+
+
+def verdict(summary: Summary) -> str:
+    """Return one sentence: which losses differ from tuned cross-entropy, and which do not."""
+    sign = -1 if summary["lower_is_better"] else 1
+    kinds: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    for row in summary["losses"][1:]:
+        against = row["against_cross_entropy"]
+        if against is None:
+            continue
+        clear = against["t_p"] is not None and against["t_p"] < SIGNIFICANT
+        gain = sign * against["difference"]
+        kinds["not told apart" if not clear else "better" if gain > 0 else "worse"].append(
+            row["label"]
+        )
+    said = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    return f"against tuned cross-entropy over {len(summary['seeds'])} seeds: " + "; ".join(said)
+
+
+def how(summary: Summary) -> str:
+    """Return one sentence on how the losses were tuned."""
+    seeds = len(summary["tuning_seeds"])
+    return (
+        f"each loss: {summary['points_each']} points x {seeds} seed{'s' if seeds > 1 else ''} on "
+        f"dev {summary['tuned_on']}, then {len(summary['seeds'])} fresh seeds; same steps and "
+        "batches; test read once per final student"
+    )
+
+
+def write(
+    summary: Summary, results: Mapping[Trial, Result], curve: str, folder: Path
+) -> list[tuple[str, Path]]:
+    """Write JSON, Markdown, CSV and plots; return what was written.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    from l2t_cli.plots import plot_learning_curves, plot_scores
+
+    files = [
+        ("result", folder / "comparison.json"),
+        ("report", folder / "comparison.md"),
+        ("students", folder / "students.csv"),
+        ("curves", folder / "learning_curves.png"),
+        ("scores", folder / "scores.png"),
+    ]
+    atomic_write(files[0][1], json.dumps(summary, indent=2) + "\n")
+    atomic_write(files[1][1], markdown(summary))
+    atomic_write(files[2][1], students_csv(results))
+    curves: dict[str, list[list[list[float]]]] = {}
+    for row in summary["losses"]:
+        finals = [r for t, r in results.items() if t.final and t.arm == row["name"] and r.curve]
+        curves[row["label"]] = [result.curve for result in finals]
+    plot_learning_curves(curves, curve, summary["name"], files[3][1])
+    scores = {row["label"]: row["test"] for row in summary["losses"] if row["test"]}
+    plot_scores(scores, f"test {summary['measure']}", summary["name"], files[4][1])
+    return files
+
+
+def markdown(summary: Summary) -> str:
+    """Return the report as Markdown."""
+    heads = columns(summary)
+    lines = [f"# {summary['name']}: losses compared", "", how(summary) + ".", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(summary)]
+    lines += ["", verdict(summary) + "."]
+    if summary["warnings"]:
+        lines += ["", *(f"- warning: {line}" for line in summary["warnings"])]
+    lines += ["", f"signature: `{summary['signature']}`", "", "![](scores.png)", ""]
+    lines += ["![](learning_curves.png)", ""]
+    return "\n".join(lines)
+
+
+def students_csv(results: Mapping[Trial, Result]) -> str:
+    """Return one line for each student of the comparison, tuned and final."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["kind", "loss", "lr", "settings", "seed", "dev", "dev_nll", "test", "diverged",
+         "seconds", "steps"]
+    )
+    for trial, result in results.items():
+        own = " ".join(f"{name}={value:g}" for name, value in trial.settings)
+        writer.writerow(
+            ["final" if trial.final else "tuning", trial.arm, f"{trial.lr:g}", own, trial.seed,
+             result.dev, result.nll, result.test, result.diverged, f"{result.seconds:.3f}",
+             result.steps]
+        )
+    return text.getvalue()
+
+
+def show(summary: Summary, files: Sequence[tuple[str, Path]]) -> None:
+    """Print the table, what it says, the warnings and the files."""
+    heads = columns(summary)
+    console.table(
+        f"{summary['name']}: losses compared", heads, table_rows(summary),
+        numbers=range(2, len(heads)),
+    )
+    console.line(how(summary))
+    if len(summary["losses"]) > 1:
+        console.line(verdict(summary))
+    for text in summary["warnings"]:
+        console.line(f"warning: {text}")
+    console.line(f"signature: {summary['signature']}")
+    console.files(files)

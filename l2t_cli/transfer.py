@@ -1,0 +1,99 @@
+"""``l2t transfer``: a teacher on students it was not trained on, against tuned cross-entropy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l2t_cli import console
+from l2t_cli.compare import JOBS_DEFAULT, JOBS_HELP, Comparison, chosen_jobs, load_for_comparison
+from l2t_cli.compare_plan import CROSS_ENTROPY
+from l2t_cli.console import LogFormat
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+
+
+def command(
+    teacher: Path = typer.Argument(..., help="A file that `l2t train-teacher` wrote."),
+    target: list[str] = typer.Argument(
+        ...,
+        metavar="RECIPE... [KEY=VALUE]...",
+        help="Recipes with other students, data or lengths; changes apply to all of them.",
+    ),
+    out: Path = typer.Option(None, show_default="runs/TEACHER-transfer", help="Output folder."),
+    jobs: int = typer.Option(None, show_default=JOBS_DEFAULT, help=JOBS_HELP),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the trials and their number."),
+    log_format: LogFormat = typer.Option(
+        None, show_default="rich on a terminal, else simple", help="How to report."
+    ),
+) -> None:
+    """Apply a teacher to other recipes, each against cross-entropy tuned in the same way.
+
+    Every recipe is compared as `l2t compare` does, with its own `compare` section's rates, trials
+    and seeds; all are checked before the first student is trained.
+    """
+    names = [word for word in target if "=" not in word]
+    changes = [word for word in target if "=" in word]
+    if not names:
+        raise UserError("no recipe to transfer to; give one (see `l2t recipes ls`)")
+    folder = out or Path("runs") / f"{teacher.resolve().parent.name}-transfer"
+    comparisons: dict[str, Comparison] = {}
+    for name in names:
+        recipe = load_for_comparison(name, changes)
+        only = replace(recipe.compare, losses=[CROSS_ENTROPY], teachers=[])
+        if recipe.short_name in comparisons:
+            raise UserError(f"{recipe.short_name} is given twice; rename one of the recipe files")
+        comparisons[recipe.short_name] = Comparison(
+            replace(recipe, compare=only), [teacher], folder / recipe.short_name
+        )
+    if dry_run:
+        for comparison in comparisons.values():
+            comparison.show_plan()
+        return
+    side_by_side = chosen_jobs(jobs, comparisons.values())
+    run(comparisons, folder, side_by_side, console.default_format(log_format))
+
+
+def run(
+    comparisons: Mapping[str, Comparison], folder: Path, jobs: int, log_format: LogFormat
+) -> None:
+    """Run the comparisons and report on all of them in one table.
+
+    Raises:
+        UserError: as :meth:`Comparison.run`.
+        Interrupted: after Ctrl-C.
+    """
+    summaries = {
+        name: comparison.run(jobs, log_format, report=False)
+        for name, comparison in comparisons.items()
+    }
+    path = folder / "transfer.json"
+    atomic_write(path, json.dumps(summaries, indent=2) + "\n")
+    if log_format is LogFormat.json:
+        print(json.dumps({"event": "result", "targets": summaries}), flush=True)
+    elif log_format is not LogFormat.none:
+        _show(summaries, path, folder)
+
+
+def _show(summaries: Mapping[str, dict[str, Any]], path: Path, folder: Path) -> None:
+    from l2t_cli import compare_report
+
+    rows = [
+        # Targets may be measured differently: the measure stands beside the score.
+        (name, cells[0], cells[1], f"{cells[3]} {summary['measure']}", *cells[4:7])
+        for name, summary in summaries.items()
+        for cells in compare_report.table_rows(summary)
+    ]
+    heads = ["recipe", "loss", "chosen on dev", "test", "change", "95 % interval", "p"]
+    console.table("transfer", heads, rows, numbers=(3, 4, 5, 6))
+    for name, summary in summaries.items():
+        console.line(f"{name}: {compare_report.verdict(summary)}")
+        for text in summary["warnings"]:
+            console.line(f"warning: {name}: {text}")
+    files = [("result", path)]
+    console.files([*files, *((name, folder / name / "comparison.md") for name in summaries)])

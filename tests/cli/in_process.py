@@ -1,0 +1,45 @@
+"""What the command line left when it ran inside the test process, and a tiny recipe for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+DIGITS = """\
+field: image
+description: the smallest run that is one
+image:
+  data: digits
+  model: mlp
+  hidden: 16
+  dev_size: 300
+  batch_size: 32
+  steps: 24
+  dev_interval: 8
+  dev_batch: 64
+  optimiser: {name: momentum, lr: 0.1, momentum: 0.9}
+  schedule: {name: linear}
+  measure: log_likelihood
+loss: {form: diagonal, sigma: softplus}
+teacher: {slots: 2}
+training: {episodes: 2, lr: 0.003, seed: 3}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """Return the one line of a user's mistake, after checking that it is one."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("l2t: error: "), self.err
+        return lines[0]
+
+
+Run = Callable[..., Outcome]

@@ -1,0 +1,453 @@
+"""``l2t compare`` and ``l2t transfer``: fair by construction, resumable, reported as measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from in_process import DIGITS, Run  # type: ignore[import-not-found]
+from scipy import stats
+
+from l2t_cli.compare import Comparison, load_for_comparison
+from l2t_cli.compare_image import ImageTrials
+from l2t_cli.compare_report import teacher_cost, verdict
+from l2t_cli.compare_trials import Result, Trial
+from l2t_cli.console import LogFormat
+from l2t_cli.fields import FIELDS
+from l2t_cli.train_teacher import run as train
+from l2t_core.baselines import BASELINES
+from l2t_vision.student import ImageStudent
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARE = """\
+compare:
+  losses: [cross_entropy, label_smoothing, large_margin]
+  lr: [0.1, 0.4]
+  trials: 3
+  seeds: 3
+  label_smoothing: {eps: [0.1]}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Return a tiny recipe with a comparison of 9 + 9 trials."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(DIGITS + COMPARE)
+    return path
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A finished comparison and what its students did."""
+
+    folder: Path
+    summary: dict[str, Any]
+    trials: list[dict[str, Any]]
+    batches: dict[Trial, list[Any]]
+    test_read: list[Trial]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Run a comparison with a teacher, noting every batch and every look at the test set."""
+    root = tmp_path_factory.mktemp("compare")
+    recipe = root / "tiny.yaml"
+    recipe.write_text(DIGITS + COMPARE)
+    loaded = load_for_comparison(str(recipe), [])
+    teacher = train(loaded, root / "teacher", log_format=LogFormat.none)
+    batches: dict[Trial, list[Any]] = defaultdict(list)
+    test_read: list[Trial] = []
+    current: list[Trial] = []
+    original = {n: getattr(ImageStudent, n) for n in ("batch", "test_error")}
+    run = ImageTrials.run
+
+    def watched_run(self: ImageTrials, trial: Trial, folder: Path) -> Result:
+        current[:] = [trial]
+        return run(self, trial, folder)
+
+    def batch(self: ImageStudent, step: int) -> Any:
+        found = original["batch"](self, step)
+        chosen = (self.seed, step, self.indices(step).tolist())
+        batches[current[0]].append(chosen) if current else None
+        return found
+
+    def test_error(self: ImageStudent) -> float:
+        test_read.append(current[0])
+        return float(original["test_error"](self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageTrials, "run", watched_run)
+        patch.setattr(ImageStudent, "batch", batch)
+        patch.setattr(ImageStudent, "test_error", test_error)
+        comparison = Comparison(loaded, [teacher], root / "out")
+        summary = comparison.run(1, LogFormat.none, report=False)
+    files = sorted((root / "out" / "trials").glob("*.json"))
+    trials = [json.loads(path.read_text()) for path in files]
+    return Watched(root / "out", summary, trials, batches, test_read)
+
+
+def test_all_losses_get_as_many_trials_and_the_same_seeds(watched: Watched) -> None:
+    kinds = Counter((t["trial"]["arm"], t["trial"]["final"]) for t in watched.trials)
+    arms = ("cross_entropy", "label_smoothing", "large_margin", "taught")
+    assert kinds == {(arm, final): 3 for arm in arms for final in (True, False)}
+    seeds = defaultdict(set)
+    for t in watched.trials:
+        seeds[t["trial"]["arm"], t["trial"]["final"]].add(t["trial"]["seed"])
+    assert all(seeds[arm, True] == {1, 2, 3} for arm in arms)
+    assert all(not seeds[arm, False] & {1, 2, 3} for arm in arms)
+
+
+def test_all_losses_see_the_same_batches(watched: Watched) -> None:
+    for seed in (1, 2, 3):
+        finals = [t for t in watched.batches if t.final and t.seed == seed]
+        assert len(finals) == 4
+        # The large margin looks at one batch more, before the student is reset.
+        seen = [[b for b in watched.batches[t] if b[0] == seed][-24:] for t in finals]
+        assert [step for _, step, _ in seen[0]] == list(range(24))
+        assert all(other == seen[0] for other in seen)
+    assert {r["result"]["steps"] for r in watched.trials} == {24}
+
+
+def test_test_is_read_once_by_each_final_student_and_by_no_other(watched: Watched) -> None:
+    assert Counter(watched.test_read) == {t: 1 for t in watched.batches if t.final}
+    for t in watched.trials:
+        assert (t["result"]["test"] is not None) == t["trial"]["final"]
+
+
+def test_the_choice_is_the_best_on_dev(watched: Watched) -> None:
+    for row in watched.summary["losses"]:
+        tuned = [t for t in watched.trials if t["trial"]["arm"] == row["name"]]
+        tuned = [t for t in tuned if not t["trial"]["final"]]
+        best = max(tuned, key=lambda t: (t["result"]["dev"], -t["result"]["nll"]))["trial"]
+        assert (row["lr"], row["settings"]) == (best["lr"], best["settings"])
+        assert len(row["tuning"]) == 3
+
+
+def test_the_report_is_what_the_trial_files_say(watched: Watched) -> None:
+    by_arm: dict[str, dict[int, float]] = defaultdict(dict)
+    cost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for t in watched.trials:
+        trial, result = t["trial"], t["result"]
+        if trial["final"]:
+            by_arm[trial["arm"]][trial["seed"]] = result["test"]
+        cost[trial["arm"]][0] += result["seconds"]
+        cost[trial["arm"]][1] += result["steps"]
+    reference = [by_arm["cross_entropy"][seed] for seed in (1, 2, 3)]
+    report = (watched.folder / "comparison.md").read_text()
+    for row in watched.summary["losses"]:
+        values = [by_arm[row["name"]][seed] for seed in (1, 2, 3)]
+        assert row["test"] == values
+        assert f"{mean(values):.2f} ± {stdev(values):.2f}" in report
+        assert row["students_seconds"] == pytest.approx(cost[row["name"]][0])
+        assert row["students_steps"] == cost[row["name"]][1] == 6 * 24
+        if row["name"] == "cross_entropy":
+            continue
+        against = row["against_cross_entropy"]
+        assert against["difference"] == pytest.approx(mean(values) - mean(reference))
+        change = (mean(values) - mean(reference)) / mean(reference)
+        assert against["relative"] == pytest.approx(change)
+        assert f"{100 * change:+.1f} %" in report
+        if against["t_p"] not in (0.0, 1.0):
+            p = stats.ttest_rel(values, reference).pvalue
+            assert against["t_p"] == pytest.approx(p)
+            assert (f"| {p:.3f} |" if p >= 0.0005 else "| <0.001 |") in report
+    assert watched.summary == json.loads((watched.folder / "comparison.json").read_text())
+    with (watched.folder / "students.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    final = {(r["loss"], int(r["seed"])): float(r["test"]) for r in rows if r["kind"] == "final"}
+    assert final == {(a, s): v for a, seeds in by_arm.items() for s, v in seeds.items()}
+    for picture in ("learning_curves.png", "scores.png"):
+        assert (watched.folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "better", "worse"), [(True, "a", "b"), (False, "b", "a")]
+)
+def test_the_verdict_goes_by_sign_and_p(lower_is_better: bool, better: str, worse: str) -> None:
+    def row(label: str, difference: float, p: float) -> dict[str, Any]:
+        return {"label": label, "against_cross_entropy": {"difference": difference, "t_p": p}}
+
+    rows = [{"label": "cross-entropy"}, row("a", -1, 0.01), row("b", 1, 0.01), row("c", -9, 0.06)]
+    summary = {"losses": rows, "seeds": [1, 2], "lower_is_better": lower_is_better}
+    assert verdict(summary) == (
+        "against tuned cross-entropy over 2 seeds: "
+        f"better: {better}; worse: {worse}; not told apart: c"
+    )
+
+
+def test_the_teachers_training_is_part_of_its_cost(watched: Watched, tmp_path: Path) -> None:
+    taught = watched.summary["losses"][-1]
+    rows = (watched.folder.parent / "teacher" / "metrics.jsonl").read_text().splitlines()
+    assert taught["teacher_seconds"] == pytest.approx(sum(json.loads(r)["seconds"] for r in rows))
+    assert taught["teacher_steps"] == 3 * 24
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((watched.folder.parent / "teacher" / "teacher_best.safetensors").read_bytes())
+    assert teacher_cost(alone) == (None, 3 * 24)
+
+
+def test_a_killed_comparison_repeats_no_finished_trial(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = ImageTrials.run, Counter[str]()
+
+    def interrupted(self: ImageTrials, trial: Trial, folder: Path) -> Result:
+        if sum(ran.values()) in (5, 13):  # in the tuning, then among the final students
+            ran["killed"] += 1
+            raise KeyboardInterrupt
+        ran[trial.title()] += 1
+        return run(self, trial, folder)
+
+    monkeypatch.setattr(ImageTrials, "run", interrupted)
+    for _ in range(2):
+        stopped = l2t("compare", tiny, "--jobs", "1")
+        assert stopped.code == 130
+        assert stopped.err == (
+            "l2t: interrupted: finished trials are kept; the same command continues\n"
+        )
+    finished = l2t("compare", tiny, "--jobs", "1")
+    assert finished.code == 0 and "12 of 18 trials were finished before" in finished.out
+    assert ran.pop("killed") == 2
+    assert len(ran) == 18 and set(ran.values()) == {1}
+    # One seed more trains one student more for each loss, and nothing else.
+    assert l2t("compare", tiny, "--jobs", "1", "compare.seeds=4").code == 0
+    assert len(ran) == 21 and set(ran.values()) == {1}
+
+
+def is_alive(pid: str) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
+    l2t: Run, tiny: Path, tmp_path: Path
+) -> None:
+    changes = ["compare.losses=[cross_entropy]", "compare.seeds=2"]
+    command = [sys.executable, "-m", "l2t_cli", "compare", str(tiny), *changes]
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'plugins'}"
+    child = subprocess.Popen(
+        [*command, "--jobs", "2", "--out", "two"],
+        env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True,
+    )
+    deadline = time.monotonic() + 60
+    trials = tmp_path / "two" / "trials"
+    while not any(trials.glob("*.json")):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.005)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    if child.returncode != 0:  # it may have finished before the signal came
+        assert child.returncode == 130
+        assert errors.splitlines() == [
+            "l2t: interrupted: finished trials are kept; the same command continues"
+        ]
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for out in ("two", "one"):
+        assert l2t("compare", tiny, *changes, "--jobs", "1", "--out", out).code == 0
+    for one in (tmp_path / "one" / "trials").glob("*.json"):
+        first, second = (json.loads(p.read_text())["result"] for p in (one, trials / one.name))
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> None:
+    outcome = l2t(
+        "compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]", "compare.lr=[0.2,1e30]",
+        "compare.trials=2", "compare.seeds=2",
+    )
+    assert outcome.code == 0 and "lr=1e+30 seed 900001: diverged" in outcome.out
+    assert "the best rate 0.2 is the lowest of compare.lr; widen it" in outcome.out
+    assert "2 seeds say little" in outcome.out
+    row = json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"][0]
+    assert row["tuning_diverged"] == 1 and row["lr"] == 0.2
+    dead = l2t(
+        "compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]", "compare.lr=[1e29,1e30]",
+        "compare.trials=2", "compare.seeds=2", "--out", "dead",
+    )
+    assert dead.code == 0 and "diverged at every point" in dead.out
+
+
+def test_a_diverged_final_student_counts_as_worst(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: ImageTrials, trial: Trial, folder: Path) -> Result:
+        if trial.final and trial.seed == 2:
+            return Result(1.0, 5, diverged="the student diverged at step 5")
+        return Result(1.0, 24, dev=0.9, nll=0.1, test=4.0 if trial.final else None)
+
+    monkeypatch.setattr(ImageTrials, "run", run)
+    outcome = l2t("compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]")
+    assert "1 of 3 final students diverged and count as worst" in outcome.out
+    row = json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"][0]
+    assert row["test"] == [4.0, 100.0, 4.0] and row["diverged"] == 1
+
+
+def test_scores_that_are_not_numbers_are_a_divergence(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Result(1.0, 24, dev=float("nan"), nll=0.1)
+    monkeypatch.setattr(ImageTrials, "run", lambda self, trial, folder: nothing)
+    outcome = l2t("compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]")
+    assert outcome.code == 0 and outcome.out.count(": diverged") == 3
+
+
+def test_dry_run_counts_the_trials_and_writes_nothing(l2t: Run, tiny: Path) -> None:
+    before = set(Path().iterdir())
+    outcome = l2t("compare", tiny, "compare.tuning_seeds=2", "--dry-run")
+    assert outcome.code == 0
+    assert "plan: 27 trials (18 tuning, 9 final), into runs/tiny-compare" in outcome.out
+    assert "0.1 0.2 0.4" in outcome.out and "eps=0.1" in outcome.out and "margin=4" in outcome.out
+    assert set(Path().iterdir()) == before
+
+
+def test_json_lines(l2t: Run, tiny: Path) -> None:
+    arguments = ("compare", tiny, "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
+    lines = [json.loads(s) for s in l2t(*arguments, "--log-format", "json").out.splitlines()]
+    assert [line["event"] for line in lines] == ["trial"] * 5 + ["result"]
+    assert lines[-1]["losses"][0]["name"] == "cross_entropy" and lines[4]["of"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("compare.losses=[focl]", "did you mean 'focal'?"),
+        ("compare.losses=[focal,focal]", "names a loss twice"),
+        ("compare.losses=focal", "expected a list"),
+        ("compare.lr=[0.1]", "one rate"),
+        ("compare.lr=[0.1,-1]", "above 0"),
+        ("compare.lr=[fast]", "compare.lr"),
+        ("compare.trials=1", "compare.trials is 1"),
+        ("compare.lr=[0.1,0.2,0.3,0.4]", "compare.trials is 3, fewer than the 4 rates"),
+        ("compare.seeds=1", "compare.seeds is 1"),
+        ("compare.seed=900001", "share seeds"),
+        ("compare.search=tpe", "grid or optuna"),
+        ("compare.tune_on=test", "measure or nll"),
+        ("compare.gce.q=[2]", "gce.q is 2; it must be from 0 to 1"),
+        ("compare.large_margin.margin=[5]", "from 2 to 4"),
+        ("compare.focal.gamma=[]", "compare.focal.gamma is empty"),
+        ("compare.focl.gamma=[1]", "did you mean 'compare.focal.gamma'?"),
+        ("compare.teachers=[gone.safetensors]", "no teacher file at gone.safetensors"),
+        ("loss.form=dense", "no effect"),
+    ],
+)
+def test_a_bad_section_is_one_line(l2t: Run, tiny: Path, change: str, expected: str) -> None:
+    assert expected in l2t("compare", tiny, change).error()
+    assert not Path("runs").exists()
+
+
+def test_other_mistakes_are_one_line(l2t: Run, tiny: Path, watched: Watched) -> None:
+    assert "--jobs is 0" in l2t("compare", tiny, "--jobs", "0").error()
+    Path("full").mkdir()
+    Path("full/letter").write_text("dear")
+    assert "choose another --out" in l2t("compare", tiny, "--out", "full").error()
+    teacher = watched.folder.parent / "teacher" / "teacher_best.safetensors"
+    twice = l2t("compare", tiny, "--teacher", teacher, "--teacher", teacher).error()
+    assert "same teacher" in twice
+    assert "no effect" in l2t("train-teacher", tiny, "compare.seeds=3").error()
+    assert "no effect" in l2t("apply-teacher", teacher, tiny, "compare.seeds=3").error()
+    bad = Path("bad.yaml")
+    text = tiny.read_text().replace("trials: 3", "trials: 0").replace("seeds: 3", "seeds: 0")
+    bad.write_text(text)
+    lines = l2t("recipes", "validate", bad).err.splitlines()
+    assert len(lines) == 2 and "compare.trials" in lines[0] and "compare.seeds" in lines[1]
+    assert not Path("runs").exists()
+
+
+def test_a_damaged_trial_file_is_named(l2t: Run, tiny: Path, watched: Watched) -> None:
+    change = "compare.losses=[cross_entropy]"
+    assert l2t("compare", tiny, change, "--jobs", "1").code == 0
+    path = next(Path("runs/tiny-compare/trials").glob("*.json"))
+    path.write_text("{")
+    line = l2t("compare", tiny, change, "--jobs", "1").error()
+    assert str(path) in line and "delete it" in line
+
+
+def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: Watched) -> None:
+    teacher = watched.folder.parent / "teacher" / "teacher_best.safetensors"
+    other = Path("other.yaml")
+    other.write_text(tiny.read_text().replace("hidden: 16", "hidden: 8"))
+    outcome = l2t(
+        "transfer", teacher, tiny, other, "image.steps=30", "compare.seeds=2", "--jobs", "1"
+    )
+    assert outcome.code == 0, outcome.err
+    result = json.loads(Path("runs/teacher-transfer/transfer.json").read_text())
+    assert list(result) == ["tiny", "other"]
+    for summary in result.values():
+        assert [row["name"] for row in summary["losses"]] == ["cross_entropy", "taught"]
+        assert summary["losses"][1]["students_steps"] == 5 * 30
+        assert f"{mean(summary['losses'][1]['test']):.2f} ± " in outcome.out
+    assert "tiny: against tuned cross-entropy over 2 seeds" in outcome.out
+
+
+def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
+    l2t: Run, tiny: Path, tmp_path: Path
+) -> None:
+    from l2t_core.specs import LossSpec, TeacherSpec
+    from l2t_core.teacher_file import TeacherHeader, save_teacher
+    from l2t_core.teachers import build_teacher
+
+    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
+    header = TeacherHeader(spec, loss, 7, 24, 8, {"kind": "classes", "num_classes": 7})
+    path = tmp_path / "seven.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 7, 1, seed=1), header)
+    line = l2t("transfer", path, "digits", tiny).error()
+    assert "trained for 7 classes entries, the student has 10" in line
+    assert "no recipe" in l2t("transfer", path, "image.steps=3").error()
+    assert not Path("runs").exists()
+
+
+def test_a_student_without_a_last_linear_layer_has_no_large_margin(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from l2t_vision.models import MODELS
+
+    monkeypatch.setitem(
+        MODELS._entries, "odd",
+        lambda shape, k, spec: nn.Sequential(nn.Flatten(), nn.Linear(64, k), nn.Tanh()),
+    )
+    line = l2t("compare", tiny, "image.model=odd").error()
+    assert "large_margin needs a student" in line and not Path("runs").exists()
+
+
+def test_image_recipes_know_every_baseline() -> None:
+    assert sorted(FIELDS.get("image").losses) == BASELINES.names()
+
+
+def test_optuna_searches_and_resumes(l2t: Run, tiny: Path) -> None:
+    pytest.importorskip("optuna")
+    arguments = ("compare", tiny, "--jobs", "1", "compare.search=optuna", "compare.seeds=2")
+    assert "by optuna" in l2t(*arguments, "--dry-run").out
+    assert l2t(*arguments).code == 0
+    again = l2t(*arguments)
+    assert "15 of 15 trials were finished before" in again.out
+    for row in json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"]:
+        assert len(row["tuning"]) == 3 and all(0.1 <= t["lr"] <= 0.4 for t in row["tuning"])
+
+
+def test_optuna_that_is_not_installed_is_one_line(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    line = l2t("compare", tiny, "compare.search=optuna").error()
+    assert 'pip install "l2t[tune]"' in line and not Path("runs").exists()

@@ -1,0 +1,168 @@
+"""The comparison of translation recipes: the commands built, one trial with the real fairseq."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from in_process import Run  # type: ignore[import-not-found]
+
+pytest.importorskip("fairseq")
+
+from l2t_cli.compare import load_for_comparison
+from l2t_cli.compare_fairseq import FairseqTrials, _curve
+from l2t_cli.compare_trials import Trial, TrialStore
+from l2t_fairseq.command import FairseqCommand, value_of
+
+RECIPE = """\
+field: nmt
+nmt:
+  data: {data}
+  train: >-
+    --arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16
+    --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16
+    --encoder-attention-heads 2 --decoder-attention-heads 2 --optimizer adam --lr 0.01
+    --max-tokens 400 --max-update 6 --num-workers 0 --cpu {more}
+  generate: --beam 1 --max-len-a 0 --max-len-b 8
+  steps: 12
+  dev_interval: 4
+compare: {{lr: [0.01, 0.02], trials: 2, seeds: 2, losses: [label_smoothing]}}
+"""
+
+
+def trials(tmp_path: Path, more: str = "", data: Path = Path("data/none")) -> FairseqTrials:
+    path = tmp_path / "nmt.yaml"
+    path.write_text(RECIPE.format(data=data, more=more))
+    return FairseqTrials(load_for_comparison(str(path), []))
+
+
+def trial(loss: str, teacher: Path | None = None, lr: float = 0.02, final: bool = False) -> Trial:
+    settings = (("eps", 0.1),) if loss == "label_smoothing" else ()
+    return Trial(loss, loss, settings, teacher, "", lr, 7, final)
+
+
+def make_teacher(path: Path, classes: int = 8) -> Path:
+    from l2t_core.specs import LossSpec, TeacherSpec
+    from l2t_core.teacher_file import TeacherHeader, save_teacher
+    from l2t_core.teachers import build_teacher
+
+    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
+    fingerprint = {"kind": "dictionary", "num_classes": classes, "sha256": "0"}
+    teacher = build_teacher(spec, loss, classes, 1, seed=1)
+    save_teacher(path, teacher, TeacherHeader(spec, loss, classes, 12, 4, fingerprint))
+    return path
+
+
+def differences(a: FairseqCommand, b: FairseqCommand) -> set[str]:
+    """Return the words that one of two commands has and the other has not."""
+    return set(a.arguments) ^ set(b.arguments)
+
+
+def test_commands_differ_in_the_loss_alone(tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors")
+    made = trials(tmp_path)
+    plain = made.command(trial("cross_entropy"), tmp_path)
+    smooth = made.command(trial("label_smoothing"), tmp_path)
+    taught = made.command(trial("taught", teacher), tmp_path)
+    assert value_of(plain, "--criterion") == "cross_entropy"
+    assert value_of(smooth, "--criterion") == "label_smoothed_cross_entropy"
+    assert value_of(smooth, "--label-smoothing") == "0.1"
+    assert value_of(taught, "--criterion") == "l2t_dynamic"
+    for command in (plain, smooth, taught):
+        assert value_of(command, "--lr") == "0.02" and value_of(command, "--seed") == "7"
+        assert value_of(command, "--save-dir") == str(tmp_path / "checkpoints")
+        # 4 of 12 steps, in 6 updates: the same for all, whatever the teacher's own.
+        assert value_of(command, "--validate-interval-updates") == "2"
+        assert command.arguments.count("--lr") == 1
+    assert differences(plain, smooth) == {
+        "cross_entropy", "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
+        "--report-accuracy", "loss", "nll_loss",
+    }
+    # The checkpoint is chosen by plain dev nll: plain cross-entropy calls it the loss.
+    metrics = [value_of(c, "--best-checkpoint-metric") for c in (plain, smooth, taught)]
+    assert metrics == ["loss", "nll_loss", "nll_loss"]
+
+
+def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:
+    made = trials(
+        tmp_path,
+        "--criterion label_smoothed_cross_entropy --label-smoothing 0.3 "
+        "--best-checkpoint-metric accuracy --validate-interval-updates 3",
+    )
+    plain = made.command(trial("cross_entropy"), tmp_path)
+    # Plain cross-entropy reports no accuracy; smoothing by nothing is the same loss.
+    assert value_of(plain, "--label-smoothing") == "0"
+    assert value_of(plain, "--best-checkpoint-metric") == "accuracy"
+    assert value_of(plain, "--validate-interval-updates") == "3"
+    taught = made.command(trial("taught", make_teacher(tmp_path / "t.safetensors")), tmp_path)
+    assert value_of(taught, "--best-checkpoint-metric") == "l2t_accuracy"
+    assert value_of(taught, "--validate-interval-updates") == "3"
+    bleu = trials(tmp_path, "--best-checkpoint-metric bleu")
+    assert value_of(bleu.command(trial("cross_entropy"), tmp_path), "--best-checkpoint-metric") == (
+        "bleu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("compare.losses=[large_margin]", "large_margin does not exist for nmt recipes; remove it"),
+        ("compare.losses=[label_smothing]", "did you mean 'label_smoothing'?"),
+        ("compare.seeds=2", "no data folder data/none"),
+    ],
+)
+def test_what_cannot_be_compared(l2t: Run, tmp_path: Path, change: str, expected: str) -> None:
+    path = tmp_path / "nmt.yaml"
+    path.write_text(RECIPE.format(data="data/none", more=""))
+    assert expected in l2t("compare", path, change).error()
+    assert not Path("runs").exists()
+
+
+def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(
+        "x | INFO | train_inner | epoch 001: 3 / 9 loss=9.1, nll_loss=9, num_updates=3, lr=0.1\n"
+        "x | INFO | valid | epoch 001 | valid on 'valid' subset | loss 6.5 | nll_loss 6 | ppl 64"
+        " | num_updates 4 | best_loss 6.5\n"
+        "x | INFO | valid | epoch 002 | valid on 'valid' subset | loss 5 | ppl 32 | wps 9"
+        " | num_updates 8 | best_loss 5\n"
+        '{"epoch": 3, "valid_loss": "4.5", "valid_nll_loss": "4", "valid_num_updates": "12", '
+        '"valid_best_loss": "4.5"}\n'
+        "x | INFO | valid | valid on 'valid' subset | loss nan | num_updates 16\n"
+    )
+    ln2 = 0.6931471805599453
+    assert _curve(log) == [[4, pytest.approx(6 * ln2)], [8, pytest.approx(5 * ln2)],
+                           [12, pytest.approx(4 * ln2)]]
+
+
+def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
+    from l2t_fairseq.prepare import prepare_corpus
+
+    words = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four"}
+    lines = [[a, b, c] for a in words for b in words for c in words]
+    german = [" ".join(line) for line in lines]
+    english = [" ".join(words[w] for w in line) for line in lines]
+    corpus = {
+        split: (german[i::4], english[i::4]) for i, split in enumerate(("train", "valid", "test"))
+    }
+    prepare_corpus(corpus, tmp_path / "data", name="tiny", vocabulary_size=24)
+    made = trials(tmp_path, data=tmp_path / "data")
+    made.check([], [])
+    store = TrialStore(tmp_path / "out", made.identity())
+    final = trial("label_smoothing", final=True)
+    result = made.run(final, store.work(final))
+    store.save(final, result)
+    assert result.steps == 6 and {2, 4, 6} <= {step for step, _ in result.curve}
+    assert result.nll == min(nll for _, nll in result.curve) > 0
+    assert result.dev is not None and result.test is not None and 0 <= result.test <= 100
+    assert result.signature.startswith("nrefs:1|")
+    assert store.load(final) == result
+    assert (store.work(final) / "checkpoints" / "checkpoint_best.pt").exists()
+    kept = json.loads(store.path(final).read_text())["trial"]
+    assert kept["settings"] == {"eps": 0.1} and kept["lr"] == 0.02
+    # The identity holds all flags but those that a trial sets.
+    words_of = shlex.split(store.identity["command"])
+    assert "--max-update" in words_of and "--lr" not in words_of
+    assert store.key(final) != store.key(trial("label_smoothing"))

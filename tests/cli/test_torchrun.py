@@ -1,0 +1,69 @@
+"""Teacher training under torchrun: the same result, one line for one mistake, and going on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from in_process import Run  # type: ignore[import-not-found]
+
+SIZE = ["training.students=2", "training.episodes=12"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "plugins")])
+    command = [sys.executable, *TORCHRUN, "-m", "l2t_cli", "train-teacher", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def our_lines(text: str) -> list[str]:
+    """Return what we said; torchrun adds a report of its own."""
+    return [line for line in text.splitlines() if line.startswith("l2t: ")]
+
+
+def children(of: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{of}/task/{of}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find a rank")
+def test_a_lost_process_ends_the_run_and_one_process_goes_on(l2t: Run, digits: Path) -> None:
+    folder = digits.parent
+    assert l2t("train-teacher", digits, *SIZE, "--out", "whole").code == 0
+    process = start(folder, digits, *SIZE, "--out", "parts")
+    log = folder / "parts/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    for child in children(process.pid):
+        if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(child, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert "2 processes share the students" in out
+    assert process.returncode != 0
+    (line,) = our_lines(err)
+    assert "the same command continues" in line
+    assert 2 <= len(log.read_text().splitlines()) < 13
+    assert l2t("train-teacher", digits, *SIZE, "--out", "parts").code == 0
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert (folder / "parts" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("training.studnts=2", "unknown key"), ("training.students=1", "of 2 processes without one")],
+)
+def test_a_mistake_is_told_once(digits: Path, setting: str, message: str) -> None:
+    _, err = start(digits.parent, digits, setting).communicate(timeout=120)
+    (line,) = our_lines(err)
+    assert message in line
