@@ -1,0 +1,260 @@
+"""Which settings of teacher training make the dev measure climb, at cross-entropy's best rates.
+
+For each setting a teacher is trained; then students with seeds that the training never saw live
+under the first and the last theta, and by cross-entropy. What counts is their dev error: that of
+the training's own episodes, each with fresh students, is more noise than signal. Everything goes
+on where it was stopped when the same command is given again. ::
+
+    python tests/benchmarks/stability.py clean --data FOLDER --out runs/stability
+    python tests/benchmarks/stability.py noise --data FOLDER --out runs/stability
+    python tests/benchmarks/stability.py report --out runs/stability --plot docs/stability.png
+
+FOLDER holds MNIST's four files. Rates: cross-entropy's best on dev, of the grid that the first
+lines of a run print.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from l2t_core.applied import AppliedTeacher
+from l2t_core.apply import train_student
+from l2t_core.errors import UserError
+from l2t_core.files import atomic_write
+from l2t_core.run_folder import open_run
+from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import IMAGE_FEATURES, feature_count
+from l2t_core.teacher_file import load_teacher
+from l2t_core.teachers import build_teacher
+from l2t_core.training import train_teacher
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import build_student
+
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
+STEPS = 400
+EPISODES = 15
+UNSEEN = (101, 102, 103, 104, 105)
+TUNING = (51, 52)
+TEACHER = TeacherSpec(slots=10)
+LOSS = LossSpec("diagonal", "softplus")
+
+# name: (the student's schedule, changes to TrainingSpec, changes to LossSpec), and M-tilde where
+# it is not the log-likelihood
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "constant rate": ("constant", {}, {}),
+    "constant, discount 0.99": ("constant", {"discount": 0.99}, {}),
+    "constant, cap 10": ("constant", {"cotangent_cap": 10.0}, {}),
+    "constant, mean of last 100": ("constant", {"average_last": 100}, {}),
+    "constant, 4 students": ("constant", {"students": 4}, {}),
+    "to zero": ("linear", {}, {}),
+    "to zero, discount 0.99": ("linear", {"discount": 0.99}, {}),
+    "to zero, 6 points": ("linear", {"measure_points": 6}, {}),
+    "to zero, 4 students": ("linear", {"students": 4}, {}),
+    "to zero, penalty 1": ("linear", {"phi_penalty": 1.0}, {}),
+    "to zero, last 100 steps": ("linear", {"truncate": 100}, {}),
+    "to zero, windows of 25": ("linear", {"differentiation": "windows", "window": 25}, {}),
+    "to zero, windows of 100": ("linear", {"differentiation": "windows", "window": 100}, {}),
+    "to zero, antithetic, 4 pairs": (
+        "linear", {"differentiation": "antithetic-es", "students": 4, "perturbation": 0.05}, {}
+    ),
+    "to zero, persistent, 100": (
+        "linear", {"differentiation": "persistent-es", "window": 100, "perturbation": 0.05}, {}
+    ),
+    "to zero, mixed, 4 pairs": (
+        "linear", {"differentiation": "mixed", "students": 4, "perturbation": 0.05}, {}
+    ),
+    "to zero, shared": ("linear", {}, {"form": "shared"}),
+    "to zero, dense": ("linear", {}, {"form": "dense"}),
+    "to zero, sigmoid": ("linear", {}, {"sigma": "sigmoid", "warmup_steps": 100}),
+    "to zero, lr 0.02": ("linear", {"lr": 0.02}, {}),
+    # Begins at cross-entropy, with label smoothing of any strength at any time in reach.
+    "to zero, shared identity": ("linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}),
+    "to zero, shared identity, accuracy": (
+        "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "expected_accuracy"
+    ),
+    "to zero, shared identity, margin": (
+        "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "margin"
+    ),
+}
+
+
+def student_spec(data: Path, noisy: bool, schedule: str, rate: float) -> ImageSpec:
+    """Return the student: MNIST's MLP 784-500-10, batches of 100."""
+    return ImageSpec(
+        data="mnist", folder=str(data), model="mlp", hidden=500, dev_size=10000,
+        train_size=10000 if noisy else 0, label_noise=0.36 if noisy else 0.0, batch_size=100,
+        steps=STEPS, optimiser=OptimiserSpec("momentum", rate), schedule=ScheduleSpec(schedule),
+        measure="log_likelihood", dev_interval=100,
+    )
+
+
+def dev_errors(student: Any, teacher: Any, loss: LossSpec, seeds: tuple[int, ...]) -> list[float]:
+    """Return the dev error in per cent of a student for each seed; 90 where it dies."""
+    found = []
+    for seed in seeds:
+        applied = None
+        if teacher is not None:
+            applied = AppliedTeacher(teacher, loss, IMAGE_FEATURES, 10, STEPS)
+        try:
+            train_student(student, seed, applied)
+            found.append(100.0 * (1.0 - student.true_measure()))
+        except FloatingPointError:
+            found.append(90.0)
+    return found
+
+
+def once(path: Path, make: Any) -> Any:
+    """Return what the JSON file ``path`` holds, made by ``make()`` if it is not there."""
+    if not path.exists():
+        atomic_write(path, json.dumps(make(), indent=1) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def best_rate(data: Path, noisy: bool, schedule: str, out: Path) -> float:
+    """Return cross-entropy's best rate on dev."""
+
+    def tune() -> dict[str, float]:
+        found = {}
+        for rate in RATES:
+            student = build_student(student_spec(data, noisy, schedule, rate))
+            found[str(rate)] = statistics.mean(dev_errors(student, None, LOSS, TUNING))
+        return found
+
+    table = once(out / f"tuning-{schedule}.json", tune)
+    print(f"cross-entropy, {schedule} rate, dev error % by rate: {table}", flush=True)
+    return float(min(table, key=lambda rate: table[rate]))
+
+
+def measure(name: str, data: Path, noisy: bool, out: Path) -> None:
+    """Train one setting's teacher and judge it by unseen students."""
+    schedule, changes, loss_changes, *other = SETTINGS[name]
+    rate = best_rate(data, noisy, schedule, out)
+    described = student_spec(data, noisy, schedule, rate)
+    described.measure = other[0] if other else described.measure
+    student = build_student(described)
+    loss = dataclasses.replace(LOSS, **loss_changes)
+    spec = TrainingSpec(**{"episodes": EPISODES, "lr": 0.005, "memory": "3GiB", **changes})
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+
+    def row() -> dict[str, Any]:
+        folder = open_run(out / slug, {"spec": dataclasses.asdict(spec)})
+        failure, history = "", []
+        try:
+            result = train_teacher(student, loss, TEACHER, spec, folder, record={})
+            history = result.history
+            last, _ = load_teacher(result.last_path)
+            after = dev_errors(student, last, loss, UNSEEN)
+        except UserError as error:
+            failure, after = str(error), [90.0] * len(UNSEEN)
+        first = build_teacher(TEACHER, loss, 10, feature_count(IMAGE_FEATURES, 10), spec.seed)
+        return {
+            "setting": name, "rate": rate, "schedule": schedule, "failure": failure,
+            "first": dev_errors(student, first, loss, UNSEEN), "last": after, "history": history,
+        }
+
+    ce = once(
+        out / f"cross-entropy-{schedule}.json", lambda: dev_errors(student, None, LOSS, UNSEEN)
+    )
+    found = once(out / f"{slug}.json", row)
+    mean = statistics.mean
+    print(
+        f"{name:32} lr {rate:g}: cross-entropy {mean(ce):.2f}, first teacher "
+        f"{mean(found['first']):.2f}, last {mean(found['last']):.2f} {found['failure']}",
+        flush=True,
+    )
+
+
+def run(task: str, data: Path, out: Path, only: str) -> None:
+    torch.set_num_threads(1)
+    for name in SETTINGS:
+        if only == name or (only in name and only not in SETTINGS):
+            measure(name, data, task == "noise", out / task)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that are finished, in the order of SETTINGS."""
+    found = []
+    for name in SETTINGS:
+        path = folder / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+        if path.exists():
+            row = json.loads(path.read_text(encoding="utf-8"))
+            ce = folder / f"cross-entropy-{row['schedule']}.json"
+            found.append({**row, "cross_entropy": json.loads(ce.read_text(encoding="utf-8"))})
+    return found
+
+
+def report(out: Path, plot: Path | None) -> None:
+    """Print a Markdown table for each task; draw the episodes' dev errors."""
+    drawn: list[tuple[str, list[dict[str, Any]]]] = []
+    for task in ("clean", "noise"):
+        rows = rows_of(out / task)
+        if not rows:
+            continue
+        drawn.append((task, rows))
+        print(f"\n{task}\n\n| setting | rate | cross-entropy | first teacher | last teacher | "
+              "change | largest growth | lost |\n|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            ce, first, last = (
+                f"{statistics.mean(row[k]):.2f} ± {statistics.stdev(row[k]):.2f}"
+                for k in ("cross_entropy", "first", "last")
+            )
+            change = statistics.mean(
+                b - a for a, b in zip(row["first"], row["last"], strict=True)
+            )
+            growth = [r["largest"] for r in row["history"] if r.get("largest") is not None]
+            lost = sum(r.get("students_lost", 0) for r in row["history"])
+            print(f"| {row['setting']} | {row['rate']:g} | {ce} | {first} | {last} | "
+                  f"{change:+.2f} | {max(growth, default=0.0):.3g} | "
+                  f"{'all' if row['failure'] else lost} |")
+    if plot and drawn:
+        draw(drawn, plot)
+
+
+def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
+    """Draw the dev error of the training's own students by episode, cross-entropy's dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(t, s, [r for r in rows if r["schedule"] == s and r["history"]])
+              for t, rows in drawn for s in ("constant", "linear")]
+    panels = [p for p in panels if p[2]]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, (task, schedule, rows) in zip(axes[0], panels, strict=True):
+        for row in rows:
+            errors = [100.0 * (1.0 - r["dev_measure"]) for r in row["history"]]
+            axis.plot(errors, label=row["setting"], linewidth=1)
+        ce = statistics.mean(rows[0]["cross_entropy"])
+        axis.axhline(ce, color="black", linestyle="--", linewidth=1, label="cross-entropy")
+        axis.set(title=f"{task}, {schedule} rate", xlabel="episode", ylabel="dev error, %")
+        axis.set_ylim(0.75 * ce, 1.75 * ce)
+        axis.legend(fontsize=6)
+    figure.savefig(to, dpi=120)
+
+
+def main(
+    task: Annotated[str, typer.Argument(help="clean, noise or report")],
+    out: Annotated[Path, typer.Option(help="Folder of the results")],
+    data: Annotated[Path, typer.Option(help="Folder of MNIST's files")] = Path("data/mnist"),
+    only: Annotated[str, typer.Option(help="This setting, or all whose names hold it")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw")] = None,
+) -> None:
+    """Measure settings of teacher training."""
+    if task == "report":
+        report(out, plot)
+    else:
+        run(task, data, out, only)
+
+
+if __name__ == "__main__":
+    typer.run(main)
