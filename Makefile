@@ -16,7 +16,7 @@ $(STAMP): export PIP_CONSTRAINT := constraints.txt
 $(STAMP): export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test install clean
+.PHONY: demo test test-matrix install clean
 
 demo: $(STAMP)
 	@$(BIN)/l2t demo
@@ -25,6 +25,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The tests of core and fairseq under Python 3.10, 3.11 and 3.12, where those are here.
+test-matrix:
+	@tests/matrix.sh
 
 install: $(STAMP)
 
@@ -52,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .matrix build *.egg-info

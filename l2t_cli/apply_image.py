@@ -106,6 +106,7 @@ class ImageApplication:
         from l2t_core import __version__
 
         spec = self.recipe.student
+        noise = f"noise:{spec.noise}-{spec.label_noise:g}" if spec.label_noise else "noise:0"
         loss = f"{applied.spec.form}+{applied.spec.sigma}" if applied else "cross-entropy"
         return "|".join(
             [
@@ -113,7 +114,9 @@ class ImageApplication:
                 f"model:{spec.model}",
                 f"steps:{spec.steps}",
                 f"batch:{spec.batch_size}",
-                f"noise:{spec.label_noise:g}",
+                noise,
+                f"imbalance:{spec.imbalance:g}",
+                f"augment:{spec.augment}",
                 f"loss:{loss}",
                 f"l2t:{__version__}",
             ]

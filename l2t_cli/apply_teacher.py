@@ -10,7 +10,7 @@ import typer
 from l2t_cli import application as applying
 from l2t_cli import console
 from l2t_cli.console import LogFormat
-from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe
+from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_core.errors import UserError
 
 
@@ -99,12 +99,15 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
         return _command_application().from_script(path, generate, reference)
     if generate or reference:
         raise UserError("--generate and --reference are for commands; a recipe has its own")
-    for change in target[1:]:
-        if change.split("=")[0].split(".")[0] in CORE_SECTIONS:
-            raise UserError(
-                f"{change} belongs to the teacher's training and has no effect here (the teacher "
-                "file holds it); give it to `l2t train-teacher`"
-            )
+    refuse_sections(
+        target[1:],
+        list(CORE_SECTIONS),
+        "belongs to the teacher's training and has no effect here (the teacher file holds it); "
+        "give it to `l2t train-teacher`",
+    )
+    refuse_sections(
+        target[1:], [COMPARE], "has no effect here; give it to `l2t compare`"
+    )
     return application_for_recipe(load_recipe(first, target[1:]))
 
 

@@ -27,7 +27,11 @@ def start(context: typer.Context) -> None:
 
 @app.command()
 def prepare(
-    name: str = typer.Argument(..., help="demo, multi30k or mnist; digits needs no preparing."),
+    name: str = typer.Argument(
+        ...,
+        help="demo, multi30k, mnist, fashion-mnist, cifar10 or cifar100; digits and images of "
+        "your own need no preparing.",
+    ),
     source: Path = typer.Option(
         None, "--from", show_default="download them", help="A folder with the official files."
     ),
@@ -76,6 +80,11 @@ def _data_set(name: str) -> tuple[Field, Callable[..., Any]]:
         known |= dict.fromkeys(registry.names(), field)
     if name == "digits":
         raise UserError("digits come with scikit-learn; there is nothing to prepare")
+    if name == "images":
+        raise UserError(
+            "images of your own need no preparing; name their folder or tar archive in the recipe "
+            "as image.folder, with image.data=images"
+        )
     raise UserError(
         f"no data set {name!r}{suggestion(name, known)} (known: {', '.join(sorted(known))})"
     )

@@ -35,7 +35,7 @@ def command() -> None:
     rows = [
         ("l2t", __version__, ""),
         ("Python", platform.python_version(), sys.executable),
-        ("cores", str(_cores()), f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
+        ("cores", str(cores()), f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
     ]
     rows += [(name, *_version(name)) for name in DISTRIBUTIONS]
     rows.append(("fairseq", *_fairseq()))
@@ -43,7 +43,8 @@ def command() -> None:
     console.table("l2t doctor", ["", "version", "note"], rows)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import typer
 
-from l2t_core.errors import UserError, suggestion
+from l2t_core.errors import PeerLost, UserError, suggestion
 
 # Recent Typer carries its own Click, older Typer imports it: this finds the classes in both.
 UsageError: Any = typer.BadParameter.__base__
 ClickError: Any = UsageError.__base__
 
 USER_MISTAKE = 2
+PEER_LOST = 3
 INTERRUPTED = 130
 
 
@@ -29,17 +30,33 @@ def say(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+def _told_by_the_first() -> bool:
+    """Tell whether this is one of several processes that have all made the same mistake.
+
+    Until they have joined they all read the same command line and recipe.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is None or not distributed.is_initialized()
+
+
 def exit_code_of(error: BaseException) -> int | None:
     """Report ``error`` in one line and return the exit code, or None where it is a bug."""
     if isinstance(error, UserError):
-        say(f"l2t: error: {error}")
+        if not _told_by_the_first():
+            say(f"l2t: error: {error}")
         return USER_MISTAKE
     if isinstance(error, ClickError):
-        say(f"l2t: error: {usage_message(error)}")
+        if not _told_by_the_first():
+            say(f"l2t: error: {usage_message(error)}")
         return USER_MISTAKE
     if isinstance(error, Interrupted):
         say(f"l2t: interrupted: {error}")
         return INTERRUPTED
+    if isinstance(error, PeerLost):
+        say(f"l2t: error: {error}")
+        return PEER_LOST
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         say("l2t: interrupted")
         return INTERRUPTED

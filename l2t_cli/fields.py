@@ -22,15 +22,20 @@ class Field:
 
     ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from
     ``(spec, seed)``, ``application`` applies a teacher to a recipe (see
-    :class:`l2t_cli.application.Application`), ``datasets`` is the registry behind
-    ``l2t data prepare``. ``extra`` is what to install where ``needs`` cannot be imported.
+    :class:`l2t_cli.application.Application`), ``trials`` trains the students of a comparison (see
+    :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses``, ``datasets`` is the registry
+    behind ``l2t data prepare``. ``check``, where there is one, lists what is wrong with a section,
+    before any data is read. ``extra`` is what to install where ``needs`` cannot be imported.
     """
 
     name: str
     spec: str
     student: str
     application: str
+    trials: str
+    losses: tuple[str, ...]
     datasets: str
+    check: str = ""
     needs: str = ""
     extra: str = ""
 
@@ -66,6 +71,10 @@ class Field:
         finally:
             logging.disable(logging.NOTSET)
 
+    def problems(self, spec: Any) -> list[str]:
+        """Return a line for everything that is wrong with ``spec`` on its own."""
+        return list(self.load("check")(spec)) if self.check else []
+
     def build_student(self, spec: Any, seed: int) -> Any:
         """Return the student that ``spec`` describes.
 
@@ -84,7 +93,12 @@ FIELDS.register("image")(
         spec="l2t_vision.recipe:ImageSpec",
         student="l2t_cli.apply_image:build_student",
         application="l2t_cli.apply_image:ImageApplication",
+        trials="l2t_cli.compare_image:ImageTrials",
+        losses=(
+            "cross_entropy", "label_smoothing", "large_margin", "focal", "gce", "sigmoid",
+        ),
         datasets="l2t_vision.prepare:DATASETS",
+        check="l2t_vision.checks:problems",
     )
 )
 FIELDS.register("nmt")(
@@ -93,6 +107,8 @@ FIELDS.register("nmt")(
         spec="l2t_fairseq.recipe:NmtSpec",
         student="l2t_fairseq.student:build_student",
         application="l2t_cli.apply_fairseq:RecipeApplication",
+        trials="l2t_cli.compare_fairseq:FairseqTrials",
+        losses=("cross_entropy", "label_smoothing"),
         datasets="l2t_fairseq.prepare:DATASETS",
         needs="fairseq",
         extra="nmt",

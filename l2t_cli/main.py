@@ -15,12 +15,15 @@ import typer
 
 from l2t_cli import (
     apply_teacher,
+    compare,
     data,
     demo,
     doctor,
+    export,
     inspect_teacher,
     recipe_commands,
     train_teacher,
+    transfer,
     user_dir,
 )
 from l2t_cli.errors import exit_code_of
@@ -35,9 +38,12 @@ app = typer.Typer(
 )
 app.command("train-teacher")(train_teacher.command)
 app.command("apply-teacher")(apply_teacher.command)
+app.command("compare")(compare.command)
+app.command("transfer")(transfer.command)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe_commands.app, name="recipes")
 app.command("inspect")(inspect_teacher.command)
+app.command("export")(export.command)
 app.command("doctor")(doctor.command)
 app.command("user-dir")(user_dir.command)
 app.command("demo")(demo.command)

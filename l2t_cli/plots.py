@@ -1,12 +1,13 @@
-"""The picture of a teacher's training."""
+"""The pictures of a teacher's training and of comparisons."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2t_core.comparison import deviation, mean
 from l2t_core.files import atomic_write
 
 
@@ -71,6 +72,67 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
         axes.set_title(panel["title"], fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
+    _write_png(figure, to)
+
+
+def plot_learning_curves(
+    curves: Mapping[str, Sequence[Sequence[Sequence[float]]]], what: str, title: str, to: Path
+) -> None:
+    """Write a PNG of learning curves on dev: mean over seeds, one standard deviation as a band.
+
+    ``curves`` holds, for each loss, a curve of ``[steps, value]`` pairs for every seed.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=120)
+    for label, seeds in curves.items():
+        at: dict[float, list[float]] = {}
+        for curve in seeds:
+            for step, value in curve:
+                at.setdefault(step, []).append(value)
+        steps = sorted(at)
+        means = [mean(at[step]) for step in steps]
+        spreads = [deviation(at[step]) or 0.0 for step in steps]
+        (line,) = axes.plot(steps, means, label=label, lw=1.2)
+        low = [m - s for m, s in zip(means, spreads, strict=True)]
+        high = [m + s for m, s in zip(means, spreads, strict=True)]
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel(what)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _write_png(figure, to)
+
+
+def plot_scores(scores: Mapping[str, Sequence[float]], measure: str, title: str, to: Path) -> None:
+    """Write a PNG of one bar a loss with its standard deviation, and a dot for every seed.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(scores), 3.6), dpi=120)
+    for position, values in enumerate(scores.values()):
+        color = "tab:gray" if position == 0 else "tab:blue"
+        axes.bar(position, mean(values), width=0.6, color=color, alpha=0.75,
+                 yerr=deviation(values), capsize=4)
+        axes.plot([position] * len(values), values, "o", color="black", ms=3)
+    axes.set_xticks(range(len(scores)), list(scores), rotation=20, ha="right", fontsize=8)
+    axes.set_ylabel(measure)
+    axes.set_title(title, fontsize=10)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
     _write_png(figure, to)
 
 

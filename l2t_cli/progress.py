@@ -28,6 +28,10 @@ from l2t_cli.console import LogFormat
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 SECONDS_BETWEEN_LINES = 30.0
+SCALARS = (
+    "dev_measure", "smoothed", "hypergradient_norm", "signal_to_noise", "growth", "largest",
+    "sharpness", "seconds", "skipped_total",
+)
 
 
 class TeacherView:
@@ -57,13 +61,24 @@ class TeacherView:
             self._step(event)
             return
         self._last = time.monotonic()
-        self._remember(event)
         if self.format is LogFormat.json:
             print(json.dumps(event), flush=True)
-        elif self.format is LogFormat.simple:
-            console.line(self.summary(event))
+        if event["event"] == "plan":
+            self._note(f"trajectory: {event['plan']}")
+            return
+        self._remember(event)
+        if self._bars:
+            self._bars.episode(event)
+        self._note(self.summary(event))
+        if warning := event.get("warning"):
+            self._note(f"  warning: {warning}")
+
+    def _note(self, text: str) -> None:
+        """Show a line that stays, above the bars where there are bars."""
+        if self.format is LogFormat.simple:
+            console.line(text)
         elif self._bars:
-            self._bars.episode(event, self.summary(event))
+            self._bars.live.console.print(Text(text))
 
     def _step(self, event: Event) -> None:
         if self._bars:
@@ -96,6 +111,8 @@ class TeacherView:
             else "hypergradient not finite, skipped",
             console.duration(row["seconds"]),
         ]
+        if lost := row.get("students_lost"):
+            parts.append(f"{lost} of {row['students']} students lost")
         return "  ".join(parts)
 
 
@@ -136,16 +153,17 @@ class _EpisodeBars:
             return
         self._last = now
         what, done = _phase(event)
+        if event["students"] > 1:
+            what = f"{what} {event['student'] + 1}/{event['students']}"
         self._steps.update(self._inner, description=what, total=event["of"], completed=done)
 
-    def episode(self, event: Event, summary: str) -> None:
+    def episode(self, event: Event) -> None:
         finished = event["episode"] + 1
         task = self._episodes.tasks[0]
         each = (time.monotonic() - self._started) / max(1, finished - self._first)
         left = each * ((task.total or 0) - finished)
         note = f"about {console.duration(left)} left" if left > 0 else ""
         self._episodes.update(self._all, completed=finished, note=note)
-        self.live.console.print(Text(summary))
 
 
 class ScalarLog:
@@ -162,7 +180,7 @@ class ScalarLog:
         """Write the numbers of a finished episode."""
         if self._writer is None or event["event"] != "episode":
             return
-        for key in ("dev_measure", "smoothed", "hypergradient_norm", "seconds", "skipped_total"):
+        for key in SCALARS:
             value = event.get(key)
             if value is not None and math.isfinite(value):
                 self._writer.add_scalar(f"teacher/{key}", value, event["episode"])

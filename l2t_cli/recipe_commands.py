@@ -63,7 +63,8 @@ def validate(
     names: list[str] = typer.Argument(..., help="Recipes by name or file."),
 ) -> None:
     """Check recipes and list everything that is wrong with them."""
-    from l2t_cli.recipe_values import impossible_settings, wrong_names
+    from l2t_cli import compare_plan
+    from l2t_cli.recipe_values import impossible_settings, wrong_names, wrong_student
 
     problems: list[str] = []
     for name in names:
@@ -73,7 +74,9 @@ def validate(
             recipe, found = None, [str(error)]
         if recipe is not None:
             # The check of settings looks names up, too, but says less about where they are.
-            found = wrong_names(recipe) or impossible_settings(recipe, recipe.student.steps)
+            found = [*wrong_names(recipe), *wrong_student(recipe)]
+            found = found or impossible_settings(recipe, recipe.student.steps)
+            found += compare_plan.problems(recipe)
         if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")
         problems += found

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from l2t_cli.fields import FIELDS, Field
+from l2t_core.compare_specs import CompareSpec
 from l2t_core.errors import UserError, suggestion
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 
@@ -27,7 +28,8 @@ CORE_SECTIONS: dict[str, type] = {
     "teacher": TeacherSpec,
     "training": TrainingSpec,
 }
-
+# Read by `l2t compare` alone: a teacher does not depend on it.
+COMPARE = "compare"
 
 _LIST: Any = typing.List  # noqa: UP006 - omegaconf 2.0 knows this spelling only
 
@@ -44,6 +46,7 @@ class Recipe:
     loss: LossSpec
     teacher: TeacherSpec
     training: TrainingSpec
+    compare: CompareSpec
 
     @property
     def short_name(self) -> str:
@@ -51,7 +54,7 @@ class Recipe:
         return self.name.rsplit("/", 1)[-1]
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved recipe as plain values, in the layout of the recipe file."""
+        """Return what a teacher depends on as plain values, in the layout of the recipe file."""
         return {
             "field": self.field.name,
             "description": self.description,
@@ -112,6 +115,17 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def refuse_sections(changes: Sequence[str], sections: Sequence[str], reason: str) -> None:
+    """Refuse overrides of ``sections``, which would have no effect.
+
+    Raises:
+        UserError: naming the first of them and the ``reason``.
+    """
+    for change in changes:
+        if change.split("=")[0].split(".")[0] in sections:
+            raise UserError(f"{change} {reason}")
+
+
 def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
     """Return the recipe, or None and every problem with it, one line each.
 
@@ -122,7 +136,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     content = read_yaml(path)
     problems: list[str] = []
     field = _field_of(content, path)
-    sections = {field.name: field.load("spec"), **CORE_SECTIONS}
+    sections = {field.name: field.load("spec"), **CORE_SECTIONS, COMPARE: CompareSpec}
     built: dict[str, Any] = {}
     trees = {key: OmegaConf.structured(_schema(spec)) for key, spec in sections.items()}
     changes = [(key, value, str(path)) for key, value in _leaves(content)]
@@ -149,7 +163,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         description=texts["description"],
         field=field,
         student=built[field.name],
-        **{key: built[key] for key in CORE_SECTIONS},
+        **{key: built[key] for key in (*CORE_SECTIONS, COMPARE)},
     )
     return recipe, []
 
@@ -194,7 +208,7 @@ def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         dotted = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _leaves(value, f"{dotted}.") if value else ((dotted, value),)
-        elif value is None and not prefix and key in (*CORE_SECTIONS, *FIELDS.names()):
+        elif value is None and not prefix and key in (*CORE_SECTIONS, COMPARE, *FIELDS.names()):
             continue
         else:
             yield dotted, value

@@ -22,9 +22,14 @@ def wrong_names(recipe: Recipe) -> list[str]:
     return problems
 
 
+def wrong_student(recipe: Recipe) -> list[str]:
+    """Return a line for everything that is wrong with the field's section of ``recipe``."""
+    return [f"{recipe.source}: {line}" for line in recipe.field.problems(recipe.student)]
+
+
 def impossible_settings(recipe: Recipe, total_steps: int) -> list[str]:
     """Return a line if no teacher can learn anything with the settings of ``recipe``."""
-    from l2t_core.training import check_settings
+    from l2t_core.settings import check_settings
 
     try:
         check_settings(recipe.loss, recipe.teacher, recipe.training, total_steps)
@@ -38,12 +43,14 @@ def _names(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     from l2t_core.losses import FORMS, SIGMAS
     from l2t_core.optimisers import OPTIMISERS
     from l2t_core.schedules import SCHEDULES
+    from l2t_core.second_derivatives import SECOND
     from l2t_core.teachers import TEACHERS
 
     yield "loss.form", FORMS, recipe.loss.form
     yield "loss.sigma", SIGMAS, recipe.loss.sigma
     yield "teacher.name", TEACHERS, recipe.teacher.name
     yield "training.differentiation", DIFFERENTIATIONS, recipe.training.differentiation
+    yield "training.hvp", SECOND, recipe.training.hvp
     registries = {OptimiserSpec: OPTIMISERS, ScheduleSpec: SCHEDULES}
     for item in dataclasses.fields(recipe.student):
         value = getattr(recipe.student, item.name)

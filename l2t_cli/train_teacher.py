@@ -14,7 +14,13 @@ from l2t_cli import console
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
 from l2t_cli.progress import ScalarLog, TeacherView
-from l2t_cli.recipe_loading import Recipe, load_recipe, shipped_recipes
+from l2t_cli.recipe_loading import (
+    COMPARE,
+    Recipe,
+    load_recipe,
+    refuse_sections,
+    shipped_recipes,
+)
 from l2t_cli.recipe_values import impossible_settings, wrong_names
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
@@ -49,6 +55,7 @@ def command(
     changes = list(overrides or [])
     if seed is not None:
         changes.append(f"training.seed={seed}")
+    refuse_sections(changes, [COMPARE], "has no effect here; give it to `l2t compare`")
     loaded = load_recipe(recipe, changes)
     folder = out or Path("runs") / loaded.short_name
     chosen = console.default_format(log_format)
@@ -66,19 +73,24 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     """
     import yaml
 
+    from l2t_core.engine import Engine, describe_plan
+    from l2t_core.life import Life
+
     if wrong := wrong_names(recipe):
         raise UserError(wrong[0])
     student = recipe.field.build_student(recipe.student, recipe.training.seed)
     if wrong := impossible_settings(recipe, student.total_steps):
         raise UserError(wrong[0])
+    engine = Engine(Life(student, recipe.training.precision), recipe.loss, recipe.training)
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
     episodes = recipe.training.episodes
     console.line()
     console.line(
-        f"plan: {episodes} updates of the teacher, {episodes + 1} students of "
-        f"{student.total_steps} steps each, "
-        f"into {console.shown(folder)}"
+        f"plan: {episodes} updates of the teacher, "
+        f"{(episodes + 1) * recipe.training.students} students of {student.total_steps} steps "
+        f"each, into {console.shown(folder)}"
     )
+    console.line(f"trajectory: {describe_plan(engine)}")
 
 
 def run(
@@ -95,14 +107,19 @@ def run(
         UserError: if the recipe, its data or the folder cannot be used.
         Interrupted: after Ctrl-C; what was finished is kept.
     """
-    from l2t_core.run_folder import open_run
+    from l2t_core.processes import join_processes
     from l2t_core.training import train_teacher
 
-    config = {"recipe": recipe.name, **recipe.config()}
+    processes = join_processes()
+    # The first process alone reports; a mistake that all make is told once.
+    if processes.rank:
+        log_format, tensorboard_logdir = LogFormat.none, None
     # The student first: a missing data set should not leave an empty run folder behind.
-    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    student = processes.agree(
+        lambda: recipe.field.build_student(recipe.student, recipe.training.seed)
+    )
     before = FreshFolder.before(folder)
-    opened = open_run(folder, config, resume=resume)
+    opened = _open(recipe, folder, resume, processes)
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format in (LogFormat.rich, LogFormat.simple):
@@ -125,9 +142,23 @@ def run(
             opened,
             record={"recipe": recipe.name, "field": recipe.field.name, "version": _version()},
             on_event=receive,
+            processes=processes,
         )
+    processes.close()
+    if processes.rank:
+        return Path(result.best_path)
     _finish(result, student.measure_name, recipe, folder, log_format)
     return Path(result.best_path)
+
+
+def _open(recipe: Recipe, folder: Path, resume: bool, processes: Any) -> Any:
+    """Return the run's folder; the first process opens it for all."""
+    from l2t_core.run_folder import RunFolder, open_run
+
+    config = {"recipe": recipe.name, **recipe.config()}
+    return processes.agree(
+        lambda: RunFolder(folder) if processes.rank else open_run(folder, config, resume=resume)
+    )
 
 
 @contextmanager
