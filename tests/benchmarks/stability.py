@@ -5,12 +5,13 @@ under the first and the last theta, and by cross-entropy. What counts is their d
 the training's own episodes, each with fresh students, is more noise than signal. Everything goes
 on where it was stopped when the same command is given again. ::
 
-    python tests/benchmarks/stability.py clean --data FOLDER --out runs/stability
-    python tests/benchmarks/stability.py noise --data FOLDER --out runs/stability
+    python tests/benchmarks/stability.py clean --data data/mnist --out runs/stability
+    python tests/benchmarks/stability.py noise --data data/mnist --out runs/stability
+    python tests/benchmarks/stability.py demo --data data/demo --out runs/stability
     python tests/benchmarks/stability.py report --out runs/stability --plot docs/stability.png
 
-FOLDER holds MNIST's four files. Rates: cross-entropy's best on dev, of the grid that the first
-lines of a run print.
+The data are what ``l2t data prepare mnist`` and ``l2t data prepare demo`` made. Rates:
+cross-entropy's best on dev, of the grid that the first lines of a run print.
 """
 
 from __future__ import annotations
@@ -23,23 +24,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from stability_tasks import TASKS
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 from l2t_core.run_folder import open_run
-from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import IMAGE_FEATURES, feature_count
+from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import load_teacher
 from l2t_core.teachers import build_teacher
 from l2t_core.training import train_teacher
-from l2t_vision.recipe import ImageSpec
-from l2t_vision.student import build_student
 
-RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
-STEPS = 400
-EPISODES = 15
 UNSEEN = (101, 102, 103, 104, 105)
 TUNING = (51, 52)
 TEACHER = TeacherSpec(slots=10)
@@ -82,26 +79,34 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "to zero, shared identity, margin": (
         "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "margin"
     ),
+    "to zero, shared identity, margin, 4 students": (
+        "linear", {"lr": 0.02, "students": 4}, {"form": "shared", "sigma": "identity"}, "margin"
+    ),
+    "to zero, shared identity, margin, mixed": (
+        "linear",
+        {"lr": 0.02, "students": 4, "differentiation": "mixed", "perturbation": 0.05},
+        {"form": "shared", "sigma": "identity"}, "margin",
+    ),
+    "to zero, shared identity, margin, penalty 1": (
+        "linear", {"lr": 0.02, "phi_penalty": 1.0}, {"form": "shared", "sigma": "identity"},
+        "margin",
+    ),
+    "to zero, shared identity, log-likelihood": (
+        "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "log_likelihood"
+    ),
 }
 
 
-def student_spec(data: Path, noisy: bool, schedule: str, rate: float) -> ImageSpec:
-    """Return the student: MNIST's MLP 784-500-10, batches of 100."""
-    return ImageSpec(
-        data="mnist", folder=str(data), model="mlp", hidden=500, dev_size=10000,
-        train_size=10000 if noisy else 0, label_noise=0.36 if noisy else 0.0, batch_size=100,
-        steps=STEPS, optimiser=OptimiserSpec("momentum", rate), schedule=ScheduleSpec(schedule),
-        measure="log_likelihood", dev_interval=100,
-    )
-
-
 def dev_errors(student: Any, teacher: Any, loss: LossSpec, seeds: tuple[int, ...]) -> list[float]:
-    """Return the dev error in per cent of a student for each seed; 90 where it dies."""
+    """Return 100 * (1 - dev measure) of a student for each seed; 90 where it dies."""
     found = []
     for seed in seeds:
         applied = None
         if teacher is not None:
-            applied = AppliedTeacher(teacher, loss, IMAGE_FEATURES, 10, STEPS)
+            applied = AppliedTeacher(
+                teacher, loss, student.default_features, student.num_classes,
+                student.total_steps,
+            )
         try:
             train_student(student, seed, applied)
             found.append(100.0 * (1.0 - student.true_measure()))
@@ -117,30 +122,31 @@ def once(path: Path, make: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def best_rate(data: Path, noisy: bool, schedule: str, out: Path) -> float:
+def best_rate(task: str, data: Path, schedule: str, out: Path) -> float:
     """Return cross-entropy's best rate on dev."""
 
     def tune() -> dict[str, float]:
         found = {}
-        for rate in RATES:
-            student = build_student(student_spec(data, noisy, schedule, rate))
+        for rate in TASKS[task].rates:
+            student = TASKS[task].build(data, schedule, rate, "")
             found[str(rate)] = statistics.mean(dev_errors(student, None, LOSS, TUNING))
         return found
 
     table = once(out / f"tuning-{schedule}.json", tune)
-    print(f"cross-entropy, {schedule} rate, dev error % by rate: {table}", flush=True)
+    print(
+        f"cross-entropy, {schedule} rate, {TASKS[task].score} by rate: {table}", flush=True
+    )
     return float(min(table, key=lambda rate: table[rate]))
 
 
-def measure(name: str, data: Path, noisy: bool, out: Path) -> None:
+def measure(task: str, name: str, data: Path, out: Path) -> None:
     """Train one setting's teacher and judge it by unseen students."""
     schedule, changes, loss_changes, *other = SETTINGS[name]
-    rate = best_rate(data, noisy, schedule, out)
-    described = student_spec(data, noisy, schedule, rate)
-    described.measure = other[0] if other else described.measure
-    student = build_student(described)
+    rate = best_rate(task, data, schedule, out)
+    student = TASKS[task].build(data, schedule, rate, other[0] if other else "")
     loss = dataclasses.replace(LOSS, **loss_changes)
-    spec = TrainingSpec(**{"episodes": EPISODES, "lr": 0.005, "memory": "3GiB", **changes})
+    common = {"episodes": TASKS[task].episodes, "lr": 0.005, "memory": "3GiB"}
+    spec = TrainingSpec(**{**common, **changes})
     slug = "".join(c if c.isalnum() else "-" for c in name)
 
     def row() -> dict[str, Any]:
@@ -153,7 +159,9 @@ def measure(name: str, data: Path, noisy: bool, out: Path) -> None:
             after = dev_errors(student, last, loss, UNSEEN)
         except UserError as error:
             failure, after = str(error), [90.0] * len(UNSEEN)
-        first = build_teacher(TEACHER, loss, 10, feature_count(IMAGE_FEATURES, 10), spec.seed)
+        classes = student.num_classes
+        features = feature_count(student.default_features, classes)
+        first = build_teacher(TEACHER, loss, classes, features, spec.seed)
         return {
             "setting": name, "rate": rate, "schedule": schedule, "failure": failure,
             "first": dev_errors(student, first, loss, UNSEEN), "last": after, "history": history,
@@ -175,7 +183,7 @@ def run(task: str, data: Path, out: Path, only: str) -> None:
     torch.set_num_threads(1)
     for name in SETTINGS:
         if only == name or (only in name and only not in SETTINGS):
-            measure(name, data, task == "noise", out / task)
+            measure(task, name, data, out / task)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -193,7 +201,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def report(out: Path, plot: Path | None) -> None:
     """Print a Markdown table for each task; draw the episodes' dev errors."""
     drawn: list[tuple[str, list[dict[str, Any]]]] = []
-    for task in ("clean", "noise"):
+    for task in TASKS:
         rows = rows_of(out / task)
         if not rows:
             continue
@@ -218,7 +226,7 @@ def report(out: Path, plot: Path | None) -> None:
 
 
 def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
-    """Draw the dev error of the training's own students by episode, cross-entropy's dashed."""
+    """Draw the score of the training's own students by episode, cross-entropy's dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,22 +244,24 @@ def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
             axis.plot(errors, label=row["setting"], linewidth=1)
         ce = statistics.mean(rows[0]["cross_entropy"])
         axis.axhline(ce, color="black", linestyle="--", linewidth=1, label="cross-entropy")
-        axis.set(title=f"{task}, {schedule} rate", xlabel="episode", ylabel="dev error, %")
+        axis.set(title=f"{task}, {schedule} rate", xlabel="episode", ylabel=TASKS[task].score)
         axis.set_ylim(0.75 * ce, 1.75 * ce)
         axis.legend(fontsize=6)
     figure.savefig(to, dpi=120)
 
 
 def main(
-    task: Annotated[str, typer.Argument(help="clean, noise or report")],
+    task: Annotated[str, typer.Argument(help="clean, noise, demo or report")],
     out: Annotated[Path, typer.Option(help="Folder of the results")],
-    data: Annotated[Path, typer.Option(help="Folder of MNIST's files")] = Path("data/mnist"),
+    data: Annotated[Path, typer.Option(help="Folder of the task's data")] = Path("data/mnist"),
     only: Annotated[str, typer.Option(help="This setting, or all whose names hold it")] = "",
     plot: Annotated[Path | None, typer.Option(help="Picture to draw")] = None,
 ) -> None:
     """Measure settings of teacher training."""
     if task == "report":
         report(out, plot)
+    elif task not in TASKS:
+        raise typer.BadParameter(f"{task}: use {', '.join(TASKS)} or report")
     else:
         run(task, data, out, only)
 

@@ -1,0 +1,84 @@
+"""What the stability benchmark trains teachers on: a student for each schedule and rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2t_core.specs import OptimiserSpec, ScheduleSpec
+from l2t_core.student import Student
+from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import build_student as build_image_student
+
+
+@dataclass(frozen=True)
+class StabilityTask:
+    """One task: how its student is made, and the grid its cross-entropy rate is chosen from.
+
+    ``build(data folder, schedule, rate, measure)`` returns the student; an empty measure is the
+    task's own. ``score`` says what the tables show, a number that is better when lower.
+    """
+
+    build: Callable[[Path, str, float, str], Student]
+    rates: tuple[float, ...]
+    steps: int
+    episodes: int
+    score: str
+
+
+def _mnist(noisy: bool) -> Callable[[Path, str, float, str], Student]:
+    """MNIST's MLP 784-500-10, batches of 100; noisy: 10,000 images, 36 % of them mislabelled."""
+
+    def build(data: Path, schedule: str, rate: float, measure: str) -> Student:
+        return build_image_student(
+            ImageSpec(
+                data="mnist", folder=str(data), model="mlp", hidden=500, dev_size=10000,
+                train_size=10000 if noisy else 0, label_noise=0.36 if noisy else 0.0,
+                batch_size=100, steps=400, optimiser=OptimiserSpec("momentum", rate),
+                schedule=ScheduleSpec(schedule), measure=measure or "log_likelihood",
+                dev_interval=100,
+            )
+        )
+
+    return build
+
+
+def _demo(data: Path, schedule: str, rate: float, measure: str) -> Student:
+    """Return the student of recipes/nmt/demo-de-en for 400 updates of half its batch."""
+    import yaml
+
+    import recipes
+    from l2t_fairseq.recipe import NmtSpec
+    from l2t_fairseq.student import build_student
+
+    described = yaml.safe_load(
+        (Path(str(recipes.__file__)).parent / "nmt" / "demo-de-en.yaml").read_text("utf-8")
+    )["nmt"]
+    steps = 400
+    flags = {
+        "constant": "--lr-scheduler fixed --warmup-updates 30",
+        "linear": "--lr-scheduler polynomial_decay --warmup-updates 30 "
+        f"--total-num-update {steps}",
+    }[schedule]
+    train = described["train"].replace("--lr-scheduler inverse_sqrt --warmup-updates 60", flags)
+    train = train.replace("--lr 3e-3", f"--lr {rate}").replace("--max-update 400", "")
+    train = train.replace("--max-tokens 1000", "--max-tokens 500")
+    assert flags in train and f"--lr {rate}" in train
+    kept: dict[str, Any] = {k: described[k] for k in ("samples", "dev_sentences", "dev_interval")}
+    return build_student(
+        NmtSpec(
+            data=str(data), train=f"{train} --max-update {steps}", steps=steps,
+            measure=measure or "expected_bleu", **kept,
+        )
+    )
+
+
+TASKS = {
+    "clean": StabilityTask(_mnist(False), (0.02, 0.05, 0.1, 0.2, 0.4), 400, 15, "dev error %"),
+    "noise": StabilityTask(_mnist(True), (0.02, 0.05, 0.1, 0.2, 0.4), 400, 15, "dev error %"),
+    "demo": StabilityTask(
+        _demo, (0.001, 0.002, 0.003, 0.005, 0.008), 400, 8, "100 - greedy dev BLEU"
+    ),
+}
