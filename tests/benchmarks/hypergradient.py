@@ -1,4 +1,4 @@
-"""Measure one teacher-training episode against plain training and against other libraries.
+r"""Measure one teacher-training episode against plain training and against other libraries.
 
 An episode is T training steps under a teacher and d M-tilde / d theta through all of them. Each
 (student, method, T) has a process of its own, on one thread. There one episode runs first: its
@@ -21,6 +21,11 @@ TorchOpt's and higher's own requirements name torch, which is there already::
 
     pip install --no-deps higher torchopt==0.7.3 graphviz optree
     taskset -c 1 python tests/benchmarks/hypergradient.py --students mlp --steps 200,500
+
+Memory within a bound, whatever T is::
+
+    python tests/benchmarks/hypergradient.py --students mlp --methods "l2t recomputed" \
+        --memory 64MiB --steps 200,1000,5000 --repeats 1
 
 ``pip install 'l2t[benchmark]'`` installs the same and leaves an installed torch alone.
 """
@@ -74,7 +79,7 @@ def run_child(order: dict[str, Any], limit: float) -> Row:
 
 def measure_all(
     students: list[str], methods: list[str], all_steps: list[int], repeats: int,
-    check_steps: int, memory_cap: float, limit: float,
+    check_steps: int, memory_cap: float, limit: float, memory: str = "",
 ) -> Iterator[Row]:
     """Yield one row for each student, method and T, checked before it is timed."""
     for student in students:
@@ -90,6 +95,8 @@ def measure_all(
             for steps in all_steps:
                 row = {"student": student, "steps": steps, "method": method} | verdict
                 if verdict["status"] == "ok":
+                    if memory and method == "l2t recomputed":
+                        order["memory"] = memory
                     job = {**order, "task": "measure", "steps": steps, "repeats": repeats}
                     row |= run_child(job, limit)
                 yield row
@@ -155,6 +162,9 @@ def main(
         float, typer.Option(min=1.0, help="GiB of address space for a process.")
     ] = 12.0,
     limit: Annotated[float, typer.Option(help="Seconds that a process may take.")] = 900.0,
+    memory: Annotated[
+        str, typer.Option(help="What l2t recomputed may hold, as 64MiB; else a 15th of all.")
+    ] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Where to write everything measured.")
     ] = None,
@@ -169,7 +179,7 @@ def main(
     total = len(chosen[0]) * len(chosen[1]) * len(counts)
     with Console(stderr=True).status(f"0 of {total}") as status:
         for row in measure_all(
-            *chosen, counts, repeats, check_steps, memory_cap, limit
+            *chosen, counts, repeats, check_steps, memory_cap, limit, memory
         ):
             rows.append(row)
             status.update(f"{len(rows)} of {total}: {row['student']}, {row['method']}")

@@ -85,16 +85,17 @@ def plain(student: SyntheticStudent, teacher: Teacher) -> Prepared:
 
 
 def _engine(
-    student: SyntheticStudent, teacher: Teacher, slots: int, hvp: str = "exact"
+    student: SyntheticStudent, teacher: Teacher, slots: int, hvp: str = "exact",
+    memory: str = "",
 ) -> Prepared:
-    """This project's engine with memory for ``slots`` states."""
+    """This project's engine with ``memory``, or where that is empty memory for ``slots`` states."""
     life = Life(student)
 
     def engine(memory: str) -> Engine:
         return Engine(life, student.loss, TrainingSpec(memory=memory, spill="none", hvp=hvp))
 
     point = engine("1TiB").plan.point_bytes
-    chosen = engine(f"{slots * point}B")
+    chosen = engine(memory or f"{slots * point}B")
     episode = Episode(chosen, student.default_features, SEED, SEED)
     plan = chosen.plan
     note = f"{plan.recomputed / plan.steps:.2f} recomputed a step" if plan.recomputed else ""
@@ -109,6 +110,11 @@ def l2t_kept(student: SyntheticStudent, teacher: Teacher) -> Prepared:
 def l2t_recomputed(student: SyntheticStudent, teacher: Teacher) -> Prepared:
     """This project's engine with memory for a fifteenth of the states."""
     return _engine(student, teacher, max(2, student.total_steps // 15))
+
+
+def l2t_within(memory: str) -> Method:
+    """Return this project's engine with so much memory for the trajectory, such as 64MiB."""
+    return lambda student, teacher: _engine(student, teacher, 0, memory=memory)
 
 
 def l2t_differences(student: SyntheticStudent, teacher: Teacher) -> Prepared:
