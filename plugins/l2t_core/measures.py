@@ -29,6 +29,20 @@ def margin_surrogate(log_probs: Tensor, targets: Tensor, k: float = 50.0) -> Ten
     return -(2.0 * torch.sigmoid(k * gap) - 1.0).mean()
 
 
+def smoothed_accuracy(log_probs: Tensor, targets: Tensor, width: float = 0.2) -> Tensor:
+    """Return the mean of sigmoid(m / (width * s)), with margins m and their mean size s.
+
+    m = log p_y - max_{i != y} log p_i over log-probabilities [N, K] and targets [N]; s, the mean
+    of |m|, is differentiated too. So it does not change when all logits are scaled, as accuracy
+    does not: a student cannot gain by certainty alone, and where its probabilities are 0 and 1
+    the derivative does not vanish. It tends to the accuracy as ``width`` tends to 0.
+    """
+    own = targets.unsqueeze(1)
+    margins = log_probs.gather(1, own) - log_probs.scatter(1, own, -torch.inf).amax(1, True)
+    size = margins.abs().mean()
+    return torch.sigmoid(margins / (width * size)).mean()
+
+
 def mrt_measure(
     log_probs: Tensor, scores: Tensor, candidate_mask: Tensor, alpha: float = 1.0
 ) -> Tensor:

@@ -25,9 +25,9 @@ class ImageSpec:
     (any other class) or pair (the next class). ``imbalance`` is the first class's size over the
     last's. ``corrupt_dev`` does both to dev, too. ``augment`` is none, crop or crop-flip.
 
-    ``measure`` is M-tilde: expected_accuracy, margin or log_likelihood, on ``dev_batch`` dev
-    examples per episode (0: all). ``dev_interval`` is in steps. ``device`` is auto (the GPU if
-    there is one), cpu or cuda.
+    ``measure`` is M-tilde: expected_accuracy, smoothed_accuracy, margin or log_likelihood, on
+    ``dev_batch`` dev examples per episode (0: all). ``dev_interval`` is in steps. ``device`` is
+    auto (the GPU if there is one), cpu or cuda.
     """
 
     data: str = "digits"

@@ -14,6 +14,7 @@ from l2t_core.measures import (
     margin_surrogate,
     mrt_measure,
     reinforce_measure,
+    smoothed_accuracy,
 )
 
 
@@ -25,6 +26,33 @@ def test_classification_measures_by_hand():
     assert float(log_likelihood(probs.log(), targets)) == pytest.approx(expected, rel=1e-6)
     wrong = 2 / (1 + torch.exp(torch.tensor(-50 * 0.5)).item()) - 1
     assert float(margin_surrogate(probs.log(), targets)) == pytest.approx(-wrong / 2)
+
+
+def test_smoothed_accuracy_sees_margins_and_no_scale():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randint(4, (200,), generator=generator)
+
+    def value(scale, width=0.2):
+        return smoothed_accuracy((scale * logits).log_softmax(1), targets, width)
+
+    torch.testing.assert_close(value(1.0), value(30.0))
+    accuracy = (logits.argmax(1) == targets).double().mean()
+    torch.testing.assert_close(value(1.0, 1e-6), accuracy)
+    # Margins 1 and -3 of mean size 2, by hand.
+    pair = torch.tensor([[2.0, 1.0, 0.0], [4.0, 1.0, 0.0]], dtype=torch.float64).log_softmax(1)
+    found = smoothed_accuracy(pair, torch.tensor([0, 1]), 0.5)
+    assert float(found) == pytest.approx((torch.sigmoid(torch.tensor([1.0, -3.0])).mean()).item())
+
+
+@pytest.mark.parametrize(
+    "measure", [expected_accuracy, log_likelihood, margin_surrogate, smoothed_accuracy]
+)
+def test_measures_gradients_equal_central_differences(measure):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(12, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(5, (12,), generator=generator)
+    assert torch.autograd.gradcheck(lambda x: measure(x.log_softmax(1), targets), (logits,))
 
 
 # A toy language: all sentences of two words over three words, one position at a time.

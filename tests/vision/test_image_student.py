@@ -131,15 +131,19 @@ def test_dev_statistics_on_time_and_by_hand(make_student: Make) -> None:
     assert student.test_error() == pytest.approx(float(wrong.float().mean()))
 
 
-@pytest.mark.parametrize("measure", ["expected_accuracy", "log_likelihood", "margin"])
+@pytest.mark.parametrize(
+    "measure", ["expected_accuracy", "smoothed_accuracy", "log_likelihood", "margin"]
+)
 def test_smoothed_measures(make_student: Make, measure: str) -> None:
     student = make_student(measure=measure)
     student.reset(2)
     value = student.smoothed_measure(1)
     probs = student.module(student.data.standardised(student.data.dev_x)).softmax(1)
     own = probs.gather(1, student.data.dev_y.unsqueeze(1)).squeeze(1)
+    margins = own.log() - probs.scatter(1, student.data.dev_y.unsqueeze(1), 0.0).amax(1).log()
     expected = {
         "expected_accuracy": own.mean(),
+        "smoothed_accuracy": torch.sigmoid(5.0 * margins / margins.abs().mean()).mean(),
         "log_likelihood": own.log().mean(),
         "margin": -(2 * torch.sigmoid(50 * (probs.max(1).values - own)) - 1).mean(),
     }[measure]
