@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.application import Score
+from l2t_cli.application import Score, checksum
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
 from l2t_cli.fairseq_scoring import TestSet, data_folder, split_flags
@@ -29,6 +29,7 @@ from l2t_fairseq.command import (
     with_value,
     without,
 )
+from l2t_fairseq.fingerprint import data_digest
 from l2t_fairseq.prepare import load_prepared
 
 _MARK = "command.sh"
@@ -80,13 +81,21 @@ class FairseqApplication:
             raise UserError(f"{path}: {error}") from None
 
     def config(self) -> dict[str, Any]:
-        """Return what identifies the student: the command without its seed."""
+        """Return what identifies the student: the command without its seed, and its data."""
         command = without(self.command, "--seed", takes_value=True)
         return {
             "command": shell_text(command),
             "generate": self.generate,
             "reference": str(self.reference) if self.reference else None,
+            "content": self.content(),
         }
+
+    def content(self) -> dict[str, str]:
+        """Return digests of what the command names without holding it."""
+        found = {"data_sha256": data_digest(self.test_set().data_bin)}
+        if self.reference:
+            found["reference_sha256"] = checksum(self.reference)
+        return found
 
     def check(self, teacher: Path) -> None:
         """Refuse what cannot be taught, missing data, and a teacher for another dictionary."""

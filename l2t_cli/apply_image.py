@@ -35,8 +35,11 @@ class ImageApplication:
         self._student: Any = None
 
     def config(self) -> dict[str, Any]:
-        """Return what identifies the student: its section of the recipe."""
-        return {"recipe": self.recipe.name, "image": self.recipe.config()["image"]}
+        """Return what identifies the student: its section of the recipe and what that names."""
+        section = self.recipe.config()["image"]
+        return {
+            "recipe": self.recipe.name, "image": section, "content": self.student().content()
+        }
 
     def check(self, teacher: Path) -> None:
         """Refuse a teacher that does not fit the classes."""
@@ -103,21 +106,8 @@ class ImageApplication:
         return Score(error_rate, self._signature(applied), time.monotonic() - began)
 
     def _signature(self, applied: Any) -> str:
-        from l2t_core import __version__
+        from l2t_vision.identity import signature
 
-        spec = self.recipe.student
-        noise = f"noise:{spec.noise}-{spec.label_noise:g}" if spec.label_noise else "noise:0"
         loss = f"{applied.spec.form}+{applied.spec.sigma}" if applied else "cross-entropy"
-        return "|".join(
-            [
-                f"data:{spec.data}",
-                f"model:{spec.model}",
-                f"steps:{spec.steps}",
-                f"batch:{spec.batch_size}",
-                noise,
-                f"imbalance:{spec.imbalance:g}",
-                f"augment:{spec.augment}",
-                f"loss:{loss}",
-                f"l2t:{__version__}",
-            ]
-        )
+        digest = self.student().content()["data_sha256"]
+        return signature(self.recipe.student, digest, {"loss": loss})

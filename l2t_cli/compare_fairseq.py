@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.application import checksum
 from l2t_cli.apply_fairseq import RecipeApplication
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import run_logged, this_python
@@ -83,7 +82,7 @@ class FairseqTrials:
             "field": "nmt",
             "command": shell_text(replace(command, arguments=words)),
             "generate": self.application.generate,
-            "data": checksum(self.application.prepared / "prepared.json"),
+            "content": self.application.content(),
             "versions": {
                 "l2t": __version__,
                 "torch": torch.__version__,

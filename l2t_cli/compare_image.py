@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,15 @@ class ImageTrials:
     one_a_core = True
 
     def __init__(self, recipe: Recipe) -> None:
+        from l2t_vision.identity import signature
+
         self.recipe = recipe
         self.student = recipe.field.build_student(recipe.student, 1)
         self.rate = float(recipe.student.optimiser.lr)
+        self.content = self.student.content()
+        self.signature = signature(
+            recipe.student, self.content["data_sha256"], {"optimiser.lr": "tuned"}
+        )
 
     def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
         """Refuse teachers for other classes, and losses that the student cannot give."""
@@ -40,17 +45,19 @@ class ImageTrials:
             fixed_loss(loss, {}, self._student(self.student.spec))
 
     def identity(self) -> dict[str, Any]:
-        """Return the image section without its rate, the data's hash, and the versions."""
+        """Return the image section without its rate, digests of what it names, the versions."""
         import torch
 
         from l2t_core import __version__
 
         section = self.recipe.config()["image"]
-        del section["optimiser"]["lr"], section["folder"]
+        del section["optimiser"]["lr"], section["folder"], section["device"]
         return {
             "field": "image",
             "image": section,
-            "data": _data_hash(self.student.data),
+            "content": self.content,
+            # Roundings differ.
+            "device": self.student.data.train_x.device.type,
             "versions": {"l2t": __version__, "torch": torch.__version__},
         }
 
@@ -88,31 +95,10 @@ class ImageTrials:
             dev=student.true_measure(),
             nll=dev.nll if math.isfinite(dev.nll) else None,
             test=100.0 * student.test_error() if trial.final else None,
-            signature=self._signature(),
+            signature=self.signature,
             curve=[[step, accuracy] for step, _, accuracy in recorded.curve],
         )
 
     def _student(self, spec: Any) -> Any:
         """Return a fresh student of ``spec`` on the data that is loaded already."""
         return type(self.student)(spec, self.student.data)
-
-    def _signature(self) -> str:
-        from l2t_core import __version__
-
-        spec = self.recipe.student
-        return (
-            f"data:{spec.data}|model:{spec.model}|steps:{spec.steps}|batch:{spec.batch_size}|"
-            f"noise:{spec.label_noise:g}|l2t:{__version__}"
-        )
-
-
-def _data_hash(data: Any) -> str:
-    """Return a hash of every tensor of ``data``: splits, standardised pixels, noisy labels."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, value in sorted(vars(data).items()):
-        if isinstance(value, torch.Tensor):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.contiguous().cpu().numpy().tobytes())
-    return found.hexdigest()[:24]

@@ -119,7 +119,8 @@ def run(
         lambda: recipe.field.build_student(recipe.student, recipe.training.seed)
     )
     before = FreshFolder.before(folder)
-    opened = _open(recipe, folder, resume, processes)
+    config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
+    opened = _open(config, folder, resume, processes)
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format in (LogFormat.rich, LogFormat.simple):
@@ -151,11 +152,10 @@ def run(
     return Path(result.best_path)
 
 
-def _open(recipe: Recipe, folder: Path, resume: bool, processes: Any) -> Any:
+def _open(config: dict[str, Any], folder: Path, resume: bool, processes: Any) -> Any:
     """Return the run's folder; the first process opens it for all."""
     from l2t_core.run_folder import RunFolder, open_run
 
-    config = {"recipe": recipe.name, **recipe.config()}
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank else open_run(folder, config, resume=resume)
     )

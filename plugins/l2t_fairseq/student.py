@@ -20,7 +20,7 @@ from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinfo
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
-from l2t_fairseq.fingerprint import dictionary_fingerprint
+from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
@@ -193,6 +193,10 @@ class NmtStudent:
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the target dictionary."""
         return dictionary_fingerprint(self.dictionary)
+
+    def content(self) -> dict[str, str]:
+        """Return the digest of what the recipe's section names without holding it."""
+        return {"data_sha256": data_digest(self.corpus.data_bin)}
 
 
 def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:

@@ -13,6 +13,7 @@ from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
 from l2t_vision.augmentation import AUGMENTATIONS, augmented
 from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
+from l2t_vision.identity import content
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
@@ -148,6 +149,10 @@ class ImageStudent:
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the number of classes."""
         return {"kind": "classes", "num_classes": self.num_classes}
+
+    def content(self) -> dict[str, str]:
+        """Return digests of what the recipe's section names without holding it."""
+        return content(self.spec, self.data, self.module)
 
 
 def _accuracy(log_probs: Tensor, labels: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,3 +43,17 @@ def imported(path: str, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{key} {path} is no function; write module:function")
     return found
+
+
+def source_of(path: str, key: str) -> bytes:
+    """Return the content of the file that defines what ``path`` names, empty if there is none.
+
+    Raises:
+        UserError: as :func:`imported`.
+    """
+    found = imported(path, key)
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(found))
+    except TypeError:  # an object that can be called, or compiled code
+        file = getattr(sys.modules[path.partition(":")[0]], "__file__", None)
+    return Path(file).read_bytes() if file and Path(file).is_file() else b""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -308,6 +308,39 @@ def test_scores_that_are_not_numbers_are_a_divergence(
     monkeypatch.setattr(ImageTrials, "run", lambda self, trial, folder: nothing)
     outcome = l2t("compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]")
     assert outcome.code == 0 and outcome.out.count(": diverged") == 3
+
+
+def test_every_setting_of_the_student_belongs_to_a_trials_identity(tiny: Path) -> None:
+    """A trial of other data, another model or other steps must never be taken for this one."""
+    recipe = load_for_comparison(str(tiny), [])
+    found = ImageTrials(recipe).identity()
+    section = asdict(recipe.student)
+    del section["folder"], section["device"], section["optimiser"]["lr"]
+    assert found["image"] == section
+    for change in ("label_noise=0.1", "imbalance=4", "data_seed=5", "train_size=400"):
+        other = ImageTrials(load_for_comparison(str(tiny), [f"image.{change}"])).identity()
+        assert other["content"] != found["content"]
+
+
+def test_a_changed_model_of_ones_own_is_trained_again(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), "
+        "nn.Linear(WIDTH, num_classes))\n"
+    )
+    arguments = ("compare", tiny, "--jobs", "1", "image.model=own_compared:net",
+                 "compare.losses=[]", "compare.seeds=2")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path("own_compared.py").write_text(f"WIDTH = 8\n{code}")
+    assert l2t(*arguments).code == 0
+    assert "5 of 5 trials were finished before" in l2t(*arguments).out
+    monkeypatch.delitem(sys.modules, "own_compared")
+    Path("own_compared.py").write_text(f"WIDTH = 9\n{code}")
+    again = l2t(*arguments)
+    assert again.code == 0 and "were finished before" not in again.out
 
 
 def test_dry_run_counts_the_trials_and_writes_nothing(l2t: Run, tiny: Path) -> None:

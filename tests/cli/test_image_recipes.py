@@ -115,4 +115,32 @@ def test_a_teacher_for_ones_own_pictures(
     applied = l2t("apply-teacher", teacher, digits, *changes, "--out", "applied")
     assert applied.code == 0, applied.err
     text = applied.out + "".join(p.read_text() for p in (tmp_path / "applied").rglob("*.json"))
-    assert "noise:symmetric-0.2|imbalance:2|augment:crop-flip" in text.replace("\n", "")
+    assert "label_noise:0.2|imbalance:2|augment:crop-flip" in text.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "apply-teacher"])
+def test_a_run_does_not_go_on_with_other_images(
+    l2t: Run, digits: Path, tmp_path: Path, command: str
+) -> None:
+    """The folder has the same name and other images in it: the old run is not theirs."""
+    code = (
+        "import numpy as np\n"
+        "def made(folder, train):\n"
+        "    labels = np.arange(60) % 2\n"
+        "    images = np.full((60, 8, 8), 7, np.uint8)\n"
+        "    images[labels == 1, :, ::2] += np.load('level.npy')\n"
+        "    return images, labels\n"
+    )
+    (tmp_path / "own_images.py").write_text(code)
+    changes = ["image.data=own_images:made", "image.dev_size=20", "image.batch_size=8",
+               "image.dev_batch=0", "training.episodes=1"]
+    np.save(tmp_path / "level.npy", np.uint8(30))
+    train = ("train-teacher", digits, *changes, "--out", "run")
+    assert l2t(*train).code == 0
+    teacher = "run/teacher_best.safetensors"
+    apply = ("apply-teacher", teacher, digits, *changes[:-1], "--out", "used")
+    assert l2t(*apply).code == 0
+    again = train if command == "train-teacher" else apply
+    assert "finished" in l2t(*again).out
+    np.save(tmp_path / "level.npy", np.uint8(31))
+    assert "content.data_sha256 is " in l2t(*again).error()
