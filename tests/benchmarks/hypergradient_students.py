@@ -15,7 +15,7 @@ from l2t_core.measures import log_likelihood
 from l2t_core.optimisers import build_optimiser
 from l2t_core.specs import LossSpec, OptimiserSpec
 from l2t_core.student_state import DevStatistics
-from l2t_vision.models import MODELS
+from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
 
 SEED = 7
@@ -28,36 +28,6 @@ _TRAIN, _DEV = 1600, 100  # examples
 # first steps is up to 1e8 times the rate and no two float32 programs agree on it.
 _ADAM = OptimiserSpec("adam", 1e-3, eps=1e-3)
 _MOMENTUM = OptimiserSpec("momentum", 0.1)
-
-
-class Block(nn.Module):
-    """A residual block of two 3 x 3 convolutions; the shortcut has no parameters.
-
-    He et al. 2016, "Deep residual learning", section 4.2, option A.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride, self.more = outputs // inputs, outputs - inputs
-        self.first = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to [N, C', H / stride, W / stride]."""
-        inner = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return F.relu(inner + shortcut)
-
-
-def resnet8() -> nn.Module:
-    """Return the CIFAR ResNet of 6 n + 2 layers with n = 1: 16, 32 and 64 channels."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        Block(16, 16), Block(16, 32), Block(32, 64),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )
 
 
 class Attention(nn.Module):
@@ -168,15 +138,20 @@ class Task:
     loss: LossSpec
 
 
-def _image_net(name: str) -> Callable[[], nn.Module]:
-    return lambda: MODELS.get(name)((1, 28, 28), 10, ImageSpec(hidden=500))
+_GREY, _COLOUR = (1, 28, 28), (3, 32, 32)
+
+
+def _image_net(name: str, shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
+    return lambda: build_model(shape, 10, ImageSpec(model=name, hidden=500))
 
 
 _DENSE, _DIAGONAL = LossSpec("dense", "sigmoid"), LossSpec("diagonal", "softplus")
 TASKS = {
-    "mlp": Task(_image_net("mlp"), _images(1, 28, 28), 10, 100, _MOMENTUM, _DENSE),
-    "lenet": Task(_image_net("lenet"), _images(1, 28, 28), 10, 64, _MOMENTUM, _DENSE),
-    "resnet8": Task(resnet8, _images(3, 32, 32), 10, 32, _MOMENTUM, _DENSE),
+    "mlp": Task(_image_net("mlp", _GREY), _images(*_GREY), 10, 100, _MOMENTUM, _DENSE),
+    "lenet": Task(_image_net("lenet", _GREY), _images(*_GREY), 10, 64, _MOMENTUM, _DENSE),
+    "resnet8": Task(
+        _image_net("resnet8", _COLOUR), _images(*_COLOUR), 10, 32, _MOMENTUM, _DENSE
+    ),
     "transformer": Task(Transformer, _sentences, VOCABULARY, 32, _ADAM, _DIAGONAL),
     "lstm": Task(Lstm, _sentences, VOCABULARY, 32, _ADAM, _DIAGONAL),
 }
