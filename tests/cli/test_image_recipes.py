@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from in_process import Run  # type: ignore[import-not-found]
 from PIL import Image
 
-from l2t_cli.recipe_loading import load_recipe
+from l2t_cli.recipe_loading import load_recipe, read_yaml, shipped_recipes
+from l2t_core.step_losses import LastLayer
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
@@ -44,6 +46,29 @@ def test_each_recipe_validates_and_has_the_model_that_it_promises(
         assert "noise" in name or "long-tail" in name
     assert recipe.student.data == name.split("-")[0].replace("fashion", "fashion-mnist")
     assert recipe.student.folder == f"data/{recipe.student.data}"
+    LastLayer(model, classes)  # which the large margin needs
+
+
+IMAGE_RECIPES = sorted(name for name in shipped_recipes() if name.startswith("image/"))
+
+
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_each_recipe_can_be_compared_as_it_is(name: str) -> None:
+    """Every recipe says what it is to be compared with, on grids around its own rate."""
+    recipe = load_recipe(name)
+    content = read_yaml(recipe.source)
+    assert "compare" in content
+    spec = recipe.compare
+    assert {"cross_entropy", "label_smoothing", "large_margin"} <= set(spec.losses)
+    assert ("gce" in spec.losses) or not recipe.student.label_noise
+    assert ("focal" in spec.losses) or recipe.student.imbalance == 1
+    assert sorted(set(spec.lr)) == spec.lr and len(spec.lr) >= 4
+    assert spec.lr[0] < recipe.student.optimiser.lr < spec.lr[-1]
+    assert spec.seeds >= 5 and spec.large_margin.margin == [2, 3, 4]
+    for loss in spec.losses:  # each of a loss's own values meets each rate
+        own = vars(getattr(spec, loss)) if hasattr(spec, loss) else {}
+        assert math.prod(map(len, own.values())) * len(spec.lr) <= spec.trials, loss
+    assert f"l2t compare {recipe.short_name}" in recipe.source.read_text()
 
 
 @pytest.mark.parametrize(
