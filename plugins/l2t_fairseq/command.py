@@ -209,7 +209,8 @@ def teach_command(
     Raises:
         UserError: if the command trains what cannot be taught, or contradicts itself.
     """
-    _refuse_unteachable(command, header)
+    refuse_unteachable(command)
+    _refuse_blind(command, header)
     _refuse_other_user_dir(command, user_dir)
     steps = total_steps(command)
     changes = [f"left out of the script's line: {part}" for part in command.left_out]
@@ -238,14 +239,19 @@ def teach_command(
     return TaughtCommand(command, changes)
 
 
-def _refuse_unteachable(command: FairseqCommand, header: TeacherHeader) -> None:
+def refuse_unteachable(command: FairseqCommand) -> None:
+    """Refuse a command whose student no teacher can train or teach.
+
+    Raises:
+        UserError: naming the flag, in words that fit a command and the flags of a recipe.
+    """
     task = value_of(command, "--task") or "translation"
     if task not in TASKS:
         raise UserError(
             f"--task {task} cannot be taught: l2t teaches translation; give a command with "
             f"--task translation{suggestion(task, ['translation'])}"
         )
-    arch = value_of(command, "--arch") or value_of(command, "-a") or ""
+    arch = value_of(command, "--arch") or ""
     if "_lm" in arch:
         raise UserError(
             f"--arch {arch} is a language model and cannot be taught: l2t teaches translation; "
@@ -259,6 +265,10 @@ def _refuse_unteachable(command: FairseqCommand, header: TeacherHeader) -> None:
         )
     if has_flag(command, "--tpu"):
         raise UserError("--tpu cannot be taught: statistics are not reported at every update there")
+
+
+def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
+    """Refuse a command that never looks at dev where the teacher reads what is seen there."""
     needs_dev = any(
         name.startswith("dev_") or name == "class_accuracy" for name in header.teacher.features
     )

@@ -28,6 +28,7 @@ from l2t_core.losses import cross_entropy
 from l2t_core.student_state import DevStatistics, TrainStatistics
 from l2t_core.teacher_file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
+from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, refuse_differences
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class L2TDynamicCriterion(FairseqCriterion):
         """
         type(self)._live = weakref.ref(self)
         training = self.training and torch.is_grad_enabled()
-        log_probs, target = self._predict(model, sample)
+        log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         with torch.no_grad():
             nll = cross_entropy(log_probs, target)
@@ -185,13 +186,6 @@ class L2TDynamicCriterion(FairseqCriterion):
 
     def _sample_size(self, sample: dict[str, Any]) -> Any:
         return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-
-    def _predict(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities [N, K] and targets [N], padding included."""
-        net_output = model(**sample["net_input"])
-        log_probs = model.get_normalized_probs(net_output, log_probs=True)
-        target = model.get_targets(sample, net_output).view(-1)
-        return log_probs.view(-1, log_probs.size(-1)), target
 
     # -- what happened
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import itertools
 import logging
 import re
 import shlex
@@ -24,14 +23,18 @@ from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
+from l2t_fairseq.command import FairseqCommand, refuse_unteachable
 
-# Flags under which a student cannot be differentiated twice, or only wrongly.
+# What a command may do that is taught, and a student whose life is differentiated may not.
 _REFUSED = {
     "checkpoint_activations": "--checkpoint-activations recomputes outside the second derivative",
     "finetune_from_model": "--finetune-from-model starts from another model than the teacher sees",
     "fp16": "--fp16 is for the application; the hypergradient is in float32",
+    "restore_file": "--restore-file starts from a checkpoint, and the teacher's students afresh",
     "sentence_avg": "--sentence-avg scales the loss by sentences; teachers work per token",
 }
+
+_NOT_GIVEN = {"restore_file": "checkpoint_last.pt"}  # fairseq's default where it is not false
 
 
 def parse_flags(data_bin: Path, flags: str) -> Any:
@@ -46,7 +49,10 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
         arguments = [str(data_bin), *shlex.split(flags)]
     except ValueError as error:
         raise UserError(f"nmt.train: {error} in the flags; close the quotes") from None
-    _refuse_other_tasks(arguments)
+    try:  # before fairseq looks for another task's data
+        refuse_unteachable(FairseqCommand({}, ["fairseq-train"], arguments))
+    except UserError as error:
+        raise UserError(f"nmt.train: {error}") from None
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -68,14 +74,6 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
     return config
 
 
-def _refuse_other_tasks(arguments: list[str]) -> None:
-    """Refuse what is no translation before fairseq looks for that task's data."""
-    task = next((b for a, b in itertools.pairwise(arguments) if a == "--task"), "translation")
-    task = next((a[7:] for a in arguments if a.startswith("--task=")), task)
-    if task not in ("translation", "l2t_translation"):
-        raise UserError(f"nmt.train: --task {task} cannot be taught: l2t teaches translation")
-
-
 def _shortened(reason: str) -> str:
     """Return argparse's reason with a long list of choices as the nearest ones."""
     found = re.match(r"(.*invalid choice: '([^']*)') \(choose from (.*)\)$", reason)
@@ -86,15 +84,10 @@ def _shortened(reason: str) -> str:
 
 def _refuse(namespace: Any, config: Any) -> None:
     for key, reason in _REFUSED.items():
-        if getattr(namespace, key, False):
+        if getattr(namespace, key, None) not in (None, False, _NOT_GIVEN.get(key)):
             raise UserError(f"nmt.train: {reason}; leave it out in teacher training")
     if getattr(namespace, "quant_noise_pq", 0) or getattr(namespace, "quant_noise_scalar", 0):
         raise UserError("nmt.train: --quant-noise-* cannot be differentiated twice; leave it out")
-    if "_lm" in str(getattr(namespace, "arch", "")):
-        raise UserError(
-            f"nmt.train: --arch {namespace.arch} is a language model and cannot be taught: l2t "
-            "teaches translation"
-        )
     if config.dataset.max_tokens is None and config.dataset.batch_size is None:
         raise UserError("nmt.train: give --max-tokens or --batch-size")
 

@@ -21,6 +21,7 @@ from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
+from l2t_fairseq.predictions import predictions
 from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
@@ -101,12 +102,9 @@ class NmtStudent:
         return torch.cat([p for p, _ in parts]), torch.cat([t for _, t in parts])
 
     def _tokens(self, sample: Any) -> tuple[Tensor, Tensor]:
-        model: Any = self.module
-        output = model(**sample["net_input"])
-        log_probs = model.get_normalized_probs(output, log_probs=True)
-        targets = model.get_targets(sample, output).view(-1)
+        log_probs, targets = predictions(self.module, sample)
         kept = targets != self.dictionary.pad()
-        return log_probs.view(-1, log_probs.shape[-1])[kept], targets[kept]
+        return log_probs[kept], targets[kept]
 
     # -- measures on dev
 
