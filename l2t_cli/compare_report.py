@@ -13,7 +13,7 @@ from typing import Any
 from l2t_cli import console
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
-from l2t_cli.train_teacher import finished_episodes
+from l2t_cli.train_teacher import run_log
 from l2t_core.comparison import Point, at_edge, compare_paired, deviation, mean
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
@@ -119,12 +119,16 @@ def teacher_cost(path: Path) -> tuple[float | None, int]:
     training = header.record.get("training")
     students = training.get("students", 1) if isinstance(training, dict) else 1
     episodes = header.record.get("episodes", 0)
-    if not (isinstance(episodes, int) and isinstance(students, int)):
+    finals = header.record.get("final_students", 0)
+    if not all(isinstance(number, int) for number in (episodes, students, finals)):
         return None, 0
-    rows = finished_episodes(path.parent / "metrics.jsonl")
-    known = len(rows) == episodes and all(isinstance(row.get("seconds"), float) for row in rows)
+    rows = run_log(path.parent / "metrics.jsonl")
+    made = [row for row in rows if row["event"] == "episode"]
+    judged = sum(row.get("students", 0) for row in rows if row["event"] == "final")
+    known = len(made) == episodes and judged == finals
+    known = known and all(isinstance(row.get("seconds"), float) for row in rows)
     seconds = sum(row["seconds"] for row in rows) if known else None
-    return seconds, episodes * students * header.total_steps
+    return seconds, (episodes * students + finals) * header.total_steps
 
 
 def _warnings(

@@ -66,6 +66,9 @@ class TeacherView:
         if event["event"] == "plan":
             self._note(f"trajectory: {event['plan']}")
             return
+        if event["event"] == "final":
+            self._note(self.final(event))
+            return
         self._remember(event)
         if self._bars:
             self._bars.episode(event)
@@ -95,6 +98,19 @@ class TeacherView:
     def _remember(self, row: Event) -> None:
         if row.get("best"):
             self.best = (row["dev_measure"], row["episode"])
+
+    def final(self, row: Event) -> str:
+        """Return one line about a teacher's final students."""
+        score = row["dev_measure"]
+        parts = [
+            f"teacher of episode {row['episode']}",
+            f"dev {self.measure} {score:.4f}" if score is not None else "no student lived",
+            f"over {row['students']} final students",
+            console.duration(row["seconds"]),
+        ]
+        if lost := row["students_lost"]:
+            parts.append(f"{lost} of {row['students']} students lost")
+        return "  ".join(parts)
 
     def summary(self, row: Event) -> str:
         """Return one line about an episode."""

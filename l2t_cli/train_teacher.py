@@ -83,12 +83,14 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
         raise UserError(wrong[0])
     engine = Engine(Life(student, recipe.training.precision), recipe.loss, recipe.training)
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
-    episodes = recipe.training.episodes
+    spec = recipe.training
+    finals = spec.finalists * spec.final_students if spec.finalists > 1 else 0
     console.line()
     console.line(
-        f"plan: {episodes} updates of the teacher, "
-        f"{(episodes + 1) * recipe.training.students} students of {student.total_steps} steps "
-        f"each, into {console.shown(folder)}"
+        f"plan: {spec.episodes} updates of the teacher, "
+        f"{(spec.episodes + 1) * spec.students} students of {student.total_steps} steps each, "
+        + (f"{finals} final ones, " if finals else "")
+        + f"into {console.shown(folder)}"
     )
     console.line(f"trajectory: {describe_plan(engine)}")
 
@@ -210,6 +212,11 @@ def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format:
 
 def finished_episodes(metrics: Path) -> list[dict[str, Any]]:
     """Return the episodes that a run's log holds so far."""
+    return [row for row in run_log(metrics) if row["event"] == "episode"]
+
+
+def run_log(metrics: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's log: its episodes, then its final students by teacher."""
     if not metrics.exists():
         return []
     rows = []
@@ -218,7 +225,7 @@ def finished_episodes(metrics: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue  # cut short; the state knows, and writes the log anew
-        if isinstance(row, dict) and row.get("event") == "episode":
+        if isinstance(row, dict) and row.get("event") in ("episode", "final"):
             rows.append(row)
     return rows
 
@@ -231,7 +238,7 @@ def _plot(history: list[dict[str, Any]], measure: str, title: str, to: Path) -> 
 
 def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Path) -> None:
     measured = [r for r in result.history if r.get("dev_measure") is not None]
-    seconds = sum(row["seconds"] for row in result.history)
+    seconds = sum(row["seconds"] for row in run_log(folder / "metrics.jsonl"))
     rows = [
         ("recipe", recipe.name),
         ("teacher updates", str(len(result.history) - 1)),

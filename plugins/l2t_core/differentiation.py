@@ -46,6 +46,19 @@ Differentiation = Callable[[Episode, Teacher, OnStep], Iterator[Outcome]]
 DIFFERENTIATIONS: Registry[Differentiation] = Registry("way to differentiate")
 
 
+def true_measure(episode: Episode, teacher: Teacher, on_step: OnStep) -> float:
+    """Return the true dev measure of a student taught by ``teacher``, without any derivative.
+
+    Raises:
+        FloatingPointError: if the student diverges.
+    """
+    life = episode.life
+    start = life.begin(episode.student_seed)
+    spare = life.flat.empty(2, len(start))
+    run_forward(life, episode.follow(teacher), start, None, on_step, spare=spare)
+    return life.student.true_measure()
+
+
 def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
     """Reverse-mode hypergradient: the chain of the steps' VJPs (Algorithm 1, lines 2-4).
 

@@ -66,6 +66,14 @@ def _limits(
             "training.student_seeds", spec.student_seeds, spec.student_seeds >= 0,
             "must be 0 (fresh students each episode) or more",
         ),
+        (
+            "training.finalists", spec.finalists, spec.finalists >= 1,
+            "must be at least 1 (the best by its own students)",
+        ),
+        (
+            "training.final_students", spec.final_students, 1 <= spec.final_students <= 100_000,
+            "must lie in [1, 100,000]",
+        ),
         ("training.cotangent_cap", spec.cotangent_cap, 0 <= spec.cotangent_cap < math.inf,
          "must be 0 (off) or more"),
         ("training.max_growth", spec.max_growth, spec.max_growth >= 0, "must be 0 (off) or more"),

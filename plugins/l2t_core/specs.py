@@ -76,7 +76,9 @@ class TrainingSpec:
     batch). ``student_seeds`` is how many students take turns: 0, the paper's way, makes fresh
     ones each episode, and then the best of a few episodes is as much the best student as the best
     teacher; 1 keeps the student the same and compares teachers only. ``patience`` stops after so
-    many episodes without a better dev measure (0: never).
+    many episodes without a better dev measure (0: never). ``finalists``, above 1, is how many of
+    the best teachers by their own students teach, at the end, the same ``final_students`` fresh
+    ones, whose mean dev measure then says which is the best.
 
     ``differentiation`` names the way to differentiate: exact, windows, antithetic-es,
     persistent-es or mixed. ``discount`` (gamma) multiplies the cotangent at each step back in
@@ -101,6 +103,8 @@ class TrainingSpec:
     students: int = 1
     parallel: str = "students"
     student_seeds: int = 0
+    finalists: int = 1
+    final_students: int = 3
     differentiation: str = "exact"
     discount: float = 1.0
     truncate: int = 0

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.diagnostics import finite, largest, mean
-from l2t_core.differentiation import DIFFERENTIATIONS, Outcome
+from l2t_core.differentiation import DIFFERENTIATIONS, Outcome, true_measure
 from l2t_core.double_backward import probe
 from l2t_core.engine import Engine, Episode, describe_plan
 from l2t_core.errors import UserError
@@ -33,13 +33,16 @@ from l2t_core.specs import (
 from l2t_core.student import Student
 from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
-from l2t_core.teachers import build_teacher
-from l2t_core.update import advice, combine, phi_penalty, signal_to_noise
+from l2t_core.teachers import Teacher, build_teacher
+from l2t_core.training_state import Leader, Theta, TrainingState
+from l2t_core.update import advice, combine, phi_penalty, signal_to_noise, unusable
 
 # A dense W beyond this many classes takes more memory than any student of that size.
 DENSE_LIMIT = 1000
 # So many episodes in a row without a usable hypergradient end a run: more would not help.
 MOST_SKIPPED = 8
+# Beyond the students of any run's episodes.
+FIRST_FINAL_STUDENT = 900_000
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -56,24 +59,8 @@ class TrainingResult:
     history: list[dict[str, Any]]
 
 
-@dataclass
-class Progress:
-    """The part of a run that changes from episode to episode, theta and its Adam aside."""
-
-    episode: int = 0
-    best_measure: float = -math.inf
-    best_episode: int = -1
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class TeacherTraining:
-    """One run: theta, its optimiser, the best theta so far and the progress.
-
-    ``sound`` is the last theta whose students told something: where one kills or saturates them,
-    theta goes half the way back to it.
-    """
+    """One run: what stays the same of it, and the state that its episodes change."""
 
     def __init__(
         self,
@@ -97,13 +84,8 @@ class TeacherTraining:
         self.life = processes.agree(lambda: Life(student, spec.precision, sharing))
         self.engine = processes.agree(lambda: Engine(self.life, loss, spec, folder.path))
         # theta lives where omega does: phi enters the student's graph.
-        self.teacher = build_teacher(
-            self.teacher_spec, loss, student.num_classes, features, spec.seed
-        ).to(self.life.flat.vector.device)
-        self.optimiser = torch.optim.Adam(self.teacher.parameters(), lr=spec.lr)
-        self.best = self._theta()
-        self.sound = self._theta()
-        self.progress = Progress()
+        self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
+        self.state = TrainingState(self.teacher, spec.lr, spec.finalists)
         self._resume()
 
     def _check(
@@ -117,46 +99,74 @@ class TeacherTraining:
                 "in every slot; use diagonal, lowrank or shared"
             )
 
-    def _theta(self) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in self.teacher.state_dict().items()}
+    def _new_teacher(self, features: int) -> Teacher:
+        return build_teacher(
+            self.teacher_spec, self.loss, self.student.num_classes, features, self.spec.seed
+        )
+
+    def _teacher_of(self, theta: Theta) -> Teacher:
+        teacher = self._new_teacher(self.teacher.num_features)
+        teacher.load_state_dict(theta)
+        return teacher
 
     def run(self, on_event: OnEvent) -> TrainingResult:
-        """Run the episodes that are left, saving after each."""
+        """Run the episodes that are left, saving after each, and the final students."""
         if not self._finished():
             if self.spec.hvp == "exact" and self.spec.differentiation not in WITHOUT_DERIVATIVES:
                 self.processes.agree(self._probe)
             on_event({"event": "plan", "plan": describe_plan(self.engine, self.processes)})
         while not self._finished():
             self._episode(on_event)
-        best = build_teacher(
-            self.teacher_spec,
-            self.loss,
-            self.student.num_classes,
-            self.teacher.num_features,
-            self.spec.seed,
-        )
-        best.load_state_dict(self.best)
+        if len(self.state.leaders) > 1:
+            self._finals(on_event)
+        best, folder, p = self.state.winner(), self.folder, self.state.progress
         if self.processes.rank == 0:
-            save_teacher(self.folder.teacher_best, best, self._header())
-            save_teacher(self.folder.teacher_last, self.teacher, self._header())
-        p = self.progress
+            header = self._header(best)
+            save_teacher(folder.teacher_best, self._teacher_of(best.theta), header)
+            save_teacher(folder.teacher_last, self.teacher, header)
         return TrainingResult(
-            self.folder.teacher_best,
-            self.folder.teacher_last,
-            p.best_measure,
-            p.best_episode,
-            p.skipped,
+            folder.teacher_best, folder.teacher_last, best.mark(), best.episode, p.skipped,
             p.history,
         )
 
+    def _finals(self, on_event: OnEvent) -> None:
+        """Have each leader teach the same fresh students: its own may have been lucky ones."""
+        spec = self.spec
+        for leader in self.state.leaders:
+            if leader.scores:
+                continue
+            began = time.monotonic()
+            teacher = self._teacher_of(leader.theta).to(self.life.flat.vector.device)
+            scores = [
+                self._final_score(teacher, leader.episode, number, on_event)
+                for number in self._mine(spec.final_students)
+            ]
+            leader.scores = self._together(scores)
+            leader.seconds = round(time.monotonic() - began, 3)
+            self._save()
+            on_event(leader.row())
+
+    def _final_score(
+        self, teacher: Teacher, episode: int, number: int, on_event: OnEvent
+    ) -> float | None:
+        """Return the true dev measure of a final student, None if it dies."""
+        seed = self.spec.seed * 1_000_003 + FIRST_FINAL_STUDENT + number
+        life = Episode(self.engine, tuple(self.teacher_spec.features), seed, seed)
+        on_step = self._on_step(episode, number, self.spec.final_students, on_event)
+        try:
+            found = true_measure(life, teacher, on_step)
+        except FloatingPointError:
+            return None
+        return found if math.isfinite(found) else None
+
     def _finished(self) -> bool:
-        p, spec = self.progress, self.spec
-        stale = p.episode - 1 - p.best_episode
+        p, spec = self.state.progress, self.spec
+        stale = p.episode - 1 - self.state.leaders[0].episode
         # The last update's teacher still has to be measured, hence one more episode than updates.
         return p.episode > spec.episodes or bool(spec.patience and stale >= spec.patience)
 
     def _episode(self, on_event: OnEvent) -> None:
-        p = self.progress
+        p = self.state.progress
         began = time.monotonic()
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
         for outcomes in self._outcomes(on_event):
@@ -176,32 +186,42 @@ class TeacherTraining:
 
     def _outcomes(self, on_event: OnEvent) -> Iterator[list[Outcome]]:
         """Yield the outcomes of all students wherever theta may be updated."""
-        spec, processes = self.spec, self.processes
-        alone = spec.parallel == "data" or processes.world == 1
-        mine = range(spec.students) if alone else processes.share(spec.students)
-        lives = [self._life(number, on_event) for number in mine]
+        spec = self.spec
+        lives = [self._life(number, on_event) for number in self._mine(spec.students)]
         # One life ends before the next begins, but for ways that update within one life.
         for outcomes in zip(*lives, strict=True):
-            if spec.parallel == "data":
-                # The same in all processes but for the last bit, which must not part them.
-                together = processes.from_first(list(outcomes))
-            else:
-                together = processes.gather(list(outcomes))
+            together = self._together(list(outcomes))
             yield together
             if spec.differentiation in WITHIN_A_LIFE and any(o.failure for o in together):
                 return
 
-    def _life(self, number: int, on_event: OnEvent) -> Iterator[Outcome]:
-        """Yield the outcomes of one student, a failure as the last one where it dies."""
-        episode, spec = self.progress.episode, self.spec
-        steps = self.student.total_steps
+    def _mine(self, count: int) -> range:
+        """Return which of ``count`` students this process trains, or helps to train."""
+        return range(count) if self.spec.parallel == "data" else self.processes.share(count)
+
+    def _together(self, mine: list[Any]) -> list[Any]:
+        """Return what all students gave, in their order."""
+        if self.spec.parallel == "data":
+            # The same in all processes but for the last bit, which must not part them.
+            return list(self.processes.from_first(mine))
+        return self.processes.gather(mine)
+
+    def _on_step(
+        self, episode: int, number: int, students: int, on_event: OnEvent
+    ) -> Callable[[str, int], None]:
+        of = self.student.total_steps
 
         def on_step(phase: str, step: int) -> None:
             on_event(
-                {"event": "step", "episode": episode, "phase": phase, "step": step, "of": steps,
-                 "student": number, "students": spec.students}
+                {"event": "step", "episode": episode, "phase": phase, "step": step, "of": of,
+                 "student": number, "students": students}
             )
 
+        return on_step
+
+    def _life(self, number: int, on_event: OnEvent) -> Iterator[Outcome]:
+        """Yield the outcomes of one student, a failure as the last one where it dies."""
+        episode, spec = self.state.progress.episode, self.spec
         turn = episode * spec.students + number
         if spec.student_seeds:
             turn %= spec.student_seeds
@@ -211,16 +231,17 @@ class TeacherTraining:
         features = tuple(self.teacher_spec.features)
         try:
             yield from self.differentiate(
-                Episode(self.engine, features, seed, seed, noise), self.teacher, on_step
+                Episode(self.engine, features, seed, seed, noise), self.teacher,
+                self._on_step(episode, number, spec.students, on_event),
             )
         except FloatingPointError as error:
             yield Outcome(failure=str(error))
 
     def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """Take outcomes in: remember the best theta, then make one Adam step of ascent."""
-        p, spec = self.progress, self.spec
+        p, spec = self.state.progress, self.spec
         for outcome in outcomes:
-            outcome.failure = outcome.failure or _unusable(outcome, spec.max_growth)
+            outcome.failure = outcome.failure or unusable(outcome, spec.max_growth)
         alive = [o for o in outcomes if not o.failure]
         needed = 2 if spec.differentiation == "mixed" else 1
         usable = len(alive) >= needed
@@ -241,9 +262,8 @@ class TeacherTraining:
             self._retreat()
             return row | {"reason": next(o.failure for o in outcomes if o.failure)}
         p.skipped_in_a_row = 0
-        if row["dev_measure"] is not None and row["dev_measure"] > p.best_measure:
-            p.best_measure, p.best_episode = row["dev_measure"], p.episode
-            self.best, row["best"] = self._theta(), True
+        if row["dev_measure"] is not None:
+            row["best"] = self.state.offer(row["dev_measure"])
         return row | self._ascend(alive)
 
     def _ascend(self, alive: list[Outcome]) -> dict[str, Any]:
@@ -256,15 +276,15 @@ class TeacherTraining:
                 self.teacher, self.loss, features, spec.phi_penalty
             )[1]
         norm = float(gradient.norm())
-        if self.progress.episode < spec.episodes:
-            self.sound = self._theta()
+        if self.state.progress.episode < spec.episodes:
+            self.state.sound = self.state.theta()
             scale = min(1.0, spec.clip_norm / (norm + 1e-12)) if spec.clip_norm > 0 else 1.0
             start = 0
             for parameter in self.teacher.parameters():
                 piece = gradient[start : start + parameter.numel()]
                 parameter.grad = (-scale * piece).view_as(parameter)  # ascent on M-tilde
                 start += parameter.numel()
-            self.optimiser.step()
+            self.state.optimiser.step()
         return {
             "hypergradient_norm": norm,
             "signal_to_noise": finite(signal_to_noise(estimates[:, 0])),
@@ -273,15 +293,15 @@ class TeacherTraining:
     def _retreat(self) -> None:
         """Take theta half the way back to the last one whose students lived."""
         for name, value in self.teacher.state_dict().items():
-            value.lerp_(self.sound[name], 0.5)
+            value.lerp_(self.state.sound[name], 0.5)
 
-    def _header(self) -> TeacherHeader:
-        p = self.progress
+    def _header(self, best: Leader) -> TeacherHeader:
         record = {
             **self.record,
-            "episodes": p.episode,
-            "best_episode": p.best_episode,
-            "best_dev_measure": p.best_measure if math.isfinite(p.best_measure) else None,
+            "episodes": self.state.progress.episode,
+            "final_students": sum(len(leader.scores) for leader in self.state.leaders),
+            "best_episode": best.episode,
+            "best_dev_measure": best.mark() if math.isfinite(best.mark()) else None,
             "measure": self.student.measure_name,
             "training": dataclasses.asdict(self.spec),
         }
@@ -312,13 +332,8 @@ class TeacherTraining:
     def _save(self) -> None:
         if self.processes.rank:
             return
-        tensors = {f"theta.{k}": v for k, v in self.teacher.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        tensors |= {f"sound.{k}": v for k, v in self.sound.items()}
-        for index, slots in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in slots.items()}
-        self.folder.save_state(tensors, dataclasses.asdict(self.progress))
-        self.folder.write_metrics(self.progress.history)
+        self.folder.save_state(*self.state.pack())
+        self.folder.write_metrics(self.state.rows())
 
     def _resume(self) -> None:
         processes = self.processes
@@ -327,46 +342,15 @@ class TeacherTraining:
         stored = processes.from_first(mine)
         if stored is None:
             return
-        tensors, record = stored
         try:
-            self.progress = Progress(**record)
-            self.teacher.load_state_dict(_with_prefix(tensors, "theta."))
-            self.best = _with_prefix(tensors, "best.")
-            device = self.life.flat.vector.device
-            sound = _with_prefix(tensors, "sound.") or self._theta()
-            self.sound = {k: v.to(device) for k, v in sound.items()}
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in _with_prefix(tensors, "adam.").items():
-                index, name = key.split(".", 1)
-                state.setdefault(int(index), {})[name] = value
-            groups = self.optimiser.state_dict()["param_groups"]
-            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+            self.state.unpack(*stored)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.folder.state} does not belong to this run "
                 f"({str(error).splitlines()[0]}); choose another --out"
             ) from error
         if first:
-            self.folder.write_metrics(self.progress.history)
-
-
-def _unusable(outcome: Outcome, max_growth: float) -> str:
-    if not math.isfinite(outcome.smoothed):
-        return "the smoothed measure is not finite"
-    if outcome.true is not None and not math.isfinite(outcome.true):
-        return "the dev measure is not finite"
-    if not all(bool(e.isfinite().all()) for e in outcome.estimates):
-        return "the hypergradient is not finite"
-    if max_growth and outcome.way_back.largest > max_growth:
-        return f"the hypergradient grew {outcome.way_back.largest:.0f}-fold on its way back"
-    if outcome.true is not None and not any(bool(e.any()) for e in outcome.estimates):
-        # Adam would go on by momentum, away from where there was something to learn.
-        return "the hypergradient is zero: the smoothed measure is flat there (saturated?)"
-    return ""
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            self.folder.write_metrics(self.state.rows())
 
 
 def train_teacher(
@@ -386,7 +370,8 @@ def train_teacher(
     teacher, measures them on dev, and makes one Adam step on theta, or one a window. The last of
     ``spec.episodes`` + 1 episodes measures the last teacher. A student without a finite
     hypergradient is left out; without any, the episode is skipped and counted and theta goes half
-    the way back.
+    the way back. With ``spec.finalists`` above 1, so many of the best teachers then teach the same
+    fresh students, and the best is chosen by their mean.
 
     The students of an update, or the batches of a step, are shared by ``processes``; the number
     of processes may change when a run goes on. Only the first of them writes.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from l2t_core.differentiation import Outcome
 from l2t_core.losses import neutral_coefficients
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
@@ -105,3 +106,18 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         )
     return ""
 
+
+def unusable(outcome: Outcome, max_growth: float) -> str:
+    """Return why an outcome may not move theta, empty if it may (``training.max_growth``)."""
+    if not math.isfinite(outcome.smoothed):
+        return "the smoothed measure is not finite"
+    if outcome.true is not None and not math.isfinite(outcome.true):
+        return "the dev measure is not finite"
+    if not all(bool(e.isfinite().all()) for e in outcome.estimates):
+        return "the hypergradient is not finite"
+    if max_growth and outcome.way_back.largest > max_growth:
+        return f"the hypergradient grew {outcome.way_back.largest:.0f}-fold on its way back"
+    if outcome.true is not None and not any(bool(e.any()) for e in outcome.estimates):
+        # Adam would go on by momentum, away from where there was something to learn.
+        return "the hypergradient is zero: the smoothed measure is flat there (saturated?)"
+    return ""

@@ -198,6 +198,23 @@ def test_the_teachers_training_is_part_of_its_cost(watched: Watched, tmp_path: P
     assert teacher_cost(alone) == (None, 3 * 24)
 
 
+def test_final_students_are_part_of_a_teachers_cost(l2t: Run, tiny: Path) -> None:
+    finals = ("training.finalists=2", "training.final_students=2")
+    plan = l2t("train-teacher", tiny, *finals, "--dry-run").out
+    assert "3 students of 24 steps each, 4 final ones, into" in plan
+    outcome = l2t("train-teacher", tiny, *finals)
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(r) for r in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["episode"] * 3 + ["final"] * 2
+    for row in rows[3:]:
+        assert f"teacher of episode {row['episode']}  dev accuracy " in outcome.out
+    best = max(rows[3:], key=lambda row: row["dev_measure"])
+    assert f"{best['dev_measure']:.4f} (episode {best['episode']})" in outcome.out
+    seconds, steps = teacher_cost(Path("runs/tiny/teacher_best.safetensors"))
+    assert steps == (3 + 4) * 24
+    assert seconds == pytest.approx(sum(row["seconds"] for row in rows))
+
+
 def test_a_killed_comparison_repeats_no_finished_trial(
     l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

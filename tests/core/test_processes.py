@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +19,12 @@ from l2t_core.engine import Engine, Episode
 from l2t_core.errors import PeerLost, UserError
 from l2t_core.life import Life, shard_rows
 from l2t_core.processes import ALONE, join_processes
+from l2t_core.run_folder import RunFolder
 from l2t_core.settings import check_processes
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
+from l2t_core.training import train_teacher
 
 LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
 CASES = [
@@ -79,6 +84,26 @@ def test_shared_batches_give_one_processs_hypergradient(tmp_path):
             torch.testing.assert_close(found[0], alone, rtol=tolerance, atol=tolerance * 1e-3)
             assert found[1] == pytest.approx(smoothed, rel=1e-12)
         assert torch.equal(first[0], second[0])
+
+
+def choose(processes):
+    """Train a teacher, its students and the final ones dealt out; return what says it all."""
+    student = ToyStudent(STUDENTS["mlp"], OptimiserSpec("momentum", 0.3), steps=5)
+    spec = TrainingSpec(episodes=2, students=2, finalists=2, final_students=3, lr=0.02)
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name))
+        result = train_teacher(
+            student, LOSS, TeacherSpec(slots=2), spec, folder, record={}, processes=processes
+        )
+        kept = folder.teacher_best
+        digest = hashlib.sha256(kept.read_bytes()).hexdigest() if kept.exists() else ""
+    return result.best_measure, result.best_episode, digest
+
+
+def test_final_students_are_dealt_out_and_choose_the_same_teacher(tmp_path):
+    first, second = in_two_processes(tmp_path, choose)
+    assert first == choose(ALONE) and first[2]
+    assert second == (*first[:2], "")  # the first process alone writes
 
 
 def deal(processes):

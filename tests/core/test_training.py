@@ -246,6 +246,77 @@ def test_patience_stops_early(student, tmp_path):
     assert [r["episode"] for r in result.history] == [0, 1, 2, 3]
 
 
+def test_the_best_is_chosen_on_the_same_fresh_students(student, tmp_path):
+    """By their own students the order is another than by the final ones."""
+    trained, applied = [], []
+    reset, measure = student.reset, student.true_measure
+    student.reset = lambda seed: (trained.append(seed), reset(seed))
+    own, common = iter([0.1, 0.9, 0.8, 0.2, 0.7]), iter([0.3, 0.4, 0.9, 0.7, 0.1, 0.6])
+
+    def true_measure():
+        found = next(own, None)
+        if found is None:
+            applied.append((trained[-1], measure()))
+            return next(common)
+        return found
+
+    student.true_measure = true_measure
+    events = []
+    result = run(student, tmp_path / "run", finalists=3, final_students=2, on_event=events.append)
+    finals = [e for e in events if e["event"] == "final"]
+    assert [(e["episode"], e["scores"]) for e in finals] == [
+        (1, [0.3, 0.4]), (2, [0.9, 0.7]), (4, [0.1, 0.6])
+    ]
+    # The same two students for each teacher, and none that any of them has learnt from.
+    seeds = [seed for seed, _ in applied]
+    assert seeds[:2] == seeds[2:4] == seeds[4:] and seeds[0] != seeds[1]
+    assert not set(seeds) & set(trained[:-6])
+    assert result.best_episode == 2
+    assert result.best_measure == pytest.approx(0.8)
+    record = load_header(result.best_path).record
+    assert (record["best_episode"], record["final_students"]) == (2, 6)
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in rows] == ["episode"] * 5 + ["final"] * 3
+    # The file is the second episode's theta: its students are what it makes of those seeds.
+    student.true_measure = measure
+    for seed, found in applied[2:4]:
+        train_student(student, seed, AppliedTeacher.from_file(result.best_path, 6))
+        assert student.true_measure() == found
+    del events[:]
+    again = run(student, tmp_path / "run", finalists=3, final_students=2, on_event=events.append)
+    assert events == [] and again.best_episode == 2
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_finals_resume_to_the_same_bits(student, tmp_path, step):
+    settings = {"finalists": 2, "final_students": 2}
+    whole = run(student, tmp_path / "whole", **settings)
+    finals = []
+
+    def kill(event):
+        finals.append(event["event"] == "final")
+        if sum(finals) == 1 and event["event"] == "step" and event["step"] == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(student, tmp_path / "parts", on_event=kill, **settings)
+    events = []
+    parts = run(student, tmp_path / "parts", on_event=events.append, **settings)
+    assert [e["event"] for e in events].count("final") == 1
+    assert parts.best_measure == whole.best_measure
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        a, b = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))
+        assert a == b
+
+
+def test_a_finalist_whose_student_dies_does_not_win(student, tmp_path):
+    scores = iter([0.5, 0.9, 0.8, 0.1, 0.1, float("nan"), 0.99, 0.2, 0.1])
+    student.true_measure = lambda: next(scores)
+    result = run(student, tmp_path / "run", finalists=2, final_students=2)
+    assert result.best_episode == 2
+    assert result.best_measure == pytest.approx(0.15)
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     open_run(tmp_path / "run", {"training": {"lr": 0.1}})
     with pytest.raises(UserError, match=r"another run \(training.lr is 0.1 there, 0.2 here\)"):
@@ -281,6 +352,8 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LOSS, {"differentiation": "exakt"}, "did you mean 'exact'"),
         (LOSS, {"memory": "100B"}, "smallest budget"),
         (LOSS, {"students": 0}, "training.students is 0"),
+        (LOSS, {"finalists": 0}, "training.finalists is 0"),
+        (LOSS, {"final_students": 0}, "training.final_students is 0"),
         (LOSS, {"parallel": "date"}, "did you mean 'data'"),
         (LOSS, {"window": 3}, "no effect with training.differentiation=exact"),
         (LOSS, {"differentiation": "windows"}, "needs training.window"),

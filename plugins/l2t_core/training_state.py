@@ -1,0 +1,133 @@
+"""What changes in a run of teacher training from episode to episode, and how it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2t_core.diagnostics import mean
+from l2t_core.teachers import Teacher
+
+Theta = dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """The part of a run that is numbers."""
+
+    episode: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Leader:
+    """A teacher that may become the best: theta, and its own episode's true dev measure.
+
+    ``scores`` are the true dev measures of the final students that it has taught, None for one
+    that died, and ``seconds`` the time that they took.
+    """
+
+    episode: int
+    measure: float
+    theta: Theta
+    scores: list[float | None] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def mark(self) -> float:
+        """Return what it is chosen by: its final students' mean if it has any; the dead are worst.
+        """
+        if not self.scores:
+            return self.measure
+        return math.fsum(-math.inf if s is None else s for s in self.scores) / len(self.scores)
+
+    def row(self) -> dict[str, Any]:
+        """Return the log's row on its final students."""
+        alive = [s for s in self.scores if s is not None]
+        return {
+            "event": "final", "episode": self.episode, "dev_measure": mean(alive),
+            "scores": self.scores, "students": len(self.scores),
+            "students_lost": len(self.scores) - len(alive), "seconds": self.seconds,
+        }
+
+
+class TrainingState:
+    """Theta in its teacher, its Adam, the best thetas so far and the numbers.
+
+    ``sound`` is the last theta whose students told something. ``leaders`` are the best by their
+    own episode's measure, at most ``keep`` of them, the best first and of equals the earliest;
+    until an episode has given a measure, the theta of the start stands for it.
+    """
+
+    def __init__(self, teacher: Teacher, lr: float, keep: int) -> None:
+        self.teacher, self.keep = teacher, keep
+        self.optimiser = torch.optim.Adam(teacher.parameters(), lr=lr)
+        self.sound = self.theta()
+        self.leaders = [Leader(-1, -math.inf, self.theta())]
+        self.progress = Progress()
+
+    def theta(self) -> Theta:
+        """Return a copy of theta."""
+        return {k: v.clone() for k, v in self.teacher.state_dict().items()}
+
+    def offer(self, measure: float) -> bool:
+        """Let the present theta be a leader if it is good enough; tell whether it is the first."""
+        new = Leader(self.progress.episode, measure, self.theta())
+        known = [leader for leader in self.leaders if leader.episode >= 0]
+        self.leaders = sorted([*known, new], key=lambda leader: -leader.measure)[: self.keep]
+        return self.leaders[0] is new
+
+    def winner(self) -> Leader:
+        """Return the leader with the best mark, of equals the first."""
+        return max(self.leaders, key=Leader.mark)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the log: a row for each episode, then for each leader with final students."""
+        return [*self.progress.history, *(x.row() for x in self.leaders if x.scores)]
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything as tensors by name and a JSON-compatible record."""
+        tensors = _named("theta", self.teacher.state_dict()) | _named("sound", self.sound)
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= _named(f"adam.{index}", slots)
+        leaders = []
+        for index, leader in enumerate(self.leaders):
+            tensors |= _named(f"leader.{index}", leader.theta)
+            numbers = {k: v for k, v in vars(leader).items() if k != "theta"}
+            leaders.append(numbers)
+        return tensors, {"progress": dataclasses.asdict(self.progress), "leaders": leaders}
+
+    def unpack(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Take over what :meth:`pack` returned, on the teacher's device.
+
+        Raises:
+            RuntimeError, KeyError, TypeError, ValueError: if it is another run's.
+        """
+        device = next(self.teacher.parameters()).device
+        self.progress = Progress(**record["progress"])
+        self.leaders = [
+            Leader(theta=_part(tensors, f"leader.{index}."), **numbers)
+            for index, numbers in enumerate(record["leaders"])
+        ]
+        self.teacher.load_state_dict(_part(tensors, "theta."))
+        self.sound = {k: v.to(device) for k, v in _part(tensors, "sound.").items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _part(tensors, "adam.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
