@@ -6,12 +6,14 @@ from the padded image or its mirror image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 
 
@@ -49,3 +51,51 @@ def augmented(images: Tensor, how: Augmentation, generator: torch.Generator) -> 
     places = places.view(count, 1, -1).to(images.device).expand(-1, channels, -1)
     padded = F.pad(images, [how.padding] * 4).flatten(2)
     return padded.gather(2, places).view_as(images)
+
+
+def own_augmented(
+    images: Tensor, function: Callable[[Tensor], Tensor], path: str, seed: int
+) -> Tensor:
+    """Return what the user's ``function``, named by ``path``, makes of bytes [N, C, H, W].
+
+    It draws from torch's random numbers, which are those of ``seed`` meanwhile.
+
+    Raises:
+        UserError: if it fails or returns something else than such images.
+    """
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            found = function(images.clone())
+        except Exception as error:  # the user's own code
+            raise UserError(
+                f"image.augment {path} failed ({type(error).__name__}: {error}); it is called with "
+                "images, unsigned bytes [N, C, H, W], and returns as many of the same size"
+            ) from error
+    if not (isinstance(found, Tensor) and found.shape == images.shape):
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(
+            f"image.augment {path} returned {got} for images of {list(images.shape)}; it must "
+            "keep their number and size"
+        )
+    if found.dtype != torch.uint8:
+        raise UserError(
+            f"image.augment {path} returned {found.dtype}; it must keep images unsigned bytes: "
+            "they are standardised afterwards"
+        )
+    return found
+
+
+def check_repeatable(images: Tensor, function: Callable[[Tensor], Tensor], path: str) -> None:
+    """Refuse a function that makes something else of the same images and seed.
+
+    Raises:
+        UserError: so that no way back is walked on other batches than the way there.
+    """
+    first, second = (own_augmented(images, function, path, seed=1) for _ in range(2))
+    if not torch.equal(first, second):
+        raise UserError(
+            f"image.augment {path} gave two results from one seed, and a step must see the same "
+            "images whenever it is replayed; draw from torch's random numbers alone"
+        )

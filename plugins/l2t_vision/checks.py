@@ -37,7 +37,7 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
     found = []
     for key, registry in registries.items():
         name = getattr(spec, key)
-        if key in ("data", "model") and is_import_path(name):
+        if key in ("data", "model", "augment") and is_import_path(name):
             continue
         try:
             registry.get(name)

@@ -24,12 +24,14 @@ def content(spec: ImageSpec, data: ImageData, module: nn.Module) -> dict[str, st
     """Return digests of what a recipe's section names without holding it.
 
     ``data_sha256`` is over the splits' images and labels, after corruption; ``code_sha256``, for a
-    model of the user's own, over the file that its function is in and the module's structure.
+    model or an augmentation of the user's own, over the files that they are in and the module's
+    structure.
     """
     found = {"data_sha256": data_digest(data)}
-    if is_import_path(spec.model):
-        code = source_of(spec.model, "image.model") + repr(module).encode()
-        found["code_sha256"] = hashlib.sha256(code).hexdigest()
+    own = [key for key in ("model", "augment") if is_import_path(getattr(spec, key))]
+    if own:
+        code = [source_of(getattr(spec, key), f"image.{key}") for key in own]
+        found["code_sha256"] = hashlib.sha256(b"".join([*code, repr(module).encode()])).hexdigest()
     return found
 
 

@@ -23,7 +23,8 @@ class ImageSpec:
     ``dev_size`` images are cut off train, by ``data_seed``; ``train_size`` 0 means all that dev
     leaves. ``label_noise`` is the fraction of training labels made wrong: ``noise`` symmetric
     (any other class) or pair (the next class). ``imbalance`` is the first class's size over the
-    last's. ``corrupt_dev`` does both to dev, too. ``augment`` is none, crop or crop-flip.
+    last's. ``corrupt_dev`` does both to dev, too. ``augment`` is none, crop, crop-flip or
+    ``module:function`` (your own, on batches of bytes).
 
     ``measure`` is M-tilde: expected_accuracy, smoothed_accuracy, margin or log_likelihood, on
     ``dev_batch`` dev examples per episode (0: all). ``dev_interval`` is in steps. ``device`` is

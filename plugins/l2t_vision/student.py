@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,19 @@ from l2t_core.flat import refill
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import SCHEDULES, learning_rate
 from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
-from l2t_vision.augmentation import AUGMENTATIONS, augmented
+from l2t_vision.augmentation import (
+    AUGMENTATIONS,
+    augmented,
+    check_repeatable,
+    own_augmented,
+)
 from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.identity import content
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
+from l2t_vision.user_code import imported, is_import_path
 
 # Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
 _EVALUATION_SIZE = 2000 * 28 * 28
@@ -47,7 +55,12 @@ class ImageStudent:
         self.smoothed = MEASURES.get(spec.measure)
         channels, height, width = data.train_x.shape[1:]
         self.make = lambda: build_model((channels, height, width), data.num_classes, spec)
-        self.augmentation = AUGMENTATIONS.get(spec.augment)
+        self.own_augmentation: Callable[[Tensor], Tensor] | None = None
+        if is_import_path(spec.augment):
+            self.own_augmentation = imported(spec.augment, "image.augment")
+            check_repeatable(data.train_x[:8], self.own_augmentation, spec.augment)
+        known = "none" if self.own_augmentation else spec.augment
+        self.augmentation = AUGMENTATIONS.get(known)
         self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation
@@ -81,9 +94,11 @@ class ImageStudent:
         # The way back asks for each batch more than once.
         if self._latest is None or self._latest[0] != key:
             chosen = self.indices(step).to(self.data.train_x.device)
-            images = self._images(self.data.train_x[chosen])
-            generator = torch.Generator().manual_seed(self.step_seed(step) ^ _AUGMENTATION)
-            images = augmented(images, self.augmentation, generator)
+            images, seed = self.data.train_x[chosen], self.step_seed(step) ^ _AUGMENTATION
+            if self.own_augmentation is not None:
+                images = own_augmented(images, self.own_augmentation, self.spec.augment, seed)
+            generator = torch.Generator().manual_seed(seed)
+            images = augmented(self._images(images), self.augmentation, generator)
             self._latest = (key, (images, self.data.train_y[chosen]))
         return self._latest[1]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from l2t_core.apply import train_student
+from l2t_core.errors import UserError
 from l2t_vision.augmentation import AUGMENTATIONS, Augmentation, augmented
 from l2t_vision.student import ImageStudent
 
@@ -102,3 +104,82 @@ def test_training_on_moved_images_can_be_repeated(make_student: Make) -> None:
         train_student(student, 4, None)
         ends.append(torch.cat([p.detach().flatten() for p in student.module.parameters()]))
     assert torch.equal(*ends)
+
+
+OWN = """\
+import random
+import torch
+
+def noisy(images):
+    assert images.dtype == torch.uint8
+    return images.add_(torch.randint(0, 3, images.shape, dtype=torch.uint8))
+
+class Mirror:
+    def __call__(self, images):
+        return images.flip(3)
+
+mirror = Mirror()
+
+def forgetful(images):
+    return images + random.randrange(1, 200)
+
+def cut(images):
+    return images[:, :, 1:]
+
+def lighter(images):
+    return images / 2
+
+def broken(images):
+    return images.view(3)
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the functions above where a user has theirs."""
+    (tmp_path / "own_augmentation.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("own_code")
+def test_an_augmentation_of_ones_own_is_replayed(make_student: Make) -> None:
+    student = make_student(augment="own_augmentation:noisy")
+    student.reset(5)
+    before = torch.get_rng_state()
+    data = student.data.train_x.clone()
+    forward = [student.batch(step)[0].clone() for step in range(12)]
+    assert all(torch.equal(student.batch(s)[0], forward[s]) for s in reversed(range(12)))
+    # Neither the data nor anyone else's random numbers are touched.
+    assert torch.equal(data, student.data.train_x)
+    assert torch.equal(before, torch.get_rng_state())
+    plain = make_student()
+    plain.reset(5)
+    added = [(f - plain.batch(s)[0]) * 64 for s, f in enumerate(forward)]  # bytes
+    assert {int(v) for a in added for v in a.round().unique() if v >= 0} == {0, 1, 2}
+    assert not torch.equal(added[0], added[5])  # the same images, an epoch later
+    assert plain.test_error() == student.test_error()
+
+
+@pytest.mark.usefixtures("own_code")
+def test_an_object_may_augment(make_student: Make) -> None:
+    student, plain = make_student(augment="own_augmentation:mirror"), make_student()
+    for each in (student, plain):
+        each.reset(2)
+    assert torch.equal(student.batch(3)[0], plain.batch(3)[0].flip(3))
+
+
+@pytest.mark.usefixtures("own_code")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("forgetful", "two results from one seed"),
+        ("cut", r"returned \[8, 1, 7, 8\] for images of \[8, 1, 8, 8\]"),
+        ("lighter", "torch.float32; it must keep images unsigned bytes"),
+        ("broken", "failed"),
+        ("gone", "cannot be imported"),
+    ],
+)
+def test_what_cannot_augment_is_one_line(make_student: Make, name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        make_student(augment=f"own_augmentation:{name}")
+    assert "\n" not in str(error.value)

@@ -74,5 +74,7 @@ def test_a_models_own_code_counts(
         sys.modules.pop("own_net_code", None)
         importlib.invalidate_caches()
     assert set(content(ImageSpec(), data, net)) == {"data_sha256"}
+    spec = ImageSpec(augment="torch:flip")  # no file either, and still another student
+    assert set(content(spec, data, net)) == {"data_sha256", "code_sha256"}
     # What was compiled has no file, and is no reason to fail.
     assert content(ImageSpec(model="torch:zeros"), data, net)["code_sha256"]
