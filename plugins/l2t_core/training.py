@@ -245,15 +245,17 @@ class TeacherTraining:
         alive = [o for o in outcomes if not o.failure]
         needed = 2 if spec.differentiation == "mixed" else 1
         usable = len(alive) >= needed
+        # Those that were left out for what they met on the way back tell most about it.
+        back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
         row: dict[str, Any] = {
             "smoothed": mean([o.smoothed for o in alive]),
             "dev_measure": mean([o.true for o in alive if o.true is not None]),
             "measure": self.student.measure_name,
             "students": len(outcomes),
             "students_lost": len(outcomes) - len(alive),
-            "growth": mean([o.way_back.growth for o in alive]),
-            "largest": largest([o.way_back.largest for o in alive]),
-            "sharpness": largest([o.way_back.sharpness for o in alive]),
+            "growth": mean([way.growth for way in back]),
+            "largest": largest([way.largest for way in back]),
+            "sharpness": largest([way.sharpness for way in back]),
             "skipped": not usable, "best": False, "hypergradient_norm": None,
         }
         if not usable:

@@ -21,6 +21,7 @@ from l2t_core.teachers import Teacher
 # pure noise would have on average, with some margin.
 EXPLODED = 100.0
 NOISY = 1.2
+NOT_FINITE = "the hypergradient is not finite"
 
 
 def combine(estimates: Tensor) -> Tensor:
@@ -90,14 +91,12 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         value = row.get(key)
         return float(value) if isinstance(value, int | float) else 0.0
 
-    if number("largest") > EXPLODED:
-        mend = (
-            "let the student's rate end at zero (schedule: linear) or lower its peak"
-            if spec.discount < 1.0
-            else "set training.discount below 1 (0.99), or let the student's rate end at zero "
-            "(schedule: linear)"
-        )
-        return f"the hypergradient grew {number('largest'):.0f}-fold on its way back; {mend}"
+    if number("largest") > EXPLODED or row.get("reason") == NOT_FINITE:
+        said = f"grew {number('largest'):.0f}-fold" if number("largest") else "left all bounds"
+        mend = "let the student's rate end at zero (schedule: linear), lower its peak"
+        if spec.discount == 1.0:
+            mend += ", or set training.discount below 1 (0.99)"
+        return f"the hypergradient {said} on its way back; {mend}"
     snr = row.get("signal_to_noise")
     if isinstance(snr, float) and snr < NOISY:
         return (
@@ -114,7 +113,7 @@ def unusable(outcome: Outcome, max_growth: float) -> str:
     if outcome.true is not None and not math.isfinite(outcome.true):
         return "the dev measure is not finite"
     if not all(bool(e.isfinite().all()) for e in outcome.estimates):
-        return "the hypergradient is not finite"
+        return NOT_FINITE
     if max_growth and outcome.way_back.largest > max_growth:
         return f"the hypergradient grew {outcome.way_back.largest:.0f}-fold on its way back"
     if outcome.true is not None and not any(bool(e.any()) for e in outcome.estimates):

@@ -134,6 +134,8 @@ def test_an_explosion_is_no_direction(student, tmp_path):
     result = run(student, tmp_path / "strict", max_growth=1e-3)
     assert result.skipped == 5
     assert "fold on its way back" in result.history[0]["reason"]
+    # What the student that was left out met on its way back is told all the same.
+    assert result.history[0]["largest"] > 1e-3 and result.history[0]["sharpness"] > 0.0
     assert run(student, tmp_path / "off", max_growth=0.0).skipped == 0
 
 
