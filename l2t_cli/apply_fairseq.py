@@ -29,8 +29,8 @@ from l2t_fairseq.command import (
     with_value,
     without,
 )
+from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
-from l2t_fairseq.prepare import load_prepared
 
 _MARK = "command.sh"
 
@@ -102,8 +102,7 @@ class FairseqApplication:
         self._teacher = teacher
         self.taught(teacher)
         test_set = self.test_set()
-        if (test_set.data_bin.parent / "prepared.json").is_file():
-            load_prepared(test_set.data_bin.parent)
+        open_data(test_set.data_bin)
         _refuse_empty_dev(test_set.data_bin, value_of(self.command, "--valid-subset") or "valid")
         test_set.check(teacher)
 
@@ -195,15 +194,15 @@ class RecipeApplication(FairseqApplication):
 
     def __init__(self, recipe: Recipe) -> None:
         spec = recipe.student
-        self.prepared = Path(spec.data)
-        data_bin = self.prepared / "data-bin"
-        words = ["fairseq-train", str(data_bin), *split_flags(spec.train, "nmt.train")]
+        self.data = Path(spec.data)
+        flags = split_flags(spec.train, "nmt.train")
         split_flags(spec.generate, "nmt.generate")
-        super().__init__(recipe.short_name, parse_command(words), spec.generate)
+        command = parse_command(["fairseq-train", str(data_bin_of(self.data)), *flags])
+        super().__init__(recipe.short_name, command, spec.generate)
 
     def check(self, teacher: Path) -> None:
         """Refuse data that is missing or cut short, too."""
-        load_prepared(self.prepared)
+        open_data(self.data)
         super().check(teacher)
 
 

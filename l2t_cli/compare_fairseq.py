@@ -28,8 +28,7 @@ from l2t_fairseq.command import (
     with_value,
     without,
 )
-from l2t_fairseq.prepare import load_prepared
-from l2t_fairseq.scoring import language_pair, score_checkpoint
+from l2t_fairseq.data_folder import open_data
 
 _BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
@@ -63,8 +62,7 @@ class FairseqTrials:
 
     def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
         """Refuse missing data, and teachers for another dictionary."""
-        prepared = self.application.prepared
-        load_prepared(prepared)
+        open_data(self.application.data)
         self.application.test_set()
         for teacher in teachers:
             self.application.check(teacher)
@@ -143,13 +141,10 @@ class FairseqTrials:
         )
 
     def _bleu(self, folder: Path, split: str) -> tuple[float, str]:
-        prepared, flags = self.application.prepared, self.application.test_set().generate
-        language_pair(prepared / "data-bin", split)
         checkpoints = folder / "checkpoints"
         best = checkpoints / "checkpoint_best.pt"
         chosen = best if best.exists() else checkpoints / "checkpoint_last.pt"
-        scored = score_checkpoint(prepared, chosen, flags, split, folder)
-        return scored.bleu, scored.signature
+        return self.application.test_set().score(chosen, folder, split)
 
 
 def _judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqCommand:

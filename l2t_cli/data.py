@@ -29,11 +29,14 @@ def start(context: typer.Context) -> None:
 def prepare(
     name: str = typer.Argument(
         ...,
-        help="demo, multi30k, mnist, fashion-mnist, cifar10 or cifar100; digits and images of "
-        "your own need no preparing.",
+        help="demo, multi30k, iwslt14, mnist, fashion-mnist, cifar10 or cifar100; digits and "
+        "images of your own need no preparing.",
     ),
     source: Path = typer.Option(
-        None, "--from", show_default="download them", help="A folder with the official files."
+        None,
+        "--from",
+        show_default="download them",
+        help="A folder with the official files, or for iwslt14 the archive.",
     ),
     out: Path = typer.Option(None, show_default="data/NAME", help="Output folder."),
     log_format: LogFormat = typer.Option(
@@ -56,8 +59,8 @@ def prepare_data_set(
             fetched, or the folder cannot be written.
     """
     field, run = _data_set(name)
-    if source is not None and not source.is_dir():
-        raise UserError(f"--from {source}: no such folder; give the one with the official files")
+    if source is not None and not source.exists():
+        raise UserError(f"--from {source} is not there; give the folder with the official files")
     field.require()
     folder = out or Path("data") / name
     view = _View(name, log_format)
@@ -91,12 +94,12 @@ def _data_set(name: str) -> tuple[Field, Callable[..., Any]]:
 
 
 class _View:
-    """A bar for each file that is downloaded, a line for each stage."""
+    """A bar for each file that is downloaded or long stage, a line for each stage."""
 
     def __init__(self, name: str, log_format: LogFormat) -> None:
         self.name, self.format = name, log_format
         self._bars = ExitStack()
-        self._file = ""
+        self._title = ""
         self._update: Callable[..., None] = lambda *a, **k: None
 
     def __enter__(self) -> _View:
@@ -107,15 +110,17 @@ class _View:
 
     def receive(self, event: dict[str, Any]) -> None:
         """Take one event of a field's ``prepare`` module."""
-        if event["event"] == "download":
-            if event["file"] != self._file:
+        if event["event"] in ("download", "progress"):
+            download = event["event"] == "download"
+            title = f"downloading {event['file']}" if download else str(event["stage"])
+            if title != self._title:
                 self._bars.close()
-                self._file = event["file"]
-                title = f"downloading {self._file}"
-                self._update = self._bars.enter_context(bar(title, self.format, unit="bytes"))
+                self._title = title
+                unit = "bytes" if download else ""
+                self._update = self._bars.enter_context(bar(title, self.format, unit=unit))
             self._update(event["done"], event["of"])
             return
         self._bars.close()
-        self._file = ""
+        self._title = ""
         if self.format in (LogFormat.rich, LogFormat.simple):
             console.line(f"{self.name}: {event['stage']}")

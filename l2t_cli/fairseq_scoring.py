@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
 from l2t_core.teacher_file import check_fits, load_teacher
 from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.generate_flags import check_generate_flags
 from l2t_fairseq.prepare import read_lines
-from l2t_fairseq.scoring import corpus_bleu, generate, in_order, language_pair
-from l2t_fairseq.scoring import score_checkpoint as score_prepared
+from l2t_fairseq.scoring import language_pair, score_checkpoint
 
-_TARGET = re.compile(r"T-(\d+)\t(.*)")
 DEFAULT_GENERATE = "--beam 5"
 
 
@@ -72,44 +68,18 @@ class TestSet:
         _, header = load_teacher(teacher)
         check_fits(header, data_fingerprint(self.data_bin, self.target), teacher)
 
-    def score(self, checkpoint: Path, folder: Path) -> tuple[float, str]:
+    def score(
+        self, checkpoint: Path, folder: Path, split: str = "test"
+    ) -> tuple[float, str]:
         """Generate with ``checkpoint``, write hypotheses into ``folder``; return BLEU, signature.
 
         Raises:
             UserError: if fairseq-generate fails or leaves sentences out.
         """
-        prepared = self.data_bin.parent
-        if self.reference is None and (prepared / "prepared.json").is_file():
-            result = score_prepared(prepared, checkpoint, self.generate, "test", folder)
-            return result.bleu, result.signature
-        log = folder / "generate-test.log"
-        source, target = language_pair(self.data_bin, "test")
         flags = split_flags(self.generate, "--generate")
-        flags += ["--source-lang", source, "--target-lang", target]
-        if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
-            # fairseq-fixed leaves out the sentences beyond the last multiple, 8 by default.
-            flags += ["--required-batch-size-multiple", "1"]
-        if not any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags):
-            flags += self._joining()
-        generated = generate(self.data_bin, checkpoint, [*flags, "--gen-subset", "test"], log)
-        origin = ""
-        if self.reference is not None:
-            references = read_lines(self.reference)
-        else:
-            references, origin = _targets(log), "|ref:data-bin"
-        hypotheses = in_order(generated, len(references), log)
-        text = "".join(f"{line}\n" for line in hypotheses)
-        atomic_write(folder / f"test.hyp.{target}", text)
-        bleu, signature = corpus_bleu(hypotheses, references)
-        return bleu, signature + origin
-
-    def _joining(self) -> list[str]:
-        """Return the flags that join this dictionary's subwords."""
-        path = self.data_bin / f"dict.{self.target}.txt"
-        symbols = [line.rsplit(" ", 1)[0] for line in read_lines(path)]
-        if any(symbol.startswith("▁") for symbol in symbols):
-            return ["--remove-bpe", "sentencepiece"]
-        return ["--remove-bpe"] if any(symbol.endswith("@@") for symbol in symbols) else []
+        reference = self.reference if split == "test" else None
+        result = score_checkpoint(self.data_bin, checkpoint, flags, split, folder, reference)
+        return result.bleu, result.signature
 
 
 def split_flags(text: str, origin: str) -> list[str]:
@@ -131,12 +101,3 @@ def data_folder(command: FairseqCommand) -> Path | None:
         if not word.startswith("-") and folder.is_dir() and any(folder.glob("dict.*.txt")):
             return folder
     return None
-
-
-def _targets(log: Path) -> list[str]:
-    """Return the references that fairseq-generate printed, in the order of the data."""
-    found: dict[int, str] = {}
-    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if match := _TARGET.fullmatch(line.rstrip("\r")):
-            found[int(match[1])] = match[2]
-    return [found[number] for number in sorted(found)]

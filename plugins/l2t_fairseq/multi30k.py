@@ -39,7 +39,7 @@ def read_multi30k(
         UserError: if a file is missing, cannot be fetched or is not the official text.
     """
     if source_folder is not None and not source_folder.is_dir():
-        raise UserError(f"--from {source_folder}: no such folder")
+        raise UserError(f"--from {source_folder} is no folder; give the one with the files")
     corpus: Corpus = {}
     for split, stem in FILES.items():
         german, english = (

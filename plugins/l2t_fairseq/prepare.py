@@ -1,16 +1,14 @@
-"""Parallel text brought into the form that recipes name: sentencepiece and fairseq-preprocess.
+"""Parallel text brought into the form that recipes name: subwords and fairseq-preprocess.
 
-A prepared folder holds raw/{train,valid,test}.{source,target} (text as it was), spm.model,
-data-bin/ (one joined dictionary) and prepared.json, which is written last and says what the rest
-is. The folder appears whole or not at all.
+A prepared folder holds raw/{train,valid,test}.{source,target} (the text before it was cut into
+subwords), the subword model, data-bin/ and prepared.json, which is written last and says what the
+rest is. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import shutil
 import subprocess
@@ -25,19 +23,24 @@ from typing import Any
 from l2t_core.download import file_digest
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
+from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus, OnEvent
+from l2t_fairseq.text_form import TextForm
 
 SPLITS = ("train", "valid", "test")
 # fairseq's own limit on positions is 1,024; lines this long are noise in every corpus here.
 LONGEST_TRAINING_LINE = 250
 
-OnEvent = Callable[[dict[str, Any]], None]
-Corpus = dict[str, tuple[list[str], list[str]]]  # split -> source lines, target lines
-_KEYS = ("name", "source", "target", "sizes", "vocabulary_size")
+_KEYS = ("name", "source", "target", "sizes", "vocabulary_size", "subwords")
+# What older versions did without saying so.
+_FORMER = {"subwords": "sentencepiece", "joined_dictionary": True}
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A prepared folder: where its parts are and how many lines each split has."""
+    """A prepared folder: where its parts are and how many lines each split has.
+
+    ``vocabulary_size`` counts sentencepiece's pieces, or subword-nmt's merges.
+    """
 
     path: Path
     name: str
@@ -45,6 +48,7 @@ class PreparedCorpus:
     target: str
     sizes: dict[str, int]
     vocabulary_size: int
+    subwords: str
 
     @property
     def data_bin(self) -> Path:
@@ -52,9 +56,9 @@ class PreparedCorpus:
         return self.path / "data-bin"
 
     @property
-    def spm_model(self) -> Path:
-        """The joint sentencepiece model."""
-        return self.path / "spm.model"
+    def form(self) -> TextForm:
+        """How its symbols become text again."""
+        return TextForm.of_prepared(self.path, self.subwords)
 
     def raw(self, split: str, language: str) -> Path:
         """Return the raw text of ``split`` in ``language``."""
@@ -69,28 +73,35 @@ def prepare_corpus(
     vocabulary_size: int,
     source: str = "de",
     target: str = "en",
+    subwords: str = "sentencepiece",
+    joined_dictionary: bool = True,
+    record: dict[str, str] | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> PreparedCorpus:
     """Write ``corpus`` to the prepared folder ``out``; return at once if it is there already.
 
     Training pairs with an empty or overlong side are dropped and counted. Deterministic: the same
-    text and settings give the same files. ``on_event`` receives ``{"event": "prepare", "stage":
-    TEXT}`` as each stage begins.
+    text and settings give the same files. ``record`` is kept in prepared.json with the settings.
+    ``on_event`` receives ``{"event": "prepare", "stage": TEXT}`` as each stage begins, and
+    ``{"event": "progress", "stage", "done", "of"}`` within the long ones.
 
     Raises:
         UserError: if a split is empty or its sides differ in length, ``out`` holds something
             else or cannot be written, or a tool fails.
     """
     _check(corpus, name, source, target)
-    settings = {
+    settings: dict[str, Any] = {
         "name": name,
         "source": source,
         "target": target,
         "vocabulary_size": vocabulary_size,
-        "text_sha256": _text_digest(corpus),
+        "subwords": subwords,
+        "joined_dictionary": joined_dictionary,
+        **(record or {}),
+        "text_sha256": text_digest(corpus),
     }
-    if out.exists() and not _is_empty_folder(out):
-        return _same_or_refuse(out, settings, on_event)
+    if (found := find_prepared(out, settings, on_event)) is not None:
+        return found
     kept, dropped = _without_unusable(corpus)
     if not kept["train"][0]:
         raise UserError(f"{name}: train has no pair of which both sides are usable text")
@@ -116,14 +127,13 @@ def prepare_corpus(
 
 def _build(work: Path, corpus: Corpus, settings: dict[str, Any], on_event: OnEvent) -> None:
     """Fill the folder ``work``; prepared.json comes last and names every other file."""
-    source, target = settings["source"], settings["target"]
-    on_event({"event": "prepare", "stage": "sentencepiece"})
+    source, target, subwords = (settings[key] for key in ("source", "target", "subwords"))
     _write_text(corpus, work / "raw", source, target)
-    model = _train_pieces(corpus, settings["vocabulary_size"])
-    (work / "spm.model").write_bytes(model)
-    _write_text(_encode(corpus, model), work / "encoded", source, target)
+    model, encoded = SUBWORDS.get(subwords)(corpus, settings["vocabulary_size"], on_event)
+    (work / MODEL_FILES[subwords]).write_bytes(model)
+    _write_text(encoded, work / "encoded", source, target)
     on_event({"event": "prepare", "stage": "fairseq-preprocess"})
-    _preprocess(work, source, target)
+    _preprocess(work, source, target, settings["joined_dictionary"])
     shutil.rmtree(work / "encoded")
     files = {
         str(path.relative_to(work)): [path.stat().st_size, file_digest(path, "sha256")]
@@ -158,7 +168,8 @@ def load_prepared(path: Path) -> PreparedCorpus:
 
 def _record(path: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads((path / "prepared.json").read_text(encoding="utf-8"))
+        text = (path / "prepared.json").read_text(encoding="utf-8")
+        record: dict[str, Any] = {**_FORMER, **json.loads(text)}
         # Taken apart here, so that a file of another make is refused and not met half-way.
         _ = [(file, int(size), digest) for file, (size, digest) in record["files"].items()]
         _ = [(int(record["sizes"][split]), record[key]) for split in SPLITS for key in _KEYS]
@@ -171,7 +182,16 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and next(path.iterdir(), None) is None
 
 
-def _same_or_refuse(out: Path, settings: dict[str, Any], on_event: OnEvent) -> PreparedCorpus:
+def find_prepared(
+    out: Path, settings: dict[str, Any], on_event: OnEvent = lambda event: None
+) -> PreparedCorpus | None:
+    """Return what ``out`` holds if it was prepared with ``settings``; None if nothing is there.
+
+    Raises:
+        UserError: if it holds other data, or something else.
+    """
+    if not out.exists() or _is_empty_folder(out):
+        return None
     record = _record(out)
     if record is None:
         raise UserError(f"{out} exists and is no prepared data folder; choose another --out")
@@ -201,9 +221,10 @@ def _check(corpus: Corpus, name: str, source: str, target: str) -> None:
                 raise UserError(f"{name}: {split}.{language} is empty; give it some lines")
 
 
-def _text_digest(corpus: Corpus) -> str:
+def text_digest(corpus: Corpus) -> str:
+    """Return the sha256 over all lines of the splits that ``corpus`` has."""
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in (split for split in SPLITS if split in corpus):
         for side in corpus[split]:
             digest.update("\n".join(side).encode("utf-8") + b"\0")
     return digest.hexdigest()
@@ -229,61 +250,26 @@ def _write_text(corpus: Corpus, folder: Path, source: str, target: str) -> None:
             (folder / f"{split}.{language}").write_text(text, encoding="utf-8")
 
 
-def _train_pieces(corpus: Corpus, vocabulary_size: int) -> bytes:
-    """Return a sentencepiece model, joint BPE of both sides of the training text."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            # Not by file names: the model would record them, and differ from folder to folder.
-            sentence_iterator=itertools.chain(*corpus["train"]),
-            model_writer=model,
-            vocab_size=vocabulary_size,
-            model_type="bpe",
-            character_coverage=1.0,
-            # The default rule would turn m² into m2, which no output could then say.
-            normalization_rule_name="identity",
-            num_threads=1,  # the only setting whose result does not depend on the machine
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(
-            f"sentencepiece cannot make {vocabulary_size} pieces of this text ({error}); choose "
-            "another vocabulary size"
-        ) from error
-    return model.getvalue()
-
-
-def _encode(corpus: Corpus, model: bytes) -> Corpus:
-    """Return all lines as pieces separated by spaces."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    def pieces(lines: list[str]) -> list[str]:
-        # fairseq-preprocess takes a lone carriage return for a line's end; the rest would shift.
-        lines = [line.replace("\r", " ") for line in lines]
-        return [" ".join(line) for line in processor.encode(lines, out_type=str)]
-
-    return {split: (pieces(first), pieces(second)) for split, (first, second) in corpus.items()}
-
-
-def _preprocess(work: Path, source: str, target: str) -> None:
+def _preprocess(work: Path, source: str, target: str, joined: bool) -> None:
     prefixes = {
         flag: str(work / "encoded" / split)
         for flag, split in zip(("--trainpref", "--validpref", "--testpref"), SPLITS, strict=True)
     }
     command = [
         sys.executable, "-m", "fairseq_cli.preprocess",
-        "--source-lang", source, "--target-lang", target, "--joined-dictionary",
+        "--source-lang", source, "--target-lang", target,
+        *(["--joined-dictionary"] if joined else []),
         "--destdir", str(work / "data-bin"), "--workers", "1",
         *(part for pair in prefixes.items() for part in pair),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        mend = '; pip install "l2t[nmt]"' if "No module named" in lines[-1] else ""
+        mend = ""
+        if "No module named" in lines[-1]:
+            mend = '; pip install "l2t[nmt]"'
+        elif "No space left" in lines[-1]:
+            mend = "; free some space or choose --out"
         raise UserError(f"fairseq-preprocess failed: {lines[-1]}{mend}")
 
 
@@ -334,3 +320,11 @@ def prepare_multi30k(out: Path, source_folder: Path | None, on_event: OnEvent) -
     return prepare_corpus(
         corpus, out, name="multi30k", vocabulary_size=4000, on_event=on_event
     )
+
+
+@DATASETS.register("iwslt14")
+def prepare_iwslt14(out: Path, source: Path | None, on_event: OnEvent) -> PreparedCorpus:
+    """Prepare IWSLT 2014, German to English, as fairseq's own script does."""
+    from l2t_fairseq.iwslt14 import prepare
+
+    return prepare(out, source, on_event)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class NmtSpec:
     """A translation student: what fairseq-train trains, and the teacher's measure on dev.
 
-    ``data`` is a folder from ``l2t data prepare``. ``train`` holds fairseq-train's flags as
-    people write them, without data path and criterion, ``generate`` fairseq-generate's.
+    ``data`` is a folder from ``l2t data prepare`` or fairseq-preprocess. ``train`` holds
+    fairseq-train's flags as people write them, without data path and criterion, ``generate``
+    fairseq-generate's.
     ``steps`` is T in teacher training, in updates; an application trains for ``--max-update``.
     ``measure`` is M-tilde: expected_bleu (``estimator`` mrt or reinforce, ``samples`` candidates
     for each of ``dev_sentences`` sources, sharpness ``alpha``) or log_likelihood.

@@ -1,7 +1,8 @@
-"""A checkpoint's BLEU: fairseq-generate in a process of its own, sacreBLEU on the raw reference.
+"""A checkpoint's BLEU: fairseq-generate in a process of its own, sacreBLEU on its output.
 
-The score is of detokenised output against the text as it was before any preprocessing, so that it
-compares with other people's; fairseq-generate's own "BLEU" line does not.
+Where the corpus has raw text, the score is of detokenised output against that, so that it compares
+with other people's; fairseq-generate's own "BLEU" line does not. Corpora that come tokenised are
+scored as they are, as the papers about them do; the signature says so (``tok:none``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
 
 _DETOKENISED = re.compile(r"D-(\d+)\t[^\t]*\t?(.*)")
+_TARGET = re.compile(r"T-(\d+)\t(.*)")
 # Notes and progress that may follow the line that says what went wrong.
 _NOISE = re.compile(r"\s|.*(Warning:|warnings\.warn)|.*\| (INFO|WARNING) \|")
 
@@ -36,49 +39,52 @@ class ScoredOutput:
 
 
 def score_checkpoint(
-    prepared: Path,
+    data: Path,
     checkpoint: Path,
     generate_flags: Sequence[str] | str = (),
     split: str = "test",
     out: Path = Path(),
+    reference: Path | None = None,
 ) -> ScoredOutput:
-    """Translate ``split`` of a prepared data folder with ``checkpoint`` and score it.
+    """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
-    ``prepared`` holds raw/, data-bin/ and spm.model. ``generate_flags`` are fairseq-generate's
-    (``--beam 5``), a list or a line. Writes ``out/SPLIT.hyp.LANGUAGE``, one detokenised line per
-    sentence, and ``out/generate-SPLIT.log``.
+    ``data`` is a prepared folder or fairseq's own (:func:`~l2t_fairseq.data_folder.open_data`).
+    ``generate_flags`` are fairseq-generate's (``--beam 5``), a list or a line. The reference is
+    ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
+    side with its subwords joined; the signature says so (``ref:data-bin``). Writes
+    ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
 
     Raises:
         UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
     """
     flags = shlex.split(generate_flags) if isinstance(generate_flags, str) else generate_flags
-    source, target = language_pair(prepared / "data-bin", split)
-    references = read_lines(prepared / "raw" / f"{split}.{target}")
+    folder = open_data(data)
+    source, target = language_pair(folder.data_bin, split)
+    flags = [*flags, "--source-lang", source, "--target-lang", target, "--gen-subset", split]
+    if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
+        # At any other value some builds of fairseq drop the sentences left over at the end.
+        flags += ["--required-batch-size-multiple", "1"]
+    if not any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags):
+        flags += folder.form.generate_flags()
     log = out / f"generate-{split}.log"
-    spm = prepared / "spm.model"
-    if not spm.is_file():
-        raise UserError(f"{prepared} holds no spm.model; prepare the data again")
-    generated = generate(
-        prepared / "data-bin",
-        checkpoint,
-        [
-            *flags,
-            *("--source-lang", source, "--target-lang", target, "--gen-subset", split),
-            # At any other value some builds of fairseq drop the sentences left over at the end.
-            *("--required-batch-size-multiple", "1"),
-            *("--bpe", "sentencepiece", "--sentencepiece-model", str(spm)),
-        ],
-        log,
-    )
+    raw = folder.references(split, target) if reference is None else read_lines(reference)
+    generated = generate(folder.data_bin, checkpoint, flags, log)
+    references = read_targets(log) if raw is None else raw
     hypotheses = in_order(generated, len(references), log)
     path = out / f"{split}.hyp.{target}"
     atomic_write(path, "".join(f"{line}\n" for line in hypotheses))
-    bleu, signature = corpus_bleu(hypotheses, references)
-    return ScoredOutput(bleu, signature, path, log)
+    # A text that the user names is raw, whatever the data are.
+    tokenize = "13a" if reference is not None else folder.form.bleu_tokenize
+    bleu, signature = corpus_bleu(hypotheses, references, tokenize)
+    return ScoredOutput(bleu, signature + ("|ref:data-bin" if raw is None else ""), path, log)
 
 
-def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+def corpus_bleu(
+    hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a"
+) -> tuple[float, str]:
     """Return sacreBLEU's corpus BLEU in [0, 100] and its signature.
+
+    ``tokenize`` is sacreBLEU's: ``none`` for text that is tokenised already.
 
     Raises:
         UserError: if there is nothing to score.
@@ -87,7 +93,8 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[f
         raise UserError("the reference is empty: nothing to score; prepare the data again")
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU()
+    # force: sacreBLEU warns of text that looks tokenised, and this may well be.
+    metric = BLEU(tokenize=tokenize, force=tokenize == "none")
     score = metric.corpus_score(list(hypotheses), [list(references)]).score
     return float(score), str(metric.get_signature())
 
@@ -135,6 +142,15 @@ def read_hypotheses(log: Path) -> dict[int, str]:
         if match := _DETOKENISED.fullmatch(line):
             found.setdefault(int(match[1]), match[2])
     return found
+
+
+def read_targets(log: Path) -> list[str]:
+    """Return the references that fairseq-generate printed, in the order of the data."""
+    found: dict[int, str] = {}
+    for line in log.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        if match := _TARGET.fullmatch(line.rstrip("\r")):
+            found[int(match[1])] = match[2]
+    return [found[number] for number in sorted(found)]
 
 
 def in_order(generated: dict[int, str], count: int, log: Path) -> list[str]:

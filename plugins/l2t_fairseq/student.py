@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +18,10 @@ from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
+from l2t_fairseq.data_folder import DataFolder, open_data
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
-from l2t_fairseq.prepare import PreparedCorpus, load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
 from l2t_fairseq.scoring import corpus_bleu
@@ -39,16 +38,15 @@ class NmtStudent:
     measure_name = "bleu"
     default_features = NMT_FEATURES
 
-    def __init__(self, spec: NmtSpec, corpus: PreparedCorpus, setup: FairseqSetup) -> None:
-        self.spec, self.corpus, self.setup = spec, corpus, setup
+    def __init__(self, spec: NmtSpec, data: DataFolder, setup: FairseqSetup) -> None:
+        self.spec, self.data, self.setup = spec, data, setup
         self.dictionary = setup.task.target_dictionary
         self.num_classes = len(self.dictionary)
         self.total_steps = spec.steps
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1))
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(corpus.spm_model))
-        self.references = read_lines(corpus.raw("valid", corpus.target))
         self.dev = setup.task.dataset(setup.valid_subset)
+        self.references = self._references()
         self._dev_batches = setup.valid_batches(self.module)
         self._seed = 1
         self._updates: Iterator[tuple[list[Any], bool]] = iter(())
@@ -145,9 +143,10 @@ class NmtStudent:
             self.module, net_input, self.spec.samples, self._max_length(net_input), seed, **ends
         )
         references = [self.references[i] for i in collated["id"].tolist()]
+        tokenize = self.data.form.bleu_tokenize
         scores = torch.tensor(
             [
-                [sentence_bleu(self.text(c), reference) for c in of]
+                [sentence_bleu(self.text(c), reference, tokenize) for c in of]
                 for of, reference in zip(candidates, references, strict=True)
             ]
         )
@@ -160,7 +159,7 @@ class NmtStudent:
         return mrt_measure(log_probs, scores, mask, self.spec.alpha)
 
     def true_measure(self) -> float:
-        """Return sacreBLEU of greedy output on dev, detokenised, over 100."""
+        """Return sacreBLEU of greedy output on dev over 100."""
         self.module.eval()
         count = self.spec.true_measure_sentences or len(self.dev)
         ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
@@ -173,7 +172,7 @@ class NmtStudent:
             found = greedy(self.module, net_input, self._max_length(net_input), **ends)
             hypotheses += [self.text(c) for c in found]
             references += [self.references[i] for i in collated["id"].tolist()]
-        return corpus_bleu(hypotheses, references)[0] / 100.0
+        return corpus_bleu(hypotheses, references, self.data.form.bleu_tokenize)[0] / 100.0
 
     def _collate(self, indices: list[int]) -> Any:
         return self.dev.collater([self.dev[i] for i in indices])
@@ -184,9 +183,20 @@ class NmtStudent:
         return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, longest)
 
     def text(self, candidate: Candidate) -> str:
-        """Return a candidate's detokenised text."""
-        symbols = [self.dictionary[token] for token in candidate.tokens]
-        return str(self.pieces.decode(symbols))
+        """Return a candidate's text, its subwords joined."""
+        return self.data.form.text([self.dictionary[token] for token in candidate.tokens])
+
+    def _references(self) -> list[str]:
+        """Return the raw text of dev, or its target side where there is no raw text."""
+        raw = self.data.references(self.setup.valid_subset, self.setup.task.cfg.target_lang)
+        if raw is not None:
+            return raw
+        # escape_unk: an unknown word must not match the student's own <unk>.
+        lines = (
+            self.dictionary.string(self.dev[i]["target"], escape_unk=True)
+            for i in range(len(self.dev))
+        )
+        return [self.data.form.text(line.split()) for line in lines]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the target dictionary."""
@@ -194,7 +204,7 @@ class NmtStudent:
 
     def content(self) -> dict[str, str]:
         """Return the digest of what the recipe's section names without holding it."""
-        return {"data_sha256": data_digest(self.corpus.data_bin)}
+        return {"data_sha256": data_digest(self.data.data_bin)}
 
 
 def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
@@ -218,5 +228,5 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
         raise UserError(f"nmt.samples is {spec.samples}; expected BLEU needs at least 2")
     if not spec.data:
         raise UserError("nmt.data is empty; name a folder made by `l2t data prepare`")
-    corpus = load_prepared(Path(spec.data))
-    return NmtStudent(spec, corpus, FairseqSetup(corpus.data_bin, spec.train))
+    data = open_data(Path(spec.data))
+    return NmtStudent(spec, data, FairseqSetup(data.data_bin, spec.train))

@@ -152,7 +152,7 @@ for _kind in (CIFAR10, CIFAR100):
 
 def _require(source_folder: Path | None) -> None:
     if source_folder is not None and not source_folder.is_dir():
-        raise UserError(f"--from {source_folder}: no such folder")
+        raise UserError(f"--from {source_folder} is no folder; give the one with the files")
 
 
 def _check_cifar(folder: Path, kind: Cifar) -> None:

@@ -55,7 +55,7 @@ def test_a_prepared_folder_is_what_fairseq_reads(prepared: prepare.PreparedCorpu
     dictionaries = [(prepared.data_bin / f"dict.{language}.txt") for language in ("de", "en")]
     assert dictionaries[0].read_bytes() == dictionaries[1].read_bytes()
     dictionary = Dictionary.load(str(dictionaries[0]))
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(prepared.spm_model))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(prepared.form.model))
     for split in prepare.SPLITS:
         for language, lines in zip(("de", "en"), corpus[split], strict=True):
             assert read_lines(prepared.raw(split, language)) == lines
