@@ -7,13 +7,13 @@ import math
 from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import OPTIMISERS, build_optimiser
 from l2t_core.registry import Registry
+from l2t_core.user_code import is_import_path
 from l2t_vision.augmentation import AUGMENTATIONS
 from l2t_vision.corruption import NOISES
 from l2t_vision.data import LOADERS
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import MODELS, SCALABLE
 from l2t_vision.recipe import ImageSpec
-from l2t_vision.user_code import is_import_path
 
 DEVICES = ("auto", "cpu", "cuda")
 

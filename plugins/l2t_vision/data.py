@@ -19,13 +19,13 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
+from l2t_core.user_code import imported, is_import_path
 from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
 from l2t_vision.corruption import long_tail, noisy_labels
 from l2t_vision.idx import load_idx_set
 from l2t_vision.image_folder import load_image_folder
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 from l2t_vision.recipe import ImageSpec
-from l2t_vision.user_code import imported, is_import_path
 
 DIGITS_TEST_SEED = 20181027
 DIGITS_TEST_SIZE = 500

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
+from l2t_core.user_code import imported, is_import_path
 from l2t_vision.densenets import DenseNet
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.resnets import CifarResNet, Shape, WideResNet
-from l2t_vision.user_code import imported, is_import_path
 
 MODELS: Registry[Callable[[Shape, int, ImageSpec], nn.Module]] = Registry("model")
 # Those for which image.depth and image.width mean something.
