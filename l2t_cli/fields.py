@@ -110,6 +110,7 @@ FIELDS.register("nmt")(
         trials="l2t_cli.compare_fairseq:FairseqTrials",
         losses=("cross_entropy", "label_smoothing"),
         datasets="l2t_fairseq.prepare:DATASETS",
+        check="l2t_fairseq.checks:problems",
         needs="fairseq",
         extra="nmt",
     )

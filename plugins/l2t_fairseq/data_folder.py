@@ -22,9 +22,11 @@ class DataFolder:
     form: TextForm
     raw: Path | None
 
-    def references(self, split: str, language: str) -> list[str] | None:
-        """Return the raw text of ``split`` in ``language``, if there is any."""
-        return None if self.raw is None else read_lines(self.raw / f"{split}.{language}")
+    def references(self, split: str, language: str, form: TextForm) -> list[str] | None:
+        """Return the text of ``split`` in ``language``, if there is any, as ``form`` has it."""
+        if self.raw is None:
+            return None
+        return [form.detokenised(line) for line in read_lines(self.raw / f"{split}.{language}")]
 
 
 def data_bin_of(path: Path) -> Path:

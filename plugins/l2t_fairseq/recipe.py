@@ -11,10 +11,15 @@ class NmtSpec:
 
     ``data`` is a folder from ``l2t data prepare`` or fairseq-preprocess. ``train`` holds
     fairseq-train's flags as people write them, without data path and criterion, ``generate``
-    fairseq-generate's.
+    fairseq-generate's; with ``--tokenizer moses`` there, all scores are of detokenised text.
     ``steps`` is T in teacher training, in updates; an application trains for ``--max-update``.
-    ``measure`` is M-tilde: expected_bleu (``estimator`` mrt or reinforce, ``samples`` candidates
-    for each of ``dev_sentences`` sources, sharpness ``alpha``) or log_likelihood.
+
+    ``measure`` is M-tilde: expected_bleu, expected_chrf, expected_chrf++, expected_ter (1 - TER),
+    the expectation of ``module:function`` of the user's own, or log_likelihood. Expectations are
+    over ``samples`` candidates for each of ``dev_sentences`` sources. ``candidates`` says where
+    they come from: ancestral, temperature, top-k (``top_k`` symbols), nucleus (mass ``top_p``), all
+    three at ``temperature``, or beam (``beam`` wide, 0: as many as ``samples``). ``estimator`` is
+    mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.
     ``dev_interval`` is in updates; ``true_measure_sentences`` 0 decodes the whole dev set.
     """
 
@@ -26,6 +31,11 @@ class NmtSpec:
     estimator: str = "mrt"
     alpha: float = 1.0
     samples: int = 8
+    candidates: str = "ancestral"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beam: int = 0
     dev_sentences: int = 64
     true_measure_sentences: int = 0
     dev_interval: int = 20

@@ -21,9 +21,13 @@ from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
+from l2t_fairseq.text_form import TextForm
 
-_DETOKENISED = re.compile(r"D-(\d+)\t[^\t]*\t?(.*)")
-_TARGET = re.compile(r"T-(\d+)\t(.*)")
+# Symbols as the dictionary has them, the text that fairseq makes of them, and the targets.
+SYMBOLS, TEXT, TARGETS = (
+    re.compile(pattern)
+    for pattern in (r"H-(\d+)\t[^\t]*\t?(.*)", r"D-(\d+)\t[^\t]*\t?(.*)", r"T-(\d+)\t(.*)")
+)
 # Notes and progress that may follow the line that says what went wrong.
 _NOISE = re.compile(r"\s|.*(Warning:|warnings\.warn)|.*\| (INFO|WARNING) \|")
 
@@ -49,7 +53,9 @@ def score_checkpoint(
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
     ``data`` is a prepared folder or fairseq's own (:func:`~l2t_fairseq.data_folder.open_data`).
-    ``generate_flags`` are fairseq-generate's (``--beam 5``), a list or a line. The reference is
+    ``generate_flags`` are fairseq-generate's (``--beam 5``), a list or a line. Its symbols become
+    text as the candidates of teacher training do, unless the flags join the subwords themselves
+    (``--remove-bpe``, ``--bpe``); ``--tokenizer moses`` undoes that tokeniser. The reference is
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
     side with its subwords joined; the signature says so (``ref:data-bin``). Writes
     ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
@@ -60,21 +66,27 @@ def score_checkpoint(
     flags = shlex.split(generate_flags) if isinstance(generate_flags, str) else generate_flags
     folder = open_data(data)
     source, target = language_pair(folder.data_bin, split)
+    form = folder.form.as_generated(flags, target)
     flags = [*flags, "--source-lang", source, "--target-lang", target, "--gen-subset", split]
     if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
         # At any other value some builds of fairseq drop the sentences left over at the end.
         flags += ["--required-batch-size-multiple", "1"]
-    if not any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags):
-        flags += folder.form.generate_flags()
+    joins = any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags)
+    if not joins:
+        flags += ["--tokenizer", "space"]  # none: the tokeniser comes off once subwords are joined
     log = out / f"generate-{split}.log"
-    raw = folder.references(split, target) if reference is None else read_lines(reference)
-    generated = generate(folder.data_bin, checkpoint, flags, log)
-    references = read_targets(log) if raw is None else raw
+    raw = folder.references(split, target, form) if reference is None else read_lines(reference)
+    generate(folder.data_bin, checkpoint, flags, log)
+    if joins:
+        generated, targets = read_output(log, TEXT), read_output(log, TARGETS)
+    else:
+        generated, targets = _texts(log, SYMBOLS, form), _texts(log, TARGETS, form)
+    references = [targets[number] for number in sorted(targets)] if raw is None else raw
     hypotheses = in_order(generated, len(references), log)
     path = out / f"{split}.hyp.{target}"
     atomic_write(path, "".join(f"{line}\n" for line in hypotheses))
     # A text that the user names is raw, whatever the data are.
-    tokenize = "13a" if reference is not None else folder.form.bleu_tokenize
+    tokenize = "13a" if reference is not None else form.bleu_tokenize
     bleu, signature = corpus_bleu(hypotheses, references, tokenize)
     return ScoredOutput(bleu, signature + ("|ref:data-bin" if raw is None else ""), path, log)
 
@@ -99,10 +111,8 @@ def corpus_bleu(
     return float(score), str(metric.get_signature())
 
 
-def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) -> dict[int, str]:
-    """Run fairseq-generate; return the best detokenised hypothesis by sentence id.
-
-    Everything it prints goes to ``log``.
+def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) -> None:
+    """Run fairseq-generate; everything it prints goes to ``log``.
 
     Raises:
         UserError: if the checkpoint is missing or fairseq-generate fails.
@@ -128,29 +138,25 @@ def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) 
         raise UserError(f"cannot write {log}: {error.strerror}; choose another folder") from error
     if code != 0:
         raise UserError(f"fairseq-generate failed ({_reason(log, code)}); its output is in {log}")
-    return read_hypotheses(log)
 
 
-def read_hypotheses(log: Path) -> dict[int, str]:
-    """Return the detokenised hypotheses (``D-`` lines) in fairseq-generate's output by id.
+def read_output(log: Path, kind: re.Pattern[str]) -> dict[int, str]:
+    """Return the lines of one kind in fairseq-generate's output by sentence id.
 
     With ``--nbest`` the first of a sentence, which is its best, counts.
     """
     found: dict[int, str] = {}
     # Split at newlines only: a translation may hold other characters that end a line for Python.
     for line in log.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        if match := _DETOKENISED.fullmatch(line):
+        if match := kind.fullmatch(line):
             found.setdefault(int(match[1]), match[2])
     return found
 
 
-def read_targets(log: Path) -> list[str]:
-    """Return the references that fairseq-generate printed, in the order of the data."""
-    found: dict[int, str] = {}
-    for line in log.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        if match := _TARGET.fullmatch(line.rstrip("\r")):
-            found[int(match[1])] = match[2]
-    return [found[number] for number in sorted(found)]
+def _texts(log: Path, kind: re.Pattern[str], form: TextForm) -> dict[int, str]:
+    """Return the texts of lines of symbols; only a space parts two symbols."""
+    lines = read_output(log, kind)
+    return {number: form.text([s for s in lines[number].split(" ") if s]) for number in lines}
 
 
 def in_order(generated: dict[int, str], count: int, log: Path) -> list[str]:

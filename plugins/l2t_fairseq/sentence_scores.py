@@ -1,19 +1,192 @@
-"""Scores of whole sentences, as sacreBLEU scores them."""
+"""Measures M(y', y) of a translation against its reference, by name or of the user's own.
+
+The same object scores single sentences, for the expectation that a teacher climbs, and the whole
+dev set, for the measure that is reported, and both see text as :class:`~l2t_fairseq.text_form.
+TextForm` makes it. All but the smoothing of a sentence's BLEU is sacreBLEU's own default.
+"""
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
 
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF, TER
+
+from l2t_core.errors import UserError, suggestion
+from l2t_core.registry import Registry
+from l2t_core.user_code import imported, is_import_path
+from l2t_fairseq.scoring import corpus_bleu
+
+# The reference's n-grams are counted once for all candidates and all episodes.
+_REFERENCES = 4096
+LIKELIHOOD = "log_likelihood"
+EXPECTED = "expected_"
+
+# From a reference to the function that scores hypotheses against it.
+Against = Callable[[str], Callable[[str], float]]
+Corpus = Callable[[Sequence[str], Sequence[str]], float]
 
 
-@functools.cache
-def _metric(tokenize: str) -> BLEU:
-    # Add-one smoothing on orders n >= 2 (Lin and Och 2004); sacreBLEU leaves unigrams unsmoothed.
-    # With it no order is ever empty, so effective_order changes nothing but a warning per sentence.
-    return BLEU(smooth_method="add-k", smooth_value=1, effective_order=True, tokenize=tokenize)
+class Measure(Protocol):
+    """A measure of translations, higher is better. ``name`` is what reports call it."""
+
+    name: str
+
+    def scores(
+        self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
+    ) -> list[list[float]]:
+        """Return the score of each of a reference's hypotheses, [B][n]."""
+
+    def corpus(self, hypotheses: Sequence[str], references: Sequence[str]) -> float:
+        """Return the score of a whole set, one hypothesis per reference."""
 
 
-def sentence_bleu(hypothesis: str, reference: str, tokenize: str = "13a") -> float:
-    """Return smoothed sentence BLEU in [0, 1]; ``tokenize`` none takes both for tokenised."""
-    return float(_metric(tokenize).sentence_score(hypothesis, [reference]).score) / 100.0
+class _Measure:
+    def __init__(self, name: str, against: Against, corpus: Corpus) -> None:
+        self.name, self.corpus = name, corpus
+        self._against = lru_cache(_REFERENCES)(against)
+
+    def scores(
+        self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
+    ) -> list[list[float]]:
+        found = []
+        for of, reference in zip(hypotheses, references, strict=True):
+            score = self._against(reference)
+            distinct = {text: score(text) for text in dict.fromkeys(of)}
+            found.append([distinct[text] for text in of])
+        return found
+
+
+def _by_sacrebleu(metric: Callable[..., Any], scale: Callable[[float], float]) -> Against:
+    """Return sentence scores of a sacreBLEU metric; one that holds its references keeps counts."""
+
+    def against(reference: str) -> Callable[[str], float]:
+        prepared = metric(references=[[reference]])
+        return lambda hypothesis: scale(float(prepared.corpus_score([hypothesis], None).score))
+
+    return against
+
+
+def _percent(score: float) -> float:
+    return score / 100.0
+
+
+def _one_minus(score: float) -> float:
+    return 1.0 - score / 100.0
+
+
+# From sacreBLEU's ``tokenize`` (``none`` for text that is tokenised already) to the measure.
+MEASURES: Registry[Callable[[str], Measure]] = Registry("measure")
+
+
+@MEASURES.register("bleu")
+def bleu(tokenize: str) -> Measure:
+    """BLEU in [0, 1]; of sentences with add-one smoothing on orders n >= 2 (Lin and Och 2004).
+
+    sacreBLEU leaves unigrams unsmoothed. With the smoothing no order is ever empty, so
+    ``effective_order`` changes nothing but a warning per sentence. The corpus's is unsmoothed.
+    """
+
+    def smoothed(**more: Any) -> Any:
+        return BLEU(
+            smooth_method="add-k", smooth_value=1, effective_order=True, tokenize=tokenize, **more
+        )
+
+    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+        return corpus_bleu(hypotheses, references, tokenize)[0] / 100.0
+
+    return _Measure("bleu", _by_sacrebleu(smoothed, _percent), corpus)
+
+
+def _plain(name: str, metric: Callable[..., Any], scale: Callable[[float], float]) -> Measure:
+    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+        return scale(float(metric().corpus_score(list(hypotheses), [list(references)]).score))
+
+    return _Measure(name, _by_sacrebleu(metric, scale), corpus)
+
+
+@MEASURES.register("chrf")
+def chrf(tokenize: str) -> Measure:
+    """chrF2 in [0, 1]: character n-grams up to 6 (Popovic 2015)."""
+    return _plain("chrf", CHRF, _percent)
+
+
+@MEASURES.register("chrf++")
+def chrf_plus_plus(tokenize: str) -> Measure:
+    """chrF2++ in [0, 1]: chrF2 with words and pairs of words (Popovic 2017)."""
+    return _plain("chrf++", lambda **settings: CHRF(word_order=2, **settings), _percent)
+
+
+@MEASURES.register("ter")
+def ter(tokenize: str) -> Measure:
+    """1 - TER, so that higher is better (Snover et al. 2006).
+
+    At most 1; negative where a hypothesis needs more edits than its reference has words.
+    """
+    return _plain("1-ter", TER, _one_minus)
+
+
+def own_measure(path: str) -> Measure:
+    """Return the measure of the user's function ``module:function`` of (hypothesis, reference).
+
+    It returns a number in [0, 1], higher is better; a set's score is the mean over its sentences.
+
+    Raises:
+        UserError: if it cannot be imported; and later, if it fails or returns anything else.
+    """
+    function = imported(path, "nmt.measure")
+
+    def score(hypothesis: str, reference: str) -> float:
+        try:
+            value = function(hypothesis, reference)
+            number = float(value)
+        except Exception as error:  # whatever the user's function does
+            raise UserError(
+                f"nmt.measure {path} fails on {hypothesis!r} against {reference!r} "
+                f"({type(error).__name__}: {error}); it takes two texts and returns a number"
+            ) from error
+        if not 0.0 <= number <= 1.0:
+            raise UserError(
+                f"nmt.measure {path} returned {value!r} for {hypothesis!r} against "
+                f"{reference!r}; it must return a number in [0, 1], higher is better"
+            )
+        return number
+
+    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+        pairs = zip(hypotheses, references, strict=True)
+        return math.fsum(score(h, r) for h, r in pairs) / len(references)
+
+    return _Measure(path, lambda reference: lambda text: score(text, reference), corpus)
+
+
+def measure_names() -> list[str]:
+    """Return the names that ``nmt.measure`` may have, import paths aside."""
+    return [*(EXPECTED + name for name in MEASURES.names()), LIKELIHOOD]
+
+
+def check_measure_name(name: str) -> None:
+    """Refuse a name for ``nmt.measure`` that is neither known nor an import path.
+
+    Raises:
+        UserError: naming the nearest and listing all.
+    """
+    known = measure_names()
+    if not is_import_path(name) and name not in known:
+        raise UserError(
+            f"unknown nmt.measure {name!r}{suggestion(name, known)} (known: {', '.join(known)}, "
+            "or module:function of your own)"
+        )
+
+
+def build_measure(name: str, tokenize: str = "13a") -> Measure:
+    """Return the measure behind ``nmt.measure``; a likelihood goes with BLEU on dev.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    check_measure_name(name)
+    if is_import_path(name):
+        return own_measure(name)
+    return MEASURES.get(name.removeprefix(EXPECTED) if name != LIKELIHOOD else "bleu")(tokenize)

@@ -6,6 +6,7 @@ of seed s is the student of ``fairseq-train --seed s`` with the same flags.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_core.errors import UserError, suggestion
+from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
+from l2t_fairseq.candidates import CANDIDATES
+from l2t_fairseq.checks import problems
 from l2t_fairseq.data_folder import DataFolder, open_data
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, sample
-from l2t_fairseq.scoring import corpus_bleu
+from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
-from l2t_fairseq.sentence_scores import sentence_bleu
+from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
 
 # Sources decoded together by the true measure.
 _DECODE_BATCH = 128
@@ -35,7 +37,6 @@ _DECODE_BATCH = 128
 class NmtStudent:
     """A fairseq encoder-decoder; implements :class:`l2t_core.student.Student`."""
 
-    measure_name = "bleu"
     default_features = NMT_FEATURES
 
     def __init__(self, spec: NmtSpec, data: DataFolder, setup: FairseqSetup) -> None:
@@ -46,6 +47,10 @@ class NmtStudent:
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1))
         self.dev = setup.task.dataset(setup.valid_subset)
+        flags = shlex.split(spec.generate)
+        self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
+        self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
+        self.measure_name = self.measure.name
         self.references = self._references()
         self._dev_batches = setup.valid_batches(self.module)
         self._seed = 1
@@ -132,34 +137,30 @@ class NmtStudent:
         chosen = torch.randperm(len(self.dev), generator=generator)[:count].tolist()
         collated = self._collate(chosen)
         with true_gradients():
-            if self.spec.measure == "log_likelihood":
+            if self.spec.measure == LIKELIHOOD:
                 return log_likelihood(*self._tokens(collated))
-            return self._expected_bleu(collated, seed)
+            return self._expected_measure(collated, seed)
 
-    def _expected_bleu(self, collated: Any, seed: int) -> Tensor:
-        ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
-        net_input = collated["net_input"]
-        candidates = sample(
-            self.module, net_input, self.spec.samples, self._max_length(net_input), seed, **ends
+    def _expected_measure(self, collated: Any, seed: int) -> Tensor:
+        net_input, words, spec = collated["net_input"], self.dictionary, self.spec
+        candidates = CANDIDATES.get(spec.candidates).draw(
+            spec, self.module, net_input, self._max_length(net_input), seed, words
         )
         references = [self.references[i] for i in collated["id"].tolist()]
-        tokenize = self.data.form.bleu_tokenize
-        scores = torch.tensor(
-            [
-                [sentence_bleu(self.text(c), reference, tokenize) for c in of]
-                for of, reference in zip(candidates, references, strict=True)
-            ]
+        texts = [[self.text(c) for c in of] for of in candidates]
+        scores = torch.tensor(self.measure.scores(texts, references))
+        log_probs = candidate_log_probs(
+            self.module, net_input, candidates, eos=words.eos(), pad=words.pad()
         )
-        log_probs = candidate_log_probs(self.module, net_input, candidates, **ends)
         scores = scores.to(log_probs)
-        if self.spec.estimator == "reinforce":
+        if spec.estimator == "reinforce":
             return reinforce_measure(log_probs, scores)
         keys = [[(*c.tokens, int(c.ended)) for c in of] for of in candidates]
         mask = distinct_mask(keys).to(log_probs.device)
-        return mrt_measure(log_probs, scores, mask, self.spec.alpha)
+        return mrt_measure(log_probs, scores, mask, spec.alpha)
 
     def true_measure(self) -> float:
-        """Return sacreBLEU of greedy output on dev over 100."""
+        """Return the measure of greedy output on dev: BLEU over 100, or what is expected."""
         self.module.eval()
         count = self.spec.true_measure_sentences or len(self.dev)
         ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
@@ -172,7 +173,7 @@ class NmtStudent:
             found = greedy(self.module, net_input, self._max_length(net_input), **ends)
             hypotheses += [self.text(c) for c in found]
             references += [self.references[i] for i in collated["id"].tolist()]
-        return corpus_bleu(hypotheses, references, self.data.form.bleu_tokenize)[0] / 100.0
+        return self.measure.corpus(hypotheses, references)
 
     def _collate(self, indices: list[int]) -> Any:
         return self.dev.collater([self.dev[i] for i in indices])
@@ -183,12 +184,14 @@ class NmtStudent:
         return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, longest)
 
     def text(self, candidate: Candidate) -> str:
-        """Return a candidate's text, its subwords joined."""
-        return self.data.form.text([self.dictionary[token] for token in candidate.tokens])
+        """Return a candidate's text, as a checkpoint's output becomes text."""
+        start = self.dictionary.bos()  # which fairseq leaves out, too
+        return self.form.text([self.dictionary[t] for t in candidate.tokens if t != start])
 
     def _references(self) -> list[str]:
         """Return the raw text of dev, or its target side where there is no raw text."""
-        raw = self.data.references(self.setup.valid_subset, self.setup.task.cfg.target_lang)
+        language = self.setup.task.cfg.target_lang
+        raw = self.data.references(self.setup.valid_subset, language, self.form)
         if raw is not None:
             return raw
         # escape_unk: an unknown word must not match the student's own <unk>.
@@ -196,7 +199,7 @@ class NmtStudent:
             self.dictionary.string(self.dev[i]["target"], escape_unk=True)
             for i in range(len(self.dev))
         )
-        return [self.data.form.text(line.split()) for line in lines]
+        return [self.form.text(line.split(" ")) for line in lines]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the target dictionary."""
@@ -213,19 +216,8 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
     Raises:
         UserError: if the data or the flags cannot be used.
     """
-    for name, known in (
-        ("measure", ("expected_bleu", "log_likelihood")),
-        ("estimator", ("mrt", "reinforce")),
-    ):
-        value = getattr(spec, name)
-        if value not in known:
-            hint = suggestion(value, known) or f"; use {' or '.join(known)}"
-            raise UserError(f"unknown nmt.{name} {value!r}{hint}")
-    for name in ("steps", "dev_interval", "dev_sentences"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"nmt.{name} is {getattr(spec, name)}; it must be at least 1")
-    if spec.samples < 2:
-        raise UserError(f"nmt.samples is {spec.samples}; expected BLEU needs at least 2")
+    for problem in problems(spec):
+        raise UserError(problem)
     if not spec.data:
         raise UserError("nmt.data is empty; name a folder made by `l2t data prepare`")
     data = open_data(Path(spec.data))

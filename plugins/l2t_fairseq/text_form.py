@@ -1,13 +1,20 @@
-"""How the symbols of a data folder become text, and how BLEU takes that text for words."""
+"""How the symbols of a data folder become text, and how BLEU takes that text for words.
+
+Whatever is scored passes through here: a candidate of the smoothed measure, the dev set in teacher
+training, a checkpoint's output on test, and the corpus' own references.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2t_core.errors import UserError
 from l2t_fairseq.segmentation import MODEL_FILES
 
 MARK = "▁"  # sentencepiece: here a word begins
@@ -19,11 +26,15 @@ class TextForm:
     """The subwords of a corpus: ``sentencepiece``, ``subword-nmt`` or ``words`` (none).
 
     ``model`` is the sentencepiece model where there is one. subword-nmt works on tokenised text,
-    so what comes out of its joining is tokenised, and BLEU must not tokenise it again.
+    so what comes out of its joining is tokenised, and BLEU must not tokenise it again, unless the
+    tokeniser's work is undone: ``tokenizer`` is ``moses`` (by the rules of ``language``) or
+    ``none``.
     """
 
     subwords: str
     model: Path | None = None
+    tokenizer: str = "none"
+    language: str = ""
 
     @classmethod
     def of_symbols(cls, symbols: Sequence[str]) -> TextForm:
@@ -44,10 +55,37 @@ class TextForm:
     @property
     def bleu_tokenize(self) -> str:
         """sacreBLEU's ``tokenize``: ``none`` for text that is tokenised already."""
-        return "none" if self.subwords == "subword-nmt" else "13a"
+        tokenised = self.subwords == "subword-nmt" and self.tokenizer == "none"
+        return "none" if tokenised else "13a"
+
+    def as_generated(self, flags: Sequence[str], language: str) -> TextForm:
+        """Return the form of fairseq-generate's output with ``flags`` in ``language``.
+
+        Its ``--tokenizer moses`` undoes the tokeniser's work; its other tokenizers leave text as
+        it is.
+        """
+        pairs = itertools.pairwise([*flags, ""])
+        given = [b for a, b in pairs if a == "--tokenizer"]
+        given += [flag.partition("=")[2] for flag in flags if flag.startswith("--tokenizer=")]
+        tokenizer = "moses" if given[-1:] == ["moses"] else "none"
+        return dataclasses.replace(self, tokenizer=tokenizer, language=language)
 
     def text(self, symbols: Sequence[str]) -> str:
         """Return the text that ``symbols`` spell."""
+        return self.detokenised(self.joined(symbols))
+
+    def detokenised(self, line: str) -> str:
+        """Return ``line``, words before they were cut into subwords, as text.
+
+        Raises:
+            UserError: if that needs sacremoses, and it is not installed.
+        """
+        if self.tokenizer == "none":
+            return line
+        return str(_moses(self.language).detokenize(line.split()))
+
+    def joined(self, symbols: Sequence[str]) -> str:
+        """Return the words, separated by spaces, that ``symbols`` are the subwords of."""
         if self.subwords == "sentencepiece":
             if self.model is None:
                 return "".join(symbols).replace(MARK, " ").strip()
@@ -57,13 +95,14 @@ class TextForm:
             line = f"{line} ".replace(f"{GOES_ON} ", "").rstrip()
         return line
 
-    def generate_flags(self) -> list[str]:
-        """Return fairseq-generate's flags that join the subwords in the same way."""
-        if self.subwords == "sentencepiece":
-            if self.model is None:
-                return ["--remove-bpe", "sentencepiece"]
-            return ["--bpe", "sentencepiece", "--sentencepiece-model", str(self.model)]
-        return ["--remove-bpe"] if self.subwords == "subword-nmt" else []
+
+@functools.lru_cache(maxsize=8)
+def _moses(language: str) -> Any:
+    try:
+        from sacremoses import MosesDetokenizer
+    except ImportError:
+        raise UserError("--tokenizer moses needs sacremoses; pip install sacremoses") from None
+    return MosesDetokenizer(lang=language)
 
 
 @functools.lru_cache(maxsize=8)

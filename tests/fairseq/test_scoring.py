@@ -10,12 +10,15 @@ from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
 from l2t_fairseq.scoring import (
+    SYMBOLS,
+    TARGETS,
+    TEXT,
     ScoredOutput,
     corpus_bleu,
     in_order,
     language_pair,
-    read_hypotheses,
     read_lines,
+    read_output,
     score_checkpoint,
 )
 
@@ -29,8 +32,10 @@ def test_hypotheses_are_the_best_detokenised_lines_by_id(tmp_path: Path) -> None
         encoding="utf-8",
         newline="\n",
     )
-    found = read_hypotheses(log)
+    found = read_output(log, TEXT)
     assert found == {0: "line\u2028separator, tab\there", 1: "", 2: "a b"}
+    assert read_output(log, SYMBOLS) == {2: "▁a ▁b"}
+    assert read_output(log, TARGETS) == {2: "y"}
     assert in_order(found, 3, log) == ["line\u2028separator, tab\there", "", "a b"]
 
 

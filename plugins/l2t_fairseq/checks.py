@@ -1,0 +1,44 @@
+"""What can be said against an ``nmt`` section before any data is read, and without fairseq."""
+
+from __future__ import annotations
+
+import math
+
+from l2t_core.errors import UserError, suggestion
+from l2t_fairseq.candidates import candidate_problems
+from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.sentence_scores import check_measure_name
+
+ESTIMATORS = ("mrt", "reinforce")
+
+
+def problems(spec: NmtSpec) -> list[str]:
+    """Return a line for every unknown name and impossible number, none if there is none."""
+    found = []
+    try:
+        check_measure_name(spec.measure)
+    except UserError as error:
+        found.append(str(error))
+    if spec.estimator not in ESTIMATORS:
+        hint = suggestion(spec.estimator, ESTIMATORS) or f"; use {' or '.join(ESTIMATORS)}"
+        found.append(f"unknown nmt.estimator {spec.estimator!r}{hint}")
+    limits: list[tuple[str, float, bool, str]] = [
+        ("steps", spec.steps, spec.steps >= 1, "at least 1"),
+        ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),
+        ("dev_sentences", spec.dev_sentences, spec.dev_sentences >= 1, "at least 1"),
+        (
+            "samples", spec.samples, spec.samples >= 2,
+            "at least 2: an expectation over one candidate has no gradient",
+        ),
+        ("alpha", spec.alpha, 0.0 < spec.alpha < math.inf, "above 0"),
+        (
+            "true_measure_sentences", spec.true_measure_sentences,
+            spec.true_measure_sentences >= 0, "0 (the whole dev set) or more",
+        ),
+    ]
+    found += [
+        f"nmt.{name} is {value}; it must be {mend}"
+        for name, value, fine, mend in limits
+        if not fine
+    ]
+    return found + candidate_problems(spec)

@@ -1,0 +1,175 @@
+"""The expected measure of a student: its gradient, and one text for every score."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+from toy_fairseq import TINY_MODEL, TINY_RUN, run_module, toy_corpus
+
+pytest.importorskip("fairseq")
+from fairseq import utils
+
+from l2t_core.apply import train_student
+from l2t_core.errors import UserError
+from l2t_fairseq.checks import problems
+from l2t_fairseq.prepare import prepare_corpus, read_lines
+from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.sampling import Candidate
+from l2t_fairseq.scoring import SYMBOLS, corpus_bleu, read_output, score_checkpoint
+from l2t_fairseq.student import build_student
+
+FLAGS = " ".join(TINY_MODEL)
+RUN = " --optimizer adam --lr 0.02 --batch-size 8"
+
+
+def make_student(folder, **changes):
+    defaults = {"data": str(folder), "train": FLAGS + RUN, "steps": 4, "dev_interval": 2,
+                "dev_sentences": 5, "samples": 5}
+    return build_student(NmtSpec(**{**defaults, **changes}))
+
+
+MEASURES = {
+    "ancestral": {},
+    "temperature": {"temperature": 0.7, "measure": "expected_chrf", "alpha": 0.5},
+    "top-k": {"top_k": 4, "measure": "expected_ter"},
+    "nucleus": {"top_p": 0.8, "temperature": 1.5, "measure": "expected_chrf++"},
+    "beam": {"beam": 7},
+}
+
+
+@pytest.mark.parametrize("source", MEASURES)
+def test_gradient_equals_central_differences(prepared_toy, monkeypatch, source):
+    """In float64, at the candidates that were found: a small step of omega finds the same."""
+    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))
+    monkeypatch.setattr(utils, "log_softmax", lambda x, dim, onnx_trace=False: x.log_softmax(dim))
+    student = make_student(prepared_toy, candidates=source, steps=25, **MEASURES[source])
+    train_student(student, 1, None)
+    student.module.double()
+    value = student.smoothed_measure(3)
+    parameters = list(student.module.parameters())
+    gradient = torch.autograd.grad(value, parameters, allow_unused=True)
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    found = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True)
+                if g is not None)  # fmt: skip
+    values, h = [], 1e-6
+    for sign in (1.0, -2.0):  # forward by h, then back by 2h
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(sign * h * d)
+        values.append(float(student.smoothed_measure(3).detach()))
+    numeric = (values[0] - values[1]) / (2 * h)
+    assert abs(found) > 1e-6
+    assert found == pytest.approx(numeric, rel=1e-5)
+
+
+def tokenised_corpus():
+    """Return the toy corpus as the Moses tokenizer leaves text, escapes and all."""
+    generator = random.Random(3)
+    marks = [" ,", " .", " ?", " &apos;s", " &quot; x &quot;", " a @-@ b", ""]
+
+    def marked(line):
+        words = line.split()
+        return "".join(f" {word}{generator.choice(marks)}" for word in words).strip()
+
+    return {
+        split: ([marked(line) for line in first], [marked(line) for line in second])
+        for split, (first, second) in toy_corpus().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory):
+    """Return a prepared folder of tokenised text in subword-nmt's units."""
+    folder = tmp_path_factory.mktemp("prepared") / "tokenised"
+    prepare_corpus(
+        tokenised_corpus(), folder, name="tokenised", vocabulary_size=30, subwords="subword-nmt"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(prepared_toy, tokenised, tmp_path_factory):
+    """Return both folders, each with the checkpoint of a hardly trained student."""
+    found = {}
+    for name, data in (("raw", prepared_toy), ("tokenised", tokenised)):
+        save = tmp_path_factory.mktemp(name)
+        flags = [str(data / "data-bin"), *TINY_MODEL, *TINY_RUN, "--save-dir", str(save)]
+        done = run_module("fairseq_cli.train", flags)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = (data, save / "checkpoint_last.pt")
+    return found
+
+
+def score_dev(checkpoints, name, tokenizer, out):
+    data, checkpoint = checkpoints[name]
+    flags = f"--cpu --beam 2 --max-len-b 12 {tokenizer}"
+    scored = score_checkpoint(data, checkpoint, flags, "valid", out)
+    return scored, read_lines(scored.hypotheses), make_student(data, generate=flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "tokenize"),
+    [("raw", "", "13a"), ("tokenised", "", "none"), ("tokenised", "--tokenizer moses", "13a")],
+)
+def test_teacher_and_checkpoint_are_scored_on_the_same_text(
+    checkpoints, tmp_path, name, tokenizer, tokenize
+):
+    """The student's text of a checkpoint's symbols is the text that the checkpoint is scored on."""
+    scored, hypotheses, student = score_dev(checkpoints, name, tokenizer, tmp_path)
+    symbols = read_output(scored.log, SYMBOLS)
+    index, start = student.dictionary.index, student.dictionary.bos()
+    for number, line in symbols.items():
+        tokens = tuple(index(symbol) for symbol in line.split())
+        # A start symbol within a sample is no text.
+        assert student.text(Candidate((*tokens, start), True)) == hypotheses[number]
+    bleu, signature = corpus_bleu(hypotheses, student.references, tokenize)
+    assert (scored.bleu, scored.signature) == (bleu, signature)
+    assert student.measure.corpus(hypotheses, student.references) == scored.bleu / 100
+    if tokenizer:  # where fairseq itself joins the subwords and undoes the tokeniser
+        flags = f"{tokenizer} --remove-bpe"
+        by_fairseq, texts, _ = score_dev(checkpoints, name, flags, tmp_path / "fairseq")
+        assert texts == hypotheses
+        assert by_fairseq.bleu == scored.bleu
+
+
+def test_references_lose_what_the_tokenizer_did(tokenised):
+    """Of a hypothesis that is the reference: all measures are perfect, detokenised or not."""
+    for generate, shown in (("", "&apos;s"), ("--tokenizer moses", "'s")):
+        student = make_student(tokenised, generate=generate)
+        assert any(shown in line for line in student.references)
+        for i in range(len(student.dev)):
+            tokens = tuple(student.dev[i]["target"].tolist()[:-1])
+            assert student.text(Candidate(tokens, True)) == student.references[i]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"candidates": "nucleous"}, "did you mean 'nucleus'"),
+        ({"candidates": "top-k"}, "nmt.top_k is 0; with nmt.candidates=top-k it must be at least"),
+        ({"candidates": "nucleus"}, "nmt.top_p is 1.0; .* lie between 0 and 1"),
+        ({"candidates": "nucleus", "top_p": 1.5}, "nmt.top_p is 1.5"),
+        ({"candidates": "temperature"}, "set another, or use ancestral"),
+        ({"candidates": "temperature", "temperature": 0.0}, "nmt.temperature is 0.0"),
+        ({"candidates": "beam", "beam": 3}, "nmt.beam is 3; .*at least nmt.samples, 8"),
+        ({"temperature": 0.5}, "nmt.temperature has no effect with nmt.candidates=ancestral; use "
+                               "nucleus or temperature or top-k"),
+        ({"candidates": "beam", "top_k": 5}, "nmt.top_k has no effect"),
+        ({"candidates": "beam", "estimator": "reinforce"},
+         "reinforce needs samples from the model's own law.*ancestral, or nmt.estimator=mrt"),
+        ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
+        ({"alpha": 0.0}, "nmt.alpha is 0.0; it must be above 0"),
+        ({"samples": 1}, "nmt.samples is 1; it must be at least 2"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_one_line_each(changes, says):
+    found = problems(NmtSpec(**changes))
+    assert len(found) == 1
+    assert re.search(says, found[0])
+    with pytest.raises(UserError, match=says):
+        build_student(NmtSpec(**changes))
+    assert problems(NmtSpec()) == []
