@@ -12,6 +12,7 @@ from l2t_core.flat import refill
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import SCHEDULES, learning_rate
 from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
+from l2t_core.user_code import imported, is_import_path
 from l2t_vision.augmentation import (
     AUGMENTATIONS,
     augmented,
@@ -24,7 +25,6 @@ from l2t_vision.identity import content
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
-from l2t_vision.user_code import imported, is_import_path
 
 # Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
 _EVALUATION_SIZE = 2000 * 28 * 28
