@@ -6,6 +6,7 @@ of seed s is the student of ``fairseq-train --seed s`` with the same flags.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
+from l2t_core.user_code import is_import_path, source_of
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES
 from l2t_fairseq.checks import problems
@@ -206,8 +208,12 @@ class NmtStudent:
         return dictionary_fingerprint(self.dictionary)
 
     def content(self) -> dict[str, str]:
-        """Return the digest of what the recipe's section names without holding it."""
-        return {"data_sha256": data_digest(self.data.data_bin)}
+        """Return digests of what the recipe's section names without holding it."""
+        found = {"data_sha256": data_digest(self.data.data_bin)}
+        if is_import_path(self.spec.measure):
+            code = source_of(self.spec.measure, "nmt.measure")
+            found["code_sha256"] = hashlib.sha256(code).hexdigest()
+        return found
 
 
 def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:

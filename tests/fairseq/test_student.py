@@ -224,3 +224,16 @@ def test_an_empty_dev_set_is_one_line(prepared_toy, tmp_path):
     (copy / "valid.de-en.de.bin").write_bytes(b"")
     with pytest.raises(UserError, match="the dev set is empty"):
         FairseqSetup(copy, TRANSFORMER + RUN)
+
+
+def test_a_measures_own_code_and_the_data_identify_a_run(prepared_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "own_bench_measure.py"
+    code.write_text("def share(hypothesis, reference):\n    return 0.5\n")
+    plain = build_student(make_spec(prepared_toy)).content()
+    assert set(plain) == {"data_sha256"}
+    student = build_student(make_spec(prepared_toy, measure="own_bench_measure:share"))
+    before = student.content()
+    assert before["data_sha256"] == plain["data_sha256"]
+    code.write_text("def share(hypothesis, reference):\n    return 0.6\n")
+    assert student.content()["code_sha256"] != before["code_sha256"]
