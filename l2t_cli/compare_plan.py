@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,9 +235,11 @@ class Tuning:
         self.rates = list(spec.lr) or around
         self.count = spec.trials
         self.searches: dict[str, Search] = {}
-        for number, arm in enumerate(found):
+        for arm in found:
             if spec.search == "optuna":
-                search: Search = OptunaSearch(self.rates, arm.own, spec.trials, number)
+                # By the loss, not its place: beside one more loss the others' trials are the same.
+                seed = zlib.crc32(f"{arm.loss} {arm.teacher_sha256}".encode())
+                search: Search = OptunaSearch(self.rates, arm.own, spec.trials, seed)
             else:
                 search = GridSearch(self.points(arm))
             self.searches[arm.name] = search

@@ -493,6 +493,8 @@ def test_optuna_searches_and_resumes(l2t: Run, tiny: Path) -> None:
     assert "15 of 15 trials were finished before" in again.out
     for row in json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"]:
         assert len(row["tuning"]) == 3 and all(0.1 <= t["lr"] <= 0.4 for t in row["tuning"])
+    more = "compare.losses=[cross_entropy,focal,label_smoothing,large_margin]"
+    assert "15 of 20 trials were finished before" in l2t(*arguments, more).out
 
 
 def test_optuna_that_is_not_installed_is_one_line(
