@@ -22,12 +22,13 @@ class WayBack:
     ``growth`` is ||d omega|| at the first differentiated step over that at the last, ``largest``
     the largest on the way over that at the last; ``norms`` lists (step, ||d omega_t||).
     ``sharpness`` is the largest |v H v| / (v v) * eta met: above 2 (1 + momentum) a constant rate
-    is beyond the edge of stability.
+    is beyond the edge of stability. ``hvp_error`` is that of approximate second derivatives.
     """
 
     growth: float = 0.0
     largest: float = 0.0
     sharpness: float = 0.0
+    hvp_error: float | None = None
     norms: list[tuple[int, float]] = field(default_factory=list)
 
 

@@ -107,7 +107,9 @@ def _back(
         episode.life, teacher, engine.loss, engine.second, trajectory, cotangent,
         discount=spec.discount, on_step=on_step, arrive=arrive_and_cap, watch=watch.step,
     )
-    return torch.cat([g.reshape(-1) for g in gradient]), watch.result()
+    seen = watch.result()
+    seen.hvp_error = engine.second.error
+    return torch.cat([g.reshape(-1) for g in gradient]), seen
 
 
 @DIFFERENTIATIONS.register("exact")

@@ -256,6 +256,7 @@ class TeacherTraining:
             "growth": mean([way.growth for way in back]),
             "largest": largest([way.largest for way in back]),
             "sharpness": largest([way.sharpness for way in back]),
+            "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
             "skipped": not usable, "best": False, "hypergradient_norm": None,
         }
         if not usable:

@@ -12,6 +12,7 @@ from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
 from l2t_core.unroll import run_forward
+from l2t_core.update import advice
 
 OPTIMISERS = [
     OptimiserSpec("sgd", 0.3, weight_decay=0.01),
@@ -202,6 +203,30 @@ def test_finite_differences_come_close(make_student, name):
     approximate = exact(*build(student, spec=spec), no_step)
     a, b = reference.estimates[0], approximate.estimates[0]
     assert 0.0 < float((a - b).norm() / a.norm()) < 1e-6
+    assert reference.way_back.hvp_error is None
+    assert 0.0 < (approximate.way_back.hvp_error or 0.0) < 1e-6
+
+
+def test_the_error_of_finite_differences_is_told(make_student, monkeypatch):
+    """The wider the step the larger, and telling it changes no bit of the hypergradient."""
+    student = make_student("conv_bn", OptimiserSpec("sgd", 0.2), steps=3)
+
+    def outcome(relative):
+        episode, teacher = build(student, spec=TrainingSpec(hvp="finite-difference"))
+        episode.engine.second.relative = relative
+        return exact(episode, teacher, no_step)
+
+    fine, rough = outcome(1e-6), outcome(1.0)
+    assert 0.0 < fine.way_back.hvp_error < 1e-6 < 1e-2 < rough.way_back.hvp_error
+    assert "set training.hvp=exact" in advice({"hvp_error": 0.2}, TrainingSpec())
+
+    def none(*_):
+        raise RuntimeError("derivative for this is not implemented")
+
+    monkeypatch.setattr("l2t_core.second_derivatives._double_backward", none)
+    blind = outcome(1.0)
+    assert blind.way_back.hvp_error is None
+    assert torch.equal(blind.estimates[0], rough.estimates[0])
 
 
 def test_discount_and_truncation_weigh_the_steps(make_student):
