@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.candidates import candidate_problems
@@ -22,6 +23,10 @@ def problems(spec: NmtSpec) -> list[str]:
     if spec.estimator not in ESTIMATORS:
         hint = suggestion(spec.estimator, ESTIMATORS) or f"; use {' or '.join(ESTIMATORS)}"
         found.append(f"unknown nmt.estimator {spec.estimator!r}{hint}")
+    try:
+        shlex.split(spec.generate)
+    except ValueError as error:
+        found.append(f"nmt.generate: {error} in the flags; close the quotes")
     limits: list[tuple[str, float, bool, str]] = [
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
         ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),

@@ -53,6 +53,7 @@ class NmtStudent:
         self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
         self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
         self.measure_name = self.measure.name
+        self.source = CANDIDATES.get(spec.candidates)
         self.references = self._references()
         self._dev_batches = setup.valid_batches(self.module)
         self._seed = 1
@@ -145,7 +146,7 @@ class NmtStudent:
 
     def _expected_measure(self, collated: Any, seed: int) -> Tensor:
         net_input, words, spec = collated["net_input"], self.dictionary, self.spec
-        candidates = CANDIDATES.get(spec.candidates).draw(
+        candidates = self.source.draw(
             spec, self.module, net_input, self._max_length(net_input), seed, words
         )
         references = [self.references[i] for i in collated["id"].tolist()]

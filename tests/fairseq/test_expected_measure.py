@@ -12,6 +12,7 @@ from toy_fairseq import TINY_MODEL, TINY_RUN, run_module, toy_corpus
 pytest.importorskip("fairseq")
 from fairseq import utils
 
+from l2t_cli.fields import FIELDS
 from l2t_core.apply import train_student
 from l2t_core.errors import UserError
 from l2t_fairseq.checks import problems
@@ -163,6 +164,7 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
          "reinforce needs samples from the model's own law.*ancestral, or nmt.estimator=mrt"),
         ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
         ({"alpha": 0.0}, "nmt.alpha is 0.0; it must be above 0"),
+        ({"generate": "--beam '5"}, "nmt.generate: No closing quotation"),
         ({"samples": 1}, "nmt.samples is 1; it must be at least 2"),
     ],
 )  # fmt: skip
@@ -172,4 +174,5 @@ def test_impossible_settings_are_one_line_each(changes, says):
     assert re.search(says, found[0])
     with pytest.raises(UserError, match=says):
         build_student(NmtSpec(**changes))
+    assert FIELDS.get("nmt").problems(NmtSpec(**changes)) == found  # what `recipes validate` says
     assert problems(NmtSpec()) == []

@@ -244,6 +244,21 @@ def test_beam_search_that_finds_too_few_repeats_the_last(setting):
         CANDIDATES.get("beam").draw(wide, model, net_input, 2, 1, dictionary)
 
 
+@pytest.mark.parametrize("name", CANDIDATES.names())
+def test_a_dead_student_has_no_measure_and_ends_nothing(name):
+    """Its candidates are anything and their log-probabilities no numbers: it is skipped."""
+    model, dictionary = make_model("transformer")
+    ends = {"eos": dictionary.eos(), "pad": dictionary.pad()}
+    net_input = {"src_tokens": torch.tensor([[4, 5, 2]]), "src_lengths": torch.tensor([3])}
+    with torch.no_grad():
+        next(model.decoder.parameters()).fill_(torch.nan)
+    settings = {"temperature": {"temperature": 0.5}, "top-k": {"top_k": 2},
+                "nucleus": {"top_p": 0.5}}.get(name, {})  # fmt: skip
+    spec = NmtSpec(candidates=name, samples=2, **settings)
+    found = CANDIDATES.get(name).draw(spec, model, net_input, LONGEST, 1, dictionary)
+    assert candidate_log_probs(model, net_input, found, **ends).isnan().all()
+
+
 def test_sampling_repeats_itself_and_greedy_is_the_most_probable_path(setting):
     model, net_input, _, ends = setting
     first = sample(model, net_input, 5, LONGEST, 7, **ends)
