@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import textwrap
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_gradient_equals_central_differences(prepared_toy, monkeypatch, source):
     numeric = (values[0] - values[1]) / (2 * h)
     assert abs(found) > 1e-6
     assert found == pytest.approx(numeric, rel=1e-5)
+
+
+def test_a_measure_of_the_users_own(prepared_toy, tmp_path, monkeypatch):
+    """One that is 1 of everything is 1 in expectation, and no omega changes that."""
+    code = """
+        def one(hypothesis, reference): return 1.0
+        def empty(hypothesis, reference): return float(not hypothesis)
+    """
+    (tmp_path / "own_measures_here.py").write_text(textwrap.dedent(code))
+    monkeypatch.chdir(tmp_path)
+    for estimator in ("mrt", "reinforce"):
+        student = make_student(prepared_toy, measure="own_measures_here:one", estimator=estimator)
+        value = student.smoothed_measure(3)
+        gradients = torch.autograd.grad(value, list(student.module.parameters()), allow_unused=True)
+        assert float(value.detach()) == pytest.approx(1.0)
+        assert max(float(g.abs().max()) for g in gradients if g is not None) < 1e-6
+        assert student.true_measure() == 1.0
+    student = make_student(prepared_toy, measure="own_measures_here:empty")
+    assert student.measure_name == "own_measures_here:empty"
+    assert student.measure.corpus(["", "x", "", "y"], ["a"] * 4) == 0.5
 
 
 def tokenised_corpus():
