@@ -73,7 +73,10 @@ def score_checkpoint(
         flags += ["--required-batch-size-multiple", "1"]
     joins = any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags)
     if not joins:
-        flags += ["--tokenizer", "space"]  # none: the tokeniser comes off once subwords are joined
+        # None: the tokeniser's work is undone once subwords are joined. Its own flags, which take
+        # no values and are about cutting text, go with it.
+        flags = [flag for flag in flags if not flag.startswith("--moses-")]
+        flags += ["--tokenizer", "space"]
     log = out / f"generate-{split}.log"
     raw = folder.references(split, target, form) if reference is None else read_lines(reference)
     generate(folder.data_bin, checkpoint, flags, log)

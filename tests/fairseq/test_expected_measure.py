@@ -113,6 +113,9 @@ def tokenised(tmp_path_factory):
     return folder
 
 
+MOSES = "--tokenizer moses --moses-no-escape"
+
+
 @pytest.fixture(scope="module")
 def checkpoints(prepared_toy, tokenised, tmp_path_factory):
     """Return both folders, each with the checkpoint of a hardly trained student."""
@@ -135,7 +138,7 @@ def score_dev(checkpoints, name, tokenizer, out):
 
 @pytest.mark.parametrize(
     ("name", "tokenizer", "tokenize"),
-    [("raw", "", "13a"), ("tokenised", "", "none"), ("tokenised", "--tokenizer moses", "13a")],
+    [("raw", "", "13a"), ("tokenised", "", "none"), ("tokenised", MOSES, "13a")],
 )
 def test_teacher_and_checkpoint_are_scored_on_the_same_text(
     checkpoints, tmp_path, name, tokenizer, tokenize
