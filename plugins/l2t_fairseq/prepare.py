@@ -7,15 +7,18 @@ rest is. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,25 +110,56 @@ def prepare_corpus(
         raise UserError(f"{name}: train has no pair of which both sides are usable text")
     if dropped:
         on_event({"event": "prepare", "stage": f"{dropped} unusable training pairs left out"})
-    work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside ``out``, so that the folder moves into place in one rename.
-        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        _build(work, kept, {**settings, "dropped": dropped}, on_event)
-        work.chmod(0o755)  # mkdtemp makes folders private
-        work.replace(out)
+        with _work_folder(out) as (work, lock):
+            _build(work, lock, kept, {**settings, "dropped": dropped}, on_event)
+            work.chmod(0o755)  # mkdtemp makes folders private
+            work.replace(out)
     except OSError as error:
         raise UserError(
             f"cannot prepare {out}: {error.strerror or error}; free some space or choose --out"
         ) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return load_prepared(out)
 
 
-def _build(work: Path, corpus: Corpus, settings: dict[str, Any], on_event: OnEvent) -> None:
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[tuple[Path, int]]:
+    """Give an empty folder beside ``out``, to be moved there in one rename or else removed.
+
+    With it comes the lock that says it is in use, for those who write there and may live longer
+    than this process. Folders that killed runs left are swept away.
+    """
+    prefix = f".{out.name}.making-"
+    for left in out.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix))
+    try:
+        with _locked(work) as lock:
+            yield work, lock
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of ``folder``, which ends with the last process that has it open.
+
+    Raises:
+        OSError: if another process holds it, or the disk knows no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _build(
+    work: Path, lock: int, corpus: Corpus, settings: dict[str, Any], on_event: OnEvent
+) -> None:
     """Fill the folder ``work``; prepared.json comes last and names every other file."""
     source, target, subwords = (settings[key] for key in ("source", "target", "subwords"))
     _write_text(corpus, work / "raw", source, target)
@@ -133,7 +167,7 @@ def _build(work: Path, corpus: Corpus, settings: dict[str, Any], on_event: OnEve
     (work / MODEL_FILES[subwords]).write_bytes(model)
     _write_text(encoded, work / "encoded", source, target)
     on_event({"event": "prepare", "stage": "fairseq-preprocess"})
-    _preprocess(work, source, target, settings["joined_dictionary"])
+    _preprocess(work, lock, source, target, settings["joined_dictionary"])
     shutil.rmtree(work / "encoded")
     files = {
         str(path.relative_to(work)): [path.stat().st_size, file_digest(path, "sha256")]
@@ -250,7 +284,7 @@ def _write_text(corpus: Corpus, folder: Path, source: str, target: str) -> None:
             (folder / f"{split}.{language}").write_text(text, encoding="utf-8")
 
 
-def _preprocess(work: Path, source: str, target: str, joined: bool) -> None:
+def _preprocess(work: Path, lock: int, source: str, target: str, joined: bool) -> None:
     prefixes = {
         flag: str(work / "encoded" / split)
         for flag, split in zip(("--trainpref", "--validpref", "--testpref"), SPLITS, strict=True)
@@ -262,7 +296,9 @@ def _preprocess(work: Path, source: str, target: str, joined: bool) -> None:
         "--destdir", str(work / "data-bin"), "--workers", "1",
         *(part for pair in prefixes.items() for part in pair),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, pass_fds=(lock,)
+    )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
         mend = ""
