@@ -201,7 +201,11 @@ class FairseqSetup:
             raise UserError(f"nmt.train: fairseq cannot make batches ({reason})") from error
 
     def valid_batches(self, model: Any) -> list[Any]:
-        """Return the dev set in fairseq's own validation batches."""
+        """Return the dev set in fairseq's own validation batches.
+
+        Raises:
+            UserError: if none is full: fairseq-fixed drops what is beyond the last multiple.
+        """
         data = self.config.dataset
         with quiet_fairseq():
             iterator = self._batches(
@@ -217,7 +221,14 @@ class FairseqSetup:
                 num_workers=0,
                 data_buffer_size=0,
             )
-            return list(iterator.next_epoch_itr(shuffle=False, set_dataset_epoch=False))
+            batches = list(iterator.next_epoch_itr(shuffle=False, set_dataset_epoch=False))
+        if not batches:
+            raise UserError(
+                f"the dev set has {len(self.task.dataset(self.valid_subset))} sentences, and "
+                f"fairseq leaves out what does not fill {data.required_batch_size_multiple}; give "
+                "a larger one, or add --required-batch-size-multiple 1 to nmt.train"
+            )
+        return batches
 
     def learning_rates(self) -> RateSchedule:
         """Return fairseq's schedule, to be driven from update to update."""

@@ -21,6 +21,8 @@ class NmtSpec:
     three at ``temperature``, or beam (``beam`` wide, 0: as many as ``samples``). ``estimator`` is
     mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.
     ``dev_interval`` is in updates; ``true_measure_sentences`` 0 decodes the whole dev set.
+    ``teach`` holds flags that come after ``train``'s in teacher training alone, whose students
+    live for less long: a shorter ``--warmup-updates``, a smaller ``--max-tokens``.
     """
 
     data: str = ""
@@ -39,3 +41,4 @@ class NmtSpec:
     dev_sentences: int = 64
     true_measure_sentences: int = 0
     dev_interval: int = 20
+    teach: str = ""

@@ -228,4 +228,5 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
     if not spec.data:
         raise UserError("nmt.data is empty; name a folder made by `l2t data prepare`")
     data = open_data(Path(spec.data))
-    return NmtStudent(spec, data, FairseqSetup(data.data_bin, spec.train))
+    # argparse takes the last of two equal flags.
+    return NmtStudent(spec, data, FairseqSetup(data.data_bin, f"{spec.train} {spec.teach}"))

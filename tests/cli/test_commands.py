@@ -44,7 +44,12 @@ SHIPPED = [
     "image/mnist-mlp-noise40",
     "image/mnist-mlp",
     "nmt/demo-de-en",
-    "nmt/multi30k-de-en",
+    "nmt/iwslt14-de-en-lstm1",
+    "nmt/iwslt14-de-en-lstm2",
+    "nmt/iwslt14-de-en-transformer",
+    "nmt/multi30k-de-en-lstm1",
+    "nmt/multi30k-de-en-transformer",
+    "nmt/wmt-en-de-transformer",
 ]
 
 
