@@ -44,6 +44,10 @@ from in_process import Run  # type: ignore[import-not-found]
         (["train-teacher", "digits", "image.dev_size=0"], "image.dev_size"),
         (["data", "prepare", "mnst"], "did you mean 'mnist'?"),
         (["data", "prepare", "mnist", "--from", "nowhere"], "nowhere"),
+        (["data", "prepare", "mnist", "--from", __file__], "is no folder"),
+        (["data", "prepare", "multi30k", "--from", __file__], "is no folder"),
+        (["data", "prepare", "iwslt14", "--from", "de-en.tgz"], "de-en.tgz is not there"),
+        (["data", "prepare", "iwslt14", "--from", __file__], "no tar archive"),
     ],
 )
 def test_one_line_that_names_the_mend(l2t: Run, arguments: list[str], expected: str) -> None:

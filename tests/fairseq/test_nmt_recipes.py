@@ -208,11 +208,11 @@ def test_a_trial_on_data_that_the_user_binarised(
     assert "tok:none" in result.signature and result.signature.endswith("|ref:data-bin")
     hypotheses = (tmp_path / "trial" / "test.hyp.de").read_text(encoding="utf-8").splitlines()
     assert len(hypotheses) == len(toy_corpus()["test"][0])
-    before = trials.identity()["data"]
+    before = trials.identity()["content"]
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in folders["wmt"].iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "test.en-de.de.idx").write_bytes((copy / "valid.en-de.de.idx").read_bytes())
     other = FairseqTrials(load_for_comparison(name, [*changes, f"nmt.data={copy}"]))
-    assert other.identity()["data"] != before
+    assert other.identity()["content"] != before
