@@ -82,7 +82,7 @@ def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
 
 def _taught(trajectory: Trajectory) -> list[Tensor]:
     """Return the s_t of the steps that are differentiated."""
-    return [f for step, f in trajectory.features.items() if step >= trajectory.first]
+    return list(trajectory.features[trajectory.first :])
 
 
 def _back(

@@ -34,7 +34,15 @@ class Trajectory:
     keeps_gradient: bool
     buffers: dict[int, list[Tensor]] = field(default_factory=dict)
     has_gradient: set[int] = field(default_factory=set)
-    features: dict[int, Tensor] = field(default_factory=dict)
+    features: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [T, F], by step
+
+    def record_features(self, step: int, features: Tensor) -> None:
+        """Keep s_t [F] of ``step``."""
+        # One block for all: a tensor for each step would lie between the steps' big blocks, which
+        # the C library then cannot join again, and memory would grow with T.
+        if not len(self.features):
+            self.features = features.new_zeros(self.first + self.steps, len(features))
+        self.features[step] = features
 
     @property
     def held(self) -> int:
@@ -104,7 +112,7 @@ def run_forward(
             out = spare[step % 2]
         state, statistics = taught_step(life, applied, state, step, out, gradient_out)
         if trajectory is not None:
-            trajectory.features[step] = applied.features
+            trajectory.record_features(step, applied.features)
             if step in kept:
                 trajectory.slots.seal(step - trajectory.first)
         if not math.isfinite(statistics.nll):
