@@ -49,13 +49,12 @@ def _demo(data: Path, schedule: str, rate: float, measure: str) -> Student:
     """Return the student of recipes/nmt/demo-de-en for 400 updates of half its batch."""
     import yaml
 
-    import recipes
+    from l2t_cli.recipe_loading import shipped_recipes
     from l2t_fairseq.recipe import NmtSpec
     from l2t_fairseq.student import build_student
 
-    described = yaml.safe_load(
-        (Path(str(recipes.__file__)).parent / "nmt" / "demo-de-en.yaml").read_text("utf-8")
-    )["nmt"]
+    recipe = shipped_recipes()["nmt/demo-de-en"]
+    described = yaml.safe_load(recipe.read_text("utf-8"))["nmt"]
     steps = 400
     flags = {
         "constant": "--lr-scheduler fixed --warmup-updates 30",
