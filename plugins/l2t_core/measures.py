@@ -43,10 +43,10 @@ def smoothed_accuracy(log_probs: Tensor, targets: Tensor, width: float = 0.2) ->
     return torch.sigmoid(margins / (width * size)).mean()
 
 
-def mrt_measure(
+def mrt_expectations(
     log_probs: Tensor, scores: Tensor, candidate_mask: Tensor, alpha: float = 1.0
 ) -> Tensor:
-    """Return the expected score under q(y') ~ p(y'|x)^alpha over distinct candidates.
+    """Return each source's expected score [B] under q(y') ~ p(y'|x)^alpha, distinct candidates.
 
     Minimum risk training (Shen et al. 2016, equation 9): the distribution renormalised over a
     sample's distinct candidates.
@@ -58,7 +58,14 @@ def mrt_measure(
         alpha: sharpness; 1 with all sentences listed is the exact expectation.
     """
     weights = torch.softmax((alpha * log_probs).masked_fill(~candidate_mask, -torch.inf), 1)
-    return (weights * scores).sum(1).mean()
+    return (weights * scores).sum(1)
+
+
+def mrt_measure(
+    log_probs: Tensor, scores: Tensor, candidate_mask: Tensor, alpha: float = 1.0
+) -> Tensor:
+    """Return the mean over sources of :func:`mrt_expectations`."""
+    return mrt_expectations(log_probs, scores, candidate_mask, alpha).mean()
 
 
 def reinforce_measure(log_probs: Tensor, scores: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The fairseq plugin: criterion ``l2t_dynamic``, task ``l2t_translation`` and the NMT student.
+"""The fairseq plugin: its criterions, the task ``l2t_translation`` and the NMT student.
+
+``l2t_dynamic`` is a teacher's loss, ``l2t_expected_measure`` minimum risk training.
 
 ``--user-dir plugins/l2t_fairseq`` in a checkout, ``--user-dir "$(l2t user-dir)"`` installed. The
 modules that prepare data or rewrite commands do not need fairseq, and importing them does not load
-it: the criterion and the task are registered where fairseq is already running, which is always so
+it: criterions and task are registered where fairseq is already running, which is always so
 when fairseq imports its user dir. A program that imports this package first calls
 :func:`register`.
 """
@@ -24,7 +26,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - a user dir is not installed, so 
 
 
 def register() -> None:
-    """Register the criterion and the task with fairseq; a second call does nothing.
+    """Register criterions and task with fairseq; a second call does nothing.
 
     Raises:
         ImportError: fairseq's own, where it is missing or broken.
@@ -41,6 +43,7 @@ def register() -> None:
     _import("l2t_fairseq.checkpoints").save_plainly()
     # By name, not by folder: fairseq looks for tasks and models in a user dir, not for criterions.
     _import("l2t_fairseq.criterion")
+    _import("l2t_fairseq.expected_measure")
     _import("l2t_fairseq.task")
 
 

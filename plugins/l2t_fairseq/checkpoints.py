@@ -25,7 +25,7 @@ from l2t_core.files import atomic_file
 from l2t_fairseq.compat import register_safe_globals
 
 # What a trained student is without the way it was trained: fairseq's own names.
-_STOCK_TASK, _STOCK_CRITERION = "translation", "cross_entropy"
+_STOCK_TASK, _STOCK_CRITERION, _STOCK_METRIC = "translation", "cross_entropy", "loss"
 _OURS = "l2t_"
 
 
@@ -223,10 +223,15 @@ def _stock_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if _name(settings.get("task")).startswith(_OURS):
         cfg["task"]["_name"] = _STOCK_TASK
     # Under argparse a model's settings are all flags of the command.
-    for part in (cfg["model"], cfg["task"]):
-        for flag, stock in (("task", _STOCK_TASK), ("criterion", _STOCK_CRITERION)):
+    stock = {
+        "task": _STOCK_TASK,
+        "criterion": _STOCK_CRITERION,
+        "best_checkpoint_metric": _STOCK_METRIC,
+    }
+    for part in (cfg["model"], cfg["task"], cfg.get("checkpoint") or {}):
+        for flag, value in stock.items():
             if str(part.get(flag)).startswith(_OURS):
-                part[flag] = stock
+                part[flag] = value
         if "user_dir" in part:
             part["user_dir"] = None
     cfg.setdefault("common", {})["user_dir"] = None

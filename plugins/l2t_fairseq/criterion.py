@@ -166,7 +166,7 @@ class L2TDynamicCriterion(FairseqCriterion):
             nll = nll.masked_fill(pad, 0.0)
         if training:
             if not self.fed_by_task:
-                self.begin_update(*_announced_update())
+                self.begin_update(*announced_update())
             loss = self.applied.loss(log_probs, target).masked_fill(pad, 0.0)
         else:
             loss = nll
@@ -192,27 +192,18 @@ class L2TDynamicCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss and nll_loss (base 2), ppl and accuracy; move the student's state s_t on."""
-        sums = {
-            key: sum(log.get(key, 0) for log in logging_outputs)
-            for key in ("loss", "nll_loss", "ntokens", "sample_size", "n_correct", TRAINING)
-        }
-        ntokens, sample_size = sums["ntokens"], sums["sample_size"]
-        if not ntokens:
+        sums = summed(logging_outputs, "loss", "nll_loss", "n_correct", TRAINING)
+        if not sums["ntokens"]:
             return  # nothing but dummy batches, which only keep processes in step
-        nll, accuracy = sums["nll_loss"] / ntokens, sums["n_correct"] / ntokens
-        # The same expressions, in the same order, as fairseq's cross_entropy: base 2, 3 digits.
-        loss = sums["loss"] / sample_size / math.log(2)
-        metrics.log_scalar("loss", loss, sample_size, round=3)
-        metrics.log_scalar("nll_loss", nll / math.log(2), ntokens, round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-        metrics.log_scalar("l2t_accuracy", accuracy, ntokens, round=4)
+        nll, accuracy = log_losses(sums)
         live = cls._live() if cls._live is not None else None
         if live is None:
             return
         if sums[TRAINING] > 0:
             live.finish_update(TrainStatistics(float(nll), float(accuracy)))
         else:
-            live._dev.add(float(sums["nll_loss"]), float(sums["n_correct"]), float(ntokens))
+            totals = (sums["nll_loss"], sums["n_correct"], sums["ntokens"])
+            live._dev.add(*map(float, totals))
 
     def finish_update(self, statistics: TrainStatistics) -> None:
         """Log a summary of phi_t, check it if asked to, and move s_t on."""
@@ -263,6 +254,27 @@ class L2TDynamicCriterion(FairseqCriterion):
         return True
 
 
+def summed(logging_outputs: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """Return the sums of ``keys``, of tokens and of sample sizes over batches and processes."""
+    return {
+        key: sum(log.get(key, 0) for log in logging_outputs)
+        for key in ("ntokens", "sample_size", *keys)
+    }
+
+
+def log_losses(sums: dict[str, Any]) -> tuple[Any, Any]:
+    """Log loss and nll_loss (base 2), ppl and accuracy; return nll in nats and accuracy a token."""
+    ntokens, sample_size = sums["ntokens"], sums["sample_size"]
+    nll, accuracy = sums["nll_loss"] / ntokens, sums["n_correct"] / ntokens
+    # The same expressions, in the same order, as fairseq's cross_entropy: base 2, 3 digits.
+    loss = sums["loss"] / sample_size / math.log(2)
+    metrics.log_scalar("loss", loss, sample_size, round=3)
+    metrics.log_scalar("nll_loss", nll / math.log(2), ntokens, round=3)
+    metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+    metrics.log_scalar("l2t_accuracy", accuracy, ntokens, round=4)
+    return nll, accuracy
+
+
 def is_best(log_probs: Tensor, nll: Tensor) -> Tensor:
     """Tell [N] where no class is more probable than the target, whose -log p_y is ``nll`` [N].
 
@@ -297,7 +309,7 @@ class _DevPass:
         return DevStatistics(nll / tokens, correct / tokens) if tokens else None
 
 
-def _announced_update() -> tuple[int, float]:
+def announced_update() -> tuple[int, float]:
     """Return update number and learning rate as fairseq's trainer logged them last.
 
     The path of tasks that do not feed the criterion. The trainer logs the rate before the first
