@@ -15,13 +15,16 @@ from typing import Any
 from l2t_cli.apply_fairseq import RecipeApplication
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import run_logged, this_python
-from l2t_cli.fairseq_scoring import data_folder
+from l2t_cli.fairseq_scoring import data_folder, split_flags
 from l2t_cli.recipe_loading import Recipe
+from l2t_cli.user_dir import plugin_folder
+from l2t_core.baselines import complete_settings
 from l2t_core.errors import UserError
 from l2t_fairseq.command import (
     CRITERION_FLAGS,
     FairseqCommand,
     has_flag,
+    refuse_other_user_dir,
     shell_text,
     total_steps,
     value_of,
@@ -29,7 +32,9 @@ from l2t_fairseq.command import (
     without,
 )
 from l2t_fairseq.data_folder import open_data
+from l2t_fairseq.text_form import TextForm
 
+MRT = "mrt"
 _BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
 _NLL = re.compile(r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*|nan|inf)")
@@ -66,6 +71,8 @@ class FairseqTrials:
         self.application.test_set()
         for teacher in teachers:
             self.application.check(teacher)
+        if MRT in losses:
+            refuse_other_user_dir(self.application.command, plugin_folder())
 
     def identity(self) -> dict[str, Any]:
         """Return the command without rate and seed, the data's record, and the versions."""
@@ -99,7 +106,9 @@ class FairseqTrials:
             for flag, takes_value in CRITERION_FLAGS.items():
                 command = without(command, flag, takes_value)
             eps = dict(trial.settings).get("eps")
-            if eps is None and value_of(command, _BEST) not in ("accuracy", "l2t_accuracy"):
+            if trial.loss == MRT:
+                command = self._at_risk(command, trial)
+            elif eps is None and value_of(command, _BEST) not in ("accuracy", "l2t_accuracy"):
                 command = with_value(command, "--criterion", "cross_entropy")
                 command = _judged_by(command, "loss", "")
             else:  # plain cross_entropy reports no accuracy; smoothing by 0 is the same loss
@@ -110,6 +119,32 @@ class FairseqTrials:
         command = with_value(command, "--lr", f"{trial.lr:g}")
         command = with_value(command, "--seed", str(trial.seed))
         return with_value(command, "--save-dir", str(folder / "checkpoints"))
+
+    def _at_risk(self, command: FairseqCommand, trial: Trial) -> FairseqCommand:
+        """Return cross-entropy's command with minimum risk training in its last updates.
+
+        The checkpoint is then chosen by what is trained, the dev measure: plain dev nll grows as
+        soon as something else is.
+        """
+        own = complete_settings(MRT, dict(trial.settings))
+        flags = split_flags(self.application.generate, "nmt.generate")
+        form = TextForm("words").as_generated(flags, "")
+        values = {
+            "--user-dir": str(plugin_folder()),
+            "--task": "l2t_translation",
+            "--criterion": "l2t_expected_measure",
+            "--l2t-warmup-steps": str(round((1.0 - own["share"]) * self.steps)),
+            "--l2t-ce-mix": f"{own['mix']:g}",
+            "--l2t-samples": f"{own['samples']:g}",
+            "--l2t-alpha": f"{own['alpha']:g}",
+            "--l2t-tokenizer": form.tokenizer,
+        }
+        for flag, value in values.items():
+            command = with_value(command, flag, value)
+        if value_of(command, _BEST) in (None, "loss", "nll_loss"):
+            words = [*command.arguments, "--maximize-best-checkpoint-metric"]
+            command = replace(command, arguments=words)
+        return _judged_by(command, "l2t_measure", "l2t_accuracy")
 
     def run(self, trial: Trial, folder: Path) -> Result:
         """Run fairseq-train, or let it go on; translate dev, and test if it is a final student."""

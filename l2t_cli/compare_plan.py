@@ -58,11 +58,11 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import BASELINES
+    from l2t_core.baselines import loss_names
 
     names = recipe.compare.losses
     for name in names:
-        if name not in BASELINES.names():
+        if name not in loss_names():
             hint = suggestion(name, recipe.field.losses)
             yield f"compare.losses: unknown loss {name!r}{hint}{_known(recipe)}"
         elif name not in recipe.field.losses:
@@ -75,9 +75,9 @@ def _wrong_losses(recipe: Recipe) -> Iterator[str]:
 
 
 def _wrong_grids(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import BASELINES, complete_settings
+    from l2t_core.baselines import complete_settings, loss_names
 
-    for name in BASELINES.names():
+    for name in loss_names():
         for key, values in _grid(recipe, name).items():
             if not values:
                 yield f"compare.{name}.{key} is empty; give it at least one value"

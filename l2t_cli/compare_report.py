@@ -25,6 +25,7 @@ LABELS = {
     "focal": "focal",
     "gce": "generalised CE",
     "sigmoid": "sigmoid form",
+    "mrt": "minimum risk",
 }
 COLUMNS = (
     "loss", "chosen on dev", "dev {dev}", "test {test}", "change", "95 % interval", "p", "time",
@@ -138,7 +139,7 @@ def _warnings(
     last: Sequence[Result],
     teacher_seconds: float | None,
 ) -> list[str]:
-    from l2t_core.baselines import BASELINES
+    from l2t_core.baselines import settings_of
 
     label = LABELS.get(arm.name, arm.name)
     if point is None:
@@ -149,7 +150,7 @@ def _warnings(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
         )
     for name, value in point.settings:
-        known = BASELINES.get(arm.loss).settings[name]
+        known = settings_of(arm.loss)[name]
         edge = at_edge(value, arm.own[name])
         if edge and value not in (known.low, known.high):
             found.append(

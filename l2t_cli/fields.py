@@ -108,7 +108,7 @@ FIELDS.register("nmt")(
         student="l2t_fairseq.student:build_student",
         application="l2t_cli.apply_fairseq:RecipeApplication",
         trials="l2t_cli.compare_fairseq:FairseqTrials",
-        losses=("cross_entropy", "label_smoothing"),
+        losses=("cross_entropy", "label_smoothing", "mrt"),
         datasets="l2t_fairseq.prepare:DATASETS",
         check="l2t_fairseq.checks:problems",
         needs="fairseq",

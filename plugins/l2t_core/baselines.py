@@ -61,14 +61,40 @@ class Baseline:
 
 BASELINES: Registry[Baseline] = Registry("loss")
 
+# Losses of whole sequences, which a field trains by means of its own; here are their settings.
+# mrt, minimum risk training: the last ``share`` of the updates on ``mix`` CE + (1 - ``mix``) risk,
+# the risk over ``samples`` candidates, weighed by p^``alpha``.
+SEQUENCE_LOSSES: dict[str, dict[str, Setting]] = {
+    "mrt": {
+        "share": Setting(0.25, 0.0, 1.0),
+        "mix": Setting(0.5, 0.0, 1.0),
+        "samples": Setting(8, 2, whole=True),
+        "alpha": Setting(1.0, 1e-6),
+    }
+}
+
+
+def loss_names() -> list[str]:
+    """Return the names of all losses that a comparison may list, sorted."""
+    return sorted([*BASELINES.names(), *SEQUENCE_LOSSES])
+
+
+def settings_of(name: str) -> dict[str, Setting]:
+    """Return the settings of the loss ``name``.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    return SEQUENCE_LOSSES[name] if name in SEQUENCE_LOSSES else BASELINES.get(name).settings
+
 
 def complete_settings(name: str, given: Settings) -> dict[str, float]:
-    """Return the settings of the baseline ``name`` with its defaults for those not ``given``.
+    """Return the settings of the loss ``name`` with its defaults for those not ``given``.
 
     Raises:
         UserError: if the loss or a setting is unknown, or a value is out of range.
     """
-    known = BASELINES.get(name).settings
+    known = settings_of(name)
     for key, value in given.items():
         if key not in known:
             hint = suggestion(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"

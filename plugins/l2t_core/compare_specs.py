@@ -43,6 +43,18 @@ class SigmoidGrid:
 
 
 @dataclass
+class MrtGrid:
+    """Values to try for minimum risk training: the ``share`` of the updates that it takes at the
+    end, the weight ``mix`` of cross-entropy in it, candidates (``samples``), sharpness ``alpha``.
+    """
+
+    share: list[float] = field(default_factory=lambda: [0.25])
+    mix: list[float] = field(default_factory=lambda: [0.1, 0.5])
+    samples: list[int] = field(default_factory=lambda: [8])
+    alpha: list[float] = field(default_factory=lambda: [1.0])
+
+
+@dataclass
 class CompareSpec:
     """How losses are compared (``l2t compare``).
 
@@ -67,3 +79,4 @@ class CompareSpec:
     focal: FocalGrid = field(default_factory=FocalGrid)
     gce: GceGrid = field(default_factory=GceGrid)
     sigmoid: SigmoidGrid = field(default_factory=SigmoidGrid)
+    mrt: MrtGrid = field(default_factory=MrtGrid)

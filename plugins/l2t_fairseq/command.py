@@ -211,7 +211,7 @@ def teach_command(
     """
     refuse_unteachable(command)
     _refuse_blind(command, header)
-    _refuse_other_user_dir(command, user_dir)
+    refuse_other_user_dir(command, user_dir)
     steps = total_steps(command)
     changes = [f"left out of the script's line: {part}" for part in command.left_out]
     for flag, wanted, default in (
@@ -279,7 +279,12 @@ def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
         )
 
 
-def _refuse_other_user_dir(command: FairseqCommand, user_dir: Path) -> None:
+def refuse_other_user_dir(command: FairseqCommand, user_dir: Path) -> None:
+    """Refuse a command that names another plugin: fairseq takes only one.
+
+    Raises:
+        UserError: naming both folders.
+    """
     given = value_of(command, "--user-dir")
     if given is None or Path(given).resolve() == user_dir.resolve():
         return

@@ -484,6 +484,11 @@ def test_image_recipes_know_every_baseline() -> None:
     assert sorted(FIELDS.get("image").losses) == BASELINES.names()
 
 
+def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
+    line = l2t("compare", tiny, "compare.losses=[mrt]").error()
+    assert "mrt does not exist for image recipes; remove it" in line
+
+
 def test_optuna_searches_and_resumes(l2t: Run, tiny: Path) -> None:
     pytest.importorskip("optuna")
     arguments = ("compare", tiny, "--jobs", "1", "compare.search=optuna", "compare.seeds=2")

@@ -14,6 +14,7 @@ pytest.importorskip("fairseq")
 from l2t_cli.compare import load_for_comparison
 from l2t_cli.compare_fairseq import FairseqTrials, _curve
 from l2t_cli.compare_trials import Trial, TrialStore
+from l2t_cli.user_dir import plugin_folder
 from l2t_fairseq.command import FairseqCommand, value_of
 
 RECIPE = """\
@@ -39,7 +40,8 @@ def trials(tmp_path: Path, more: str = "", data: Path = Path("data/none")) -> Fa
 
 
 def trial(loss: str, teacher: Path | None = None, lr: float = 0.02, final: bool = False) -> Trial:
-    settings = (("eps", 0.1),) if loss == "label_smoothing" else ()
+    own = {"label_smoothing": (("eps", 0.1),), "mrt": (("share", 0.5), ("samples", 3.0))}
+    settings = own.get(loss, ())
     return Trial(loss, loss, settings, teacher, "", lr, 7, final)
 
 
@@ -85,6 +87,35 @@ def test_commands_differ_in_the_loss_alone(tmp_path: Path) -> None:
     assert metrics == ["loss", "nll_loss", "nll_loss"]
 
 
+def test_minimum_risk_is_the_end_of_the_same_training(tmp_path: Path) -> None:
+    made = trials(tmp_path)
+    plain, risk = (made.command(trial(loss), tmp_path) for loss in ("cross_entropy", "mrt"))
+    assert differences(plain, risk) == {
+        "cross_entropy", "l2t_expected_measure", "--user-dir", str(plugin_folder()),
+        "--task", "l2t_translation", "--l2t-warmup-steps", "3", "--l2t-ce-mix", "0.5",
+        "--l2t-samples", "--l2t-alpha", "--l2t-tokenizer", "none",
+        "loss", "l2t_measure", "--maximize-best-checkpoint-metric",
+    }
+    assert value_of(risk, "--l2t-samples") == "3" and value_of(risk, "--max-update") == "6"
+    assert value_of(risk, "--validate-interval-updates") == "2"
+    # What the recipe names is kept, and chooses for every loss.
+    bleu = trials(tmp_path, "--best-checkpoint-metric bleu --maximize-best-checkpoint-metric")
+    risk = bleu.command(trial("mrt"), tmp_path)
+    assert value_of(risk, "--best-checkpoint-metric") == "bleu"
+    assert risk.arguments.count("--maximize-best-checkpoint-metric") == 1
+    accuracy = trials(tmp_path, "--best-checkpoint-metric accuracy")
+    risk = accuracy.command(trial("mrt"), tmp_path)
+    assert value_of(risk, "--best-checkpoint-metric") == "l2t_accuracy"
+
+
+def test_minimum_risk_scores_the_text_that_is_scored(tmp_path: Path) -> None:
+    path = tmp_path / "nmt.yaml"
+    path.write_text(RECIPE.format(data="data/none", more=""))
+    change = "nmt.generate=--beam 1 --tokenizer moses"
+    made = FairseqTrials(load_for_comparison(str(path), [change]))
+    assert value_of(made.command(trial("mrt"), tmp_path), "--l2t-tokenizer") == "moses"
+
+
 def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:
     made = trials(
         tmp_path,
@@ -110,6 +141,7 @@ def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:
     [
         ("compare.losses=[large_margin]", "large_margin does not exist for nmt recipes; remove it"),
         ("compare.losses=[label_smothing]", "did you mean 'label_smoothing'?"),
+        ("compare.mrt.mix=[2]", "compare.mrt.mix is 2; it must be from 0 to 1"),
         ("compare.seeds=2", "no data folder data/none"),
     ],
 )
@@ -151,7 +183,7 @@ def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
     made = trials(tmp_path, data=tmp_path / "data")
     made.check([], [])
     store = TrialStore(tmp_path / "out", made.identity())
-    final = trial("label_smoothing", final=True)
+    final = trial("mrt", final=True)
     result = made.run(final, store.work(final))
     store.save(final, result)
     assert result.steps == 6 and {2, 4, 6} <= {step for step, _ in result.curve}
@@ -161,8 +193,8 @@ def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
     assert store.load(final) == result
     assert (store.work(final) / "checkpoints" / "checkpoint_best.pt").exists()
     kept = json.loads(store.path(final).read_text())["trial"]
-    assert kept["settings"] == {"eps": 0.1} and kept["lr"] == 0.02
+    assert kept["settings"] == dict(final.settings) and kept["lr"] == 0.02
     # The identity holds all flags but those that a trial sets.
     words_of = shlex.split(store.identity["command"])
     assert "--max-update" in words_of and "--lr" not in words_of
-    assert store.key(final) != store.key(trial("label_smoothing"))
+    assert store.key(final) != store.key(trial("mrt"))

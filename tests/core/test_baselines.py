@@ -18,7 +18,9 @@ from l2t_core.baselines import (
     generalised_cross_entropy,
     label_smoothing,
     large_margin,
+    loss_names,
     margin_cosine,
+    settings_of,
 )
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.errors import UserError
@@ -177,6 +179,8 @@ def test_sigmoid_form_by_hand(logits: Tensor) -> None:
     ("name", "settings", "expected"),
     [
         ("focall", {}, "did you mean 'focal'?"),
+        ("mrt", {"share": 1.5}, "mrt.share is 1.5; it must be from 0 to 1"),
+        ("mrt", {"samples": 1.0}, "mrt.samples is 1; it must be 2 or more"),
         ("focal", {"gama": 1.0}, "did you mean 'gamma'?"),
         ("cross_entropy", {"eps": 1.0}, "known: none"),
         ("gce", {"q": 1.5}, "gce.q is 1.5; it must be from 0 to 1"),
@@ -191,9 +195,9 @@ def test_impossible_settings_are_refused(name: str, settings: dict, expected: st
 
 def test_a_recipe_can_give_a_grid_for_every_setting() -> None:
     spec = CompareSpec()
-    for name in BASELINES.names():
+    for name in loss_names():
         grid = vars(getattr(spec, name)) if hasattr(spec, name) else {}
-        assert set(grid) == set(BASELINES.get(name).settings)
+        assert set(grid) == set(settings_of(name))
         for key, values in grid.items():
             for value in values:
                 complete_settings(name, {key: value})
