@@ -40,7 +40,9 @@ def _count(network: Any) -> str:
 
 def _header_rows(header: Any) -> list[tuple[str, str]]:
     teacher, loss, record = header.teacher, header.loss, header.record
-    warmup = f", cross-entropy for the first {loss.warmup_steps} steps" if loss.warmup_steps else ""
+    smoothed = f" smoothed by {loss.warmup_smoothing:g}" if loss.warmup_smoothing else ""
+    warmup = f", cross-entropy{smoothed} for the first {loss.warmup_steps} steps"
+    warmup = warmup if loss.warmup_steps else ""
     mix = f", {loss.ce_mix:g} of cross-entropy mixed in" if loss.ce_mix else ""
     rank = f", rank {loss.rank}" if loss.form == "lowrank" else ""
     rows = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError, suggestion
-from l2t_core.losses import cross_entropy, neutral_coefficients, step_loss
+from l2t_core.losses import cross_entropy, label_smoothing, neutral_coefficients, step_loss
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 
@@ -108,11 +108,6 @@ def complete_settings(name: str, given: Settings) -> dict[str, float]:
         if setting.whole and value != int(value):
             raise UserError(f"{name}.{key} is {value:g}; it must be a whole number")
     return {key: given.get(key, setting.default) for key, setting in known.items()}
-
-
-def label_smoothing(log_probs: Tensor, targets: Tensor, eps: float) -> Tensor:
-    """Return (1 - eps) CE + eps mean_k(-log p_k), [N] (Szegedy et al. 2016, section 7)."""
-    return (1.0 - eps) * cross_entropy(log_probs, targets) - eps * log_probs.mean(1)
 
 
 def focal(log_probs: Tensor, targets: Tensor, gamma: float) -> Tensor:

@@ -167,6 +167,11 @@ def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
     return _picked(log_probs, targets)
 
 
+def label_smoothing(log_probs: Tensor, targets: Tensor, eps: float) -> Tensor:
+    """Return (1 - eps) CE + eps mean_k(-log p_k), [N] (Szegedy et al. 2016, section 7)."""
+    return (1.0 - eps) * cross_entropy(log_probs, targets) - eps * log_probs.mean(1)
+
+
 def bilinear_loss(
     spec: LossSpec, log_probs: Tensor, targets: Tensor, phi: Coefficients
 ) -> Tensor:
@@ -184,14 +189,17 @@ def step_loss(
 ) -> Tensor:
     """Return the loss [N] that a student descends at 0-based training ``step``.
 
-    Cross-entropy during the first ``spec.warmup_steps`` steps, alpha*CE + (1-alpha)*l_phi after
-    them with alpha = ``spec.ce_mix``. Both come from the authors' public MNIST demo: at W = I
+    Cross-entropy during the first ``spec.warmup_steps`` steps, with label smoothing if
+    ``spec.warmup_smoothing`` says so, and alpha*CE + (1-alpha)*l_phi after them with alpha =
+    ``spec.ce_mix``. Warm-up and mix come from the authors' public MNIST demo: at W = I
     the sigmoid form's gradient is cross-entropy's times p_y/(1+p_y)^2, next to nothing for a
     student that has not begun to learn.
 
     Raises:
         UserError: if the form or sigma is unknown.
     """
+    if step < spec.warmup_steps and spec.warmup_smoothing:
+        return label_smoothing(log_probs, targets, spec.warmup_smoothing)
     if not taught_at(spec, step):
         return cross_entropy(log_probs, targets)
     taught = bilinear_loss(spec, log_probs, targets, phi)

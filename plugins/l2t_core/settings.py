@@ -90,6 +90,10 @@ def _limits(
         ("loss.rank", loss.rank, loss.rank >= 1, "must be at least 1"),
         ("loss.ce_mix", loss.ce_mix, 0 <= loss.ce_mix < 1, "must lie in [0, 1)"),
         (
+            "loss.warmup_smoothing", loss.warmup_smoothing, 0 <= loss.warmup_smoothing < 1,
+            "must lie in [0, 1)",
+        ),
+        (
             "loss.warmup_steps", loss.warmup_steps, 0 <= loss.warmup_steps < total_steps,
             f"must lie below the student's {total_steps} steps, or the teacher never teaches",
         ),

@@ -19,8 +19,9 @@ class LossSpec:
     """Which loss family the teacher writes (L2T-DLF section 3.1) and how it is eased in.
 
     ``form``: dense, diagonal, lowrank (diagonal + rank r) or shared (three numbers for all
-    classes). ``sigma``: sigmoid, softplus or identity. ``warmup_steps``: first steps on plain
-    cross-entropy. ``ce_mix``: weight alpha of cross-entropy in alpha*CE + (1-alpha)*l_phi.
+    classes). ``sigma``: sigmoid, softplus or identity. ``warmup_steps``: first steps on
+    cross-entropy, with label smoothing ``warmup_smoothing`` (0: plain). ``ce_mix``: weight alpha
+    of cross-entropy in alpha*CE + (1-alpha)*l_phi.
     """
 
     form: str = "dense"
@@ -28,6 +29,7 @@ class LossSpec:
     rank: int = 1
     warmup_steps: int = 0
     ce_mix: float = 0.0
+    warmup_smoothing: float = 0.0
 
 
 @dataclass

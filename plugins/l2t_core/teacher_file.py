@@ -166,11 +166,13 @@ def _check_values(header: TeacherHeader) -> None:
     for name, value in whole.items():
         if type(value) is not int or not 1 <= value < 2**40:
             raise ValueError(f"{name} is {value!r}")
-    warmup, mix = header.loss.warmup_steps, header.loss.ce_mix
+    warmup = header.loss.warmup_steps
     if type(warmup) is not int or warmup < 0:
         raise ValueError(f"loss.warmup_steps is {warmup!r}")
-    if not isinstance(mix, int | float) or not 0.0 <= mix < 1.0:
-        raise ValueError(f"loss.ce_mix is {mix!r}")
+    for name in ("ce_mix", "warmup_smoothing"):
+        share = getattr(header.loss, name)
+        if not isinstance(share, int | float) or not 0.0 <= share < 1.0:
+            raise ValueError(f"loss.{name} is {share!r}")
     if not isinstance(header.fingerprint, dict) or not isinstance(header.record, dict):
         raise ValueError("fingerprint or record is no table")
     if not isinstance(header.teacher.features, list) or not header.teacher.features:

@@ -48,7 +48,7 @@ class L2TDynamicCriterionConfig(FairseqDataclass):
     l2t_warmup_steps: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "first updates on plain cross-entropy (default: the teacher's own, scaled "
+            "help": "first updates on cross-entropy (default: the teacher's own, scaled "
             "to this run's length)"
         },
     )

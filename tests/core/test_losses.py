@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,17 @@ def test_warmup_and_mix(batch):
     )
     assert not taught_at(spec, 2)
     assert taught_at(spec, 3)
+
+
+def test_a_smoothed_warmup(batch):
+    logits, log_probs, targets = batch
+    spec = LossSpec("dense", "sigmoid", warmup_steps=3, ce_mix=0.25, warmup_smoothing=0.2)
+    phi = doubled(neutral_coefficients(spec, 5))
+    smoothed = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(step_loss(spec, log_probs, targets, phi, 2), smoothed)
+    plain = dataclasses.replace(spec, warmup_smoothing=0.0)
+    after = [step_loss(s, log_probs, targets, phi, 3) for s in (spec, plain)]
+    assert torch.equal(*after)
 
 
 def test_unknown_names_are_user_errors(batch):

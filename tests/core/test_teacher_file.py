@@ -98,8 +98,8 @@ def test_other_files_are_refused(saved, tmp_path):
         (None, "num_classes", "five"), (None, "num_classes", None), (None, "total_steps", 0),
         (None, "dev_interval", "x"), ("teacher", "slots", -1), ("teacher", "slots", "3"),
         ("teacher", "features", None), ("teacher", "features", [1]), ("loss", "ce_mix", "a"),
-        ("loss", "warmup_steps", -2), ("loss", "sigma", "x"), ("loss", "form", 3),
-        (None, "fingerprint", None), (None, "teacher", 7),
+        ("loss", "warmup_smoothing", 1.0), ("loss", "warmup_steps", -2), ("loss", "sigma", "x"),
+        ("loss", "form", 3), (None, "fingerprint", None), (None, "teacher", 7),
     ):
         spoilt = copy.deepcopy(bad)
         (spoilt[section] if section else spoilt)[key] = value

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_parallel import nearly_same, together
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
 from toy_runs import Result, Runs, same_parameters
 
@@ -236,6 +237,24 @@ def test_a_run_of_both_parts_resumes_and_needs_no_plugin_afterwards(
     exported = torch.load(tmp_path / "student.pt", weights_only=True)
     assert exported["cfg"]["criterion"]["_name"] == "cross_entropy"
     assert "l2t" not in json.dumps(exported["cfg"])
+
+
+def test_two_processes_are_one(toy_data: Path, tmp_path: Path) -> None:
+    """Each of the two has one of the update's batches; the beam does not depend on draws."""
+    arguments = [str(toy_data), *TINY_MODEL, *TINY_RUN, *CRITERION, "--dropout", "0",
+                 "--required-batch-size-multiple", "1", "--optimizer", "sgd", "--lr", "0.5",
+                 "--max-update", "5", "--l2t-warmup-steps", "2", "--l2t-candidates", "beam",
+                 "--l2t-ce-mix", "0.2"]  # fmt: skip
+    one = run_module(
+        "fairseq_cli.train", [*arguments, "--update-freq", "2", "--save-dir", str(tmp_path / "one")]
+    )
+    assert one.returncode == 0, one.stderr[-2000:]
+    folder = ["--save-dir", str(tmp_path / "two")]
+    both = together(arguments, folder, folder)
+    assert [r.returncode for r in both] == [0, 0], both[0].stderr[-2000:]
+    nearly_same(last(tmp_path / "one"), last(tmp_path / "two"))
+    first, second = (entries(run, "train_inner")[4]["l2t_measure"] for run in (one, both[0]))
+    assert float(first) == pytest.approx(float(second), abs=1e-4)
 
 
 def test_a_user_mistake_is_one_line(runs: Runs, tmp_path: Path) -> None:

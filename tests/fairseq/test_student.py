@@ -150,7 +150,9 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         make_spec(prepared_toy, train=arch + RUN, measure="log_likelihood")
     )
     student.module.double()
-    loss = LossSpec("lowrank", "softplus", rank=2, warmup_steps=1, ce_mix=0.1)
+    loss = LossSpec(
+        "lowrank", "softplus", rank=2, warmup_steps=1, ce_mix=0.1, warmup_smoothing=0.1
+    )
     features = student.default_features
     count = feature_count(features, student.num_classes)
     spec = TeacherSpec(slots=3, init_scale=0.3)
