@@ -107,13 +107,13 @@ class FairseqApplication:
         test_set.check(teacher)
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
-        """Return one line: the criterion that was replaced and what went with it."""
+        """Return one line: criterion and task that were replaced and what went with them."""
         header = load_header(teacher)
         changes = teach_command(self.command, teacher.resolve(), header, plugin_folder()).changes
         said = [
             change
             for change in changes
-            if change.startswith(("--criterion", "left out")) or " removed: " in change
+            if change.startswith(("--criterion", "--task", "left out")) or " removed: " in change
         ]
         if baseline:
             said.append("the student to compare with trains by plain cross-entropy")

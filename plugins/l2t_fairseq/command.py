@@ -220,7 +220,8 @@ def teach_command(
     ):
         before = value_of(command, flag) or default
         if before != wanted:
-            changes.append(f"{flag} {before} -> {wanted}")
+            why = ", so that a resumed run is exact" if flag == "--task" else ""
+            changes.append(f"{flag} {before} -> {wanted}{why}")
         command = with_value(command, flag, wanted)
     for flag, takes_value in CRITERION_FLAGS.items():
         if has_flag(command, flag):

@@ -47,6 +47,7 @@ ARCHITECTURES = {
     "--decoder-layerdrop 0.4 " + LAYERS.replace("layers 1", "layers 2"),
     "transformer_iwslt_de_en": "--arch transformer_iwslt_de_en "
     "--share-decoder-input-output-embed " + LAYERS,
+    "transformer_wmt_en_de": "--arch transformer_wmt_en_de --share-all-embeddings " + LAYERS,
     "lstm, 1 layer (LSTM-1)": "--arch lstm --encoder-layers 1 --decoder-layers 1 " + CELLS,
     "lstm, 2 layers (LSTM-2)": "--arch lstm --encoder-layers 2 --decoder-layers 2 "
     "--encoder-bidirectional " + CELLS,

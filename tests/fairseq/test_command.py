@@ -78,6 +78,7 @@ def test_changes_are_told() -> None:
     )
     changes = teach_command(command, TEACHER, HEADER, USER_DIR).changes
     assert "--criterion label_smoothed_cross_entropy -> l2t_dynamic" in changes
+    assert "--task translation -> l2t_translation, so that a resumed run is exact" in changes
     assert any(change.startswith("--label-smoothing removed") for change in changes)
 
 
