@@ -20,12 +20,15 @@ def pack(batch: Any) -> Any:
     return pytree.tree_map(_narrowed, batch)
 
 
-def unpack(batch: Any) -> Any:
-    """Return what :func:`pack` was given."""
-    return pytree.tree_map(
-        lambda x: x.tensor.long() if isinstance(x, _Packed) else x, batch,
-        is_leaf=lambda x: isinstance(x, _Packed),
-    )
+def unpack(batch: Any, device: torch.device | str = "cpu") -> Any:
+    """Return what :func:`pack` was given, or a batch as it is, on ``device``."""
+
+    def unpacked(x: Any) -> Any:
+        if isinstance(x, _Packed):
+            return x.tensor.to(device).long()  # the narrow one travels
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return pytree.tree_map(unpacked, batch, is_leaf=lambda x: isinstance(x, _Packed))
 
 
 class _Packed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 
+from l2t_core.devices import device_problems
 from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.candidates import candidate_problems
 from l2t_fairseq.recipe import NmtSpec
@@ -27,6 +28,7 @@ def problems(spec: NmtSpec) -> list[str]:
         shlex.split(spec.generate)
     except ValueError as error:
         found.append(f"nmt.generate: {error} in the flags; close the quotes")
+    found += device_problems("nmt.device", spec.device)
     limits: list[tuple[str, float, bool, str]] = [
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
         ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),

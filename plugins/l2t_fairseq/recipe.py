@@ -22,7 +22,9 @@ class NmtSpec:
     mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.
     ``dev_interval`` is in updates; ``true_measure_sentences`` 0 decodes the whole dev set.
     ``teach`` holds flags that come after ``train``'s in teacher training alone, whose students
-    live for less long: a shorter ``--warmup-updates``, a smaller ``--max-tokens``.
+    live for less long: a shorter ``--warmup-updates``, a smaller ``--max-tokens``. ``device`` is
+    where the teacher's students live: auto (the GPU if there is one, unless ``train`` has
+    ``--cpu``), cpu or cuda; fairseq-train itself runs where its flags say.
     """
 
     data: str = ""
@@ -42,3 +44,4 @@ class NmtSpec:
     true_measure_sentences: int = 0
     dev_interval: int = 20
     teach: str = ""
+    device: str = "auto"

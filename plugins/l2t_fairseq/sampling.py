@@ -91,11 +91,12 @@ def draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
 
     The inverse of the distribution function at one uniform number a row: torch.multinomial draws
     V numbers a row, which takes a quarter of all the time. A symbol of no mass is never drawn.
+    ``generator`` is the CPU's, so that the numbers are the same on every device.
     """
     # A constant a row is free, and with this one no row vanishes.
     shifted = log_probs - log_probs.amax(1, keepdim=True)
     mass = shifted.exp().cumsum(1, dtype=torch.float64)
-    point = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype, device=mass.device)
+    point = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype).to(mass.device)
     # The first symbol whose mass reaches beyond the point: one of no mass adds none and is passed.
     drawn = torch.searchsorted(mass, point * mass[:, -1:], right=True).squeeze(1)
     return drawn.clamp(max=mass.shape[1] - 1)  # beyond the last where nothing is finite
@@ -116,7 +117,7 @@ def sample(
 
     Without a ``law`` they follow the model's own distribution.
     """
-    generator = torch.Generator(device=net_input["src_tokens"].device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def choose(log_probs: Tensor) -> Tensor:
         return draw(law(log_probs) if law else log_probs, generator)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2t_core.devices import find_device
 from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
@@ -37,17 +38,22 @@ _DECODE_BATCH = 128
 
 
 class NmtStudent:
-    """A fairseq encoder-decoder; implements :class:`l2t_core.student.Student`."""
+    """A fairseq encoder-decoder; implements :class:`l2t_core.student.Student`.
+
+    Its module lives on ``device``. Batches are kept on the CPU and moved when they are asked for.
+    """
 
     default_features = NMT_FEATURES
 
-    def __init__(self, spec: NmtSpec, data: DataFolder, setup: FairseqSetup) -> None:
-        self.spec, self.data, self.setup = spec, data, setup
+    def __init__(
+        self, spec: NmtSpec, data: DataFolder, setup: FairseqSetup, device: torch.device
+    ) -> None:
+        self.spec, self.data, self.setup, self.device = spec, data, setup, device
         self.dictionary = setup.task.target_dictionary
         self.num_classes = len(self.dictionary)
         self.total_steps = spec.steps
         self.optimiser = setup.optimiser()
-        self.module: nn.Module = mend_second_derivatives(setup.build_model(1))
+        self.module: nn.Module = mend_second_derivatives(setup.build_model(1)).to(device)
         self.dev = setup.task.dataset(setup.valid_subset)
         flags = shlex.split(spec.generate)
         self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
@@ -55,7 +61,7 @@ class NmtStudent:
         self.measure_name = self.measure.name
         self.source = CANDIDATES.get(spec.candidates)
         self.references = self._references()
-        self._dev_batches = setup.valid_batches(self.module)
+        self._dev_batches = [pack(b) for b in setup.valid_batches(self.module)]
         self._seed = 1
         self._updates: Iterator[tuple[list[Any], bool]] = iter(())
         self._batches: list[list[Any]] = []
@@ -86,7 +92,7 @@ class NmtStudent:
     def batch(self, step: int) -> list[Any]:
         """Return the micro-batches of update ``step``."""
         self._reach(step)
-        return list(unpack(self._batches[step]))
+        return list(unpack(self._batches[step], self.device))
 
     def shard(self, batch: list[Any], rank: int, world: int) -> tuple[list[Any], float]:
         """Return process ``rank``'s sentences of ``batch`` and its share of the tokens."""
@@ -121,8 +127,8 @@ class NmtStudent:
         self.module.eval()
         nll = correct = tokens = 0.0
         with torch.no_grad():
-            for sample_ in self._dev_batches:
-                log_probs, targets = self._tokens(sample_)
+            for packed in self._dev_batches:
+                log_probs, targets = self._tokens(unpack(packed, self.device))
                 nll -= float(log_probs.gather(1, targets.unsqueeze(1)).sum())
                 correct += float((log_probs.argmax(1) == targets).sum())
                 tokens += len(targets)
@@ -179,7 +185,7 @@ class NmtStudent:
         return self.measure.corpus(hypotheses, references)
 
     def _collate(self, indices: list[int]) -> Any:
-        return self.dev.collater([self.dev[i] for i in indices])
+        return unpack(self.dev.collater([self.dev[i] for i in indices]), self.device)
 
     def _max_length(self, net_input: dict[str, Tensor]) -> int:
         model: Any = self.module
@@ -228,5 +234,9 @@ def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
     if not spec.data:
         raise UserError("nmt.data is empty; name a folder made by `l2t data prepare`")
     data = open_data(Path(spec.data))
+    device = find_device("nmt.device", spec.device)
     # argparse takes the last of two equal flags.
-    return NmtStudent(spec, data, FairseqSetup(data.data_bin, f"{spec.train} {spec.teach}"))
+    setup = FairseqSetup(data.data_bin, f"{spec.train} {spec.teach}")
+    if spec.device == "auto" and setup.config.common.cpu:
+        device = torch.device("cpu")
+    return NmtStudent(spec, data, setup, device)

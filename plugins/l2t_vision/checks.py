@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from l2t_core.errors import UserError, suggestion
+from l2t_core.devices import device_problems
+from l2t_core.errors import UserError
 from l2t_core.optimisers import OPTIMISERS, build_optimiser
 from l2t_core.registry import Registry
 from l2t_core.user_code import is_import_path
@@ -14,8 +15,6 @@ from l2t_vision.data import LOADERS
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import MODELS, SCALABLE
 from l2t_vision.recipe import ImageSpec
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def problems(spec: ImageSpec) -> list[str]:
@@ -43,10 +42,7 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
             registry.get(name)
         except UserError as error:
             found.append(f"image.{key}: {error}")
-    if spec.device not in DEVICES:
-        hint = suggestion(spec.device, DEVICES)
-        found.append(f"image.device is {spec.device!r}{hint} (known: {', '.join(DEVICES)})")
-    return found
+    return found + device_problems("image.device", spec.device)
 
 
 def _impossible_optimiser(spec: ImageSpec) -> list[str]:

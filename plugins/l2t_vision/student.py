@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from l2t_core.devices import find_device
 from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.optimisers import build_optimiser
@@ -184,7 +185,7 @@ def build_student(spec: ImageSpec) -> ImageStudent:
         raise UserError(wrong[0])
     SCHEDULES.get(spec.schedule.name)
     build_optimiser(spec.optimiser)
-    device = _device(spec.device)
+    device = find_device("image.device", spec.device)
     data = load_data(spec)
     if spec.batch_size > len(data.train_y):
         raise UserError(
@@ -192,10 +193,3 @@ def build_student(spec: ImageSpec) -> ImageStudent:
             "images; make it smaller"
         )
     return ImageStudent(spec, data.to(device))
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("image.device is cuda, but torch finds no GPU here; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
