@@ -90,11 +90,26 @@ class Life:
             torch.cuda.manual_seed_all(seed)
 
     def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities [N, K] and targets [N] of a batch, in the parameters' dtype."""
+        """Return log-probabilities [N, K] and targets [N] of a batch, in the parameters' dtype.
+
+        Raises:
+            UserError: if the CPU lacks ``training.precision`` for one of the student's layers.
+        """
         if self._cast is None:
             return self.student.predict(batch)
-        with torch.autocast(self.shown.device.type, dtype=self._cast):
-            log_probs, targets = self.student.predict(batch)
+        device = self.shown.device.type
+        try:
+            with torch.autocast(device, dtype=self._cast):
+                log_probs, targets = self.student.predict(batch)
+        except RuntimeError as error:
+            if device != "cpu":
+                raise
+            name = str(self._cast).removeprefix("torch.")
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(
+                f"training.precision={name} does not work for this student on this CPU ({reason}); "
+                "use float32, or bfloat16 where that works"
+            ) from error
         return log_probs.to(self.shown.dtype), targets
 
     def outputs(self, step: int) -> tuple[Tensor, Tensor]:
