@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ class Outcome:
     features: list[Tensor] = field(default_factory=list)
     way_back: WayBack = field(default_factory=WayBack)
     failure: str = ""
+
+    def to(self, device: torch.device | str) -> Outcome:
+        """Return the outcome with its tensors on ``device``."""
+        return replace(
+            self, estimates=[e.to(device) for e in self.estimates],
+            features=[f.to(device) for f in self.features],
+        )
 
 
 Differentiation = Callable[[Episode, Teacher, OnStep], Iterator[Outcome]]

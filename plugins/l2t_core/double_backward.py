@@ -24,22 +24,28 @@ except ImportError:  # torch below 2.3
         return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
 
 
+_CUDNN: Any = torch.backends.cudnn
+
+
 @contextlib.contextmanager
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Choose kernels with second derivatives: math attention, and no cuDNN for recurrent nets.
 
     Fused attention has no second derivative on any device; cuDNN's recurrent kernels neither.
     cuDNN stays on for modules without recurrence, where it is only faster. Batch norm gets the
-    second derivative of :mod:`l2t_core.batch_norm`.
+    second derivative of :mod:`l2t_core.batch_norm`. cuDNN's convolutions add in a fixed order, so
+    that a replayed step has the bits of the first one.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, _CUDNN, "deterministic", _CUDNN.deterministic)
+        _CUDNN.deterministic = True
         stack.enter_context(_math_attention())
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
             stack.enter_context(batch_norm.TwiceDifferentiable())
         if torch.backends.cudnn.is_available() and any(
             isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules()
         ):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_CUDNN.flags(enabled=False, deterministic=True))
         yield
 
 
@@ -86,6 +92,10 @@ def _differentiate_twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) ->
         allow_unused=True,
     )
     live = [g for g in first if g is not None and g.requires_grad]
+    # A gradient is linear in what comes in: one that does not depend on it was cut off from it,
+    # as by kernels of an extension that are no operations to autograd.
+    if any(bool(g.any()) for g in first if g is not None and not g.requires_grad):
+        raise RuntimeError("it contains a function whose gradient is a constant to autograd")
     _refuse_dead_ends(live)
     if live:
         torch.autograd.grad(

@@ -127,8 +127,11 @@ def join_processes() -> Processes:
         )
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl"
+        # Where GPUs are fewer than processes, these share them; NCCL has one GPU a process.
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local % gpus)
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) > gpus
+        backend = f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"
     try:
         dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:

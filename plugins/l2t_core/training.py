@@ -190,7 +190,9 @@ class TeacherTraining:
         lives = [self._life(number, on_event) for number in self._mine(spec.students)]
         # One life ends before the next begins, but for ways that update within one life.
         for outcomes in zip(*lives, strict=True):
-            together = self._together(list(outcomes))
+            # By way of the CPU: each process has a GPU of its own.
+            gathered = self._together([o.to("cpu") for o in outcomes])
+            together = [o.to(self.life.flat.vector.device) for o in gathered]
             yield together
             if spec.differentiation in WITHIN_A_LIFE and any(o.failure for o in together):
                 return

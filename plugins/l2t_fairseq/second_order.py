@@ -1,8 +1,9 @@
-"""Right second derivatives where fairseq's convolutional models have wrong ones.
+"""Right second derivatives where fairseq's models have wrong ones.
 
 Two things in ``fconv`` come out wrong without a word when a gradient is differentiated again:
 torch's fused weight norm, and fairseq's ``GradMultiply``, whose backward is no derivative of its
-forward.
+forward. A third is apex's layer norm, which fairseq takes beside a GPU where apex is installed:
+autograd does not see through its kernels. torch's has the same attributes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def mend_second_derivatives(module: nn.Module) -> nn.Module:
         models: Any = importlib.import_module(name)
         models.GradMultiply = ScaledGradient
     for part in module.modules():
+        if type(part).__name__ == "FusedLayerNorm":
+            part.__class__ = nn.LayerNorm
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm):
                 hook.__class__ = _ComposedWeightNorm

@@ -62,10 +62,10 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
     kind = func.overloadpacket
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     away = [isinstance(x, _There) for x in given]
-    if any(away) and kind not in _MAY_MIX:
-        # A number of the CPU may go with tensors of a GPU.
-        if not all(is_away or x.ndim == 0 for x, is_away in zip(given, away, strict=True)):
-            raise Mixed(f"{func} with tensors of two devices")
+    # A number of the CPU may go with tensors of a GPU.
+    alike = all(is_away or x.ndim == 0 for x, is_away in zip(given, away, strict=True))
+    if any(away) and not alike and kind not in _MAY_MIX:
+        raise Mixed(f"{func} with tensors of two devices")
     there = any(away)
     if (device := kwargs.get("device")) is not None:
         there = torch.device(device) == ELSEWHERE

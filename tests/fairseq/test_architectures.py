@@ -186,3 +186,17 @@ def test_a_layer_without_second_derivative_is_named_with_the_way_out(prepared_to
         probe(student.module, lambda: student.predict(student.batch(0))[0].mean())
     said = str(caught.value)
     assert "Fused 'decoder.layers.0.fc1'" in said and "training.hvp=finite-difference" in said
+
+
+def test_apex_layer_norm_becomes_torchs():
+    """fairseq takes apex's beside a GPU; autograd does not see through its kernels."""
+    from l2t_fairseq.second_order import mend_second_derivatives
+
+    class FusedLayerNorm(torch.nn.LayerNorm):
+        def forward(self, x):
+            raise AssertionError("apex's kernel")
+
+    part = FusedLayerNorm(3, eps=1e-3)
+    module = mend_second_derivatives(torch.nn.Sequential(part))
+    assert module[0] is part and part.eps == 1e-3
+    module(torch.ones(2, 3))
