@@ -105,7 +105,7 @@ class Life:
             if device != "cpu":
                 raise
             name = str(self._cast).removeprefix("torch.")
-            reason = str(error).splitlines()[0][:120]
+            reason = str(error).splitlines()[0].split(". ")[0][:120]
             raise UserError(
                 f"training.precision={name} does not work for this student on this CPU ({reason}); "
                 "use float32, or bfloat16 where that works"

@@ -165,3 +165,24 @@ def test_what_cannot_be_shared_is_refused():
     student = ToyStudent(STUDENTS["conv_bn"], OptimiserSpec("sgd", 0.1))
     with pytest.raises(UserError, match=r"layer 'layers\.1' \(batch norm\)"):
         Life(student, processes=Processes(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("local", "gpus", "takes", "backend"),
+    [(1, 2, 1, "cpu:gloo,cuda:nccl"), (3, 2, 1, "cpu:gloo,cuda:gloo")],
+)
+def test_processes_share_gpus_that_are_too_few(monkeypatch, local, gpus, takes, backend):
+    world = local + 1
+    for name, value in {"RANK": local, "WORLD_SIZE": world, "LOCAL_RANK": local,
+                        "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: seen.append(name))
+    monkeypatch.setattr(dist, "get_rank", lambda: local)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    assert join_processes().rank == local
+    assert seen == [takes, backend]
