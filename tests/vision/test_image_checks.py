@@ -25,7 +25,7 @@ from l2t_vision.student import build_student
         ({"model": "resnet21"}, "image.model: unknown model 'resnet21'; did you mean 'resnet"),
         ({"noise": "pairs"}, "image.noise: unknown label noise 'pairs'"),
         ({"augment": "flip"}, "image.augment: unknown augmentation 'flip'"),
-        ({"measure": "accuracy"}, "did you mean 'expected_accuracy'"),
+        ({"measure": "expect_accuracy"}, "did you mean 'expected_accuracy'"),
         ({"device": "gpu"}, "image.device is 'gpu'"),
         ({"depth": -1, "model": "densenet"}, "image.depth is -1; it must be 0"),
         ({"depth": 20, "model": "resnet20"}, "0 where the model is resnet20; only densenet and"),
