@@ -141,7 +141,10 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     trees = {key: OmegaConf.structured(_schema(spec)) for key, spec in sections.items()}
     changes = [(key, value, str(path)) for key, value in _leaves(content)]
     for override in overrides:
-        changes.append((*_parse_override(override), "the command line"))
+        key, value = _parse_override(override)
+        # A section in braces, as people write it in the file: compare.gce={q: [0.4]}.
+        inside = _leaves({key: value}) if isinstance(value, dict) else [(key, value)]
+        changes += [(leaf, found, "the command line") for leaf, found in inside]
     texts = {"field": field.name, "description": ""}
     for key, value, where in changes:
         problem = _apply(key, value, trees, sections, texts)

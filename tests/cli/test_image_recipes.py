@@ -169,3 +169,10 @@ def test_a_run_does_not_go_on_with_other_images(
     assert "finished" in l2t(*again).out
     np.save(tmp_path / "level.npy", np.uint8(31))
     assert "content.data_sha256 is " in l2t(*again).error()
+
+
+def test_a_section_in_braces_is_the_same_as_its_keys():
+    braces = load_recipe("digits", ["compare.gce={q: [0.3, 0.5]}", "loss={form: dense}"])
+    keys = load_recipe("digits", ["compare.gce.q=[0.3, 0.5]", "loss.form=dense"])
+    assert braces.config() == keys.config()
+    assert braces.config() != load_recipe("digits").config()
