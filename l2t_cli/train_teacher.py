@@ -25,6 +25,8 @@ from l2t_cli.recipe_values import impossible_settings, wrong_names
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 
+PICTURE = "dev_measure.png"
+
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Complete recipe names in the shell."""
@@ -177,8 +179,8 @@ def _tidy(opened: Any, before: FreshFolder) -> Iterator[None]:
 
 
 def _say_where_it_stands(opened: Any, done: int) -> None:
-    # The teachers are written once the last episode is over.
-    if done and opened.teacher_best.exists():
+    # The teachers are written after each episode, the picture once the last one is over.
+    if done and (opened.path / PICTURE).exists():
         console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")
     elif done:
         console.line(f"continuing {console.shown(opened.path)} after {done} episodes")
@@ -195,7 +197,7 @@ def _scalars(folder: Path | None) -> ScalarLog:
 
 def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format: LogFormat) -> None:
     """Write the plot and say what came out."""
-    picture = folder / "dev_measure.png"
+    picture = folder / PICTURE
     _plot(result.history, measure, recipe.name, picture)
     if log_format is LogFormat.json:
         summary = {

@@ -119,15 +119,20 @@ class TeacherTraining:
             self._episode(on_event)
         if len(self.state.leaders) > 1:
             self._finals(on_event)
-        best, folder, p = self.state.winner(), self.folder, self.state.progress
-        if self.processes.rank == 0:
-            header = self._header(best)
-            save_teacher(folder.teacher_best, self._teacher_of(best.theta), header)
-            save_teacher(folder.teacher_last, self.teacher, header)
+        best, folder, p = self._write_teachers(), self.folder, self.state.progress
         return TrainingResult(
             folder.teacher_best, folder.teacher_last, best.mark(), best.episode, p.skipped,
             p.history,
         )
+
+    def _write_teachers(self) -> Leader:
+        """Write the best and the last teacher, to be applied while the training goes on."""
+        best = self.state.winner()
+        if self.processes.rank == 0:
+            header = self._header(best)
+            save_teacher(self.folder.teacher_best, self._teacher_of(best.theta), header)
+            save_teacher(self.folder.teacher_last, self.teacher, header)
+        return best
 
     def _finals(self, on_event: OnEvent) -> None:
         """Have each leader teach the same fresh students: its own may have been lucky ones."""
@@ -177,6 +182,7 @@ class TeacherTraining:
         p.episode += 1
         p.history.append(row)
         self._save()
+        self._write_teachers()
         on_event(row)
         if p.skipped_in_a_row >= MOST_SKIPPED and not self._finished():
             raise UserError(

@@ -130,6 +130,22 @@ def test_a_student_that_dies_in_its_last_step_is_never_the_best(student, tmp_pat
     json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0], parse_constant=int)
 
 
+def test_the_teachers_so_far_are_there_when_a_run_is_stopped(student, tmp_path):
+    def stop(event):
+        if event["event"] == "episode" and event["episode"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(student, tmp_path / "run", on_event=stop)
+    best, header = load_teacher(tmp_path / "run/teacher_best.safetensors")
+    assert header.record["episodes"] == 3
+    last, _ = load_teacher(tmp_path / "run/teacher_last.safetensors")
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(best.parameters(), last.parameters(), strict=True)
+    )
+
+
 def test_an_explosion_is_no_direction(student, tmp_path):
     result = run(student, tmp_path / "strict", max_growth=1e-3)
     assert result.skipped == 5
