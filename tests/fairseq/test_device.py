@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2t_core.differentiation import exact
+from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.engine import Engine, Episode
 from l2t_core.errors import UserError
 from l2t_core.life import Life
@@ -41,7 +41,9 @@ def estimate(spec, **training):
     count = feature_count(student.default_features, student.num_classes)
     teacher = build_teacher(TEACHER, LOSS, student.num_classes, count, 1).to(device)
     engine = Engine(life, LOSS, TrainingSpec(**training))
-    outcome = exact(Episode(engine, student.default_features, 3, 0), teacher, lambda p, s: None)
+    episode = Episode(engine, student.default_features, 3, 0)
+    way = DIFFERENTIATIONS.get(engine.spec.differentiation)
+    *_, outcome = way(episode, teacher, lambda p, s: None)
     return outcome.estimates[0].cpu(), outcome.smoothed, outcome.true, device.type
 
 
