@@ -38,10 +38,13 @@ class TeacherView:
     """Shows teacher training from its events, of which ``episodes`` are to come in all."""
 
     def __init__(self, episodes: int, measure: str, log_format: LogFormat) -> None:
+        import torch
+
         self.episodes, self.measure, self.format = episodes, measure, log_format
         self.best: tuple[float, int] | None = None
         self._bars: _EpisodeBars | None = None
         self._last = time.monotonic()
+        self._threads = torch.get_num_threads()
 
     @contextmanager
     def running(self, done: list[Event]) -> Iterator[OnEvent]:
@@ -65,6 +68,9 @@ class TeacherView:
             print(json.dumps(event), flush=True)
         if event["event"] == "plan":
             self._note(f"trajectory: {event['plan']}")
+            if event["threads"] != self._threads:
+                count = event["threads"]
+                self._note(f"threads: {count}, as this run began: another number has other bits")
             return
         if event["event"] == "final":
             self._note(self.final(event))

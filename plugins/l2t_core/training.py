@@ -114,7 +114,8 @@ class TeacherTraining:
         if not self._finished():
             if self.spec.hvp == "exact" and self.spec.differentiation not in WITHOUT_DERIVATIVES:
                 self.processes.agree(self._probe)
-            on_event({"event": "plan", "plan": describe_plan(self.engine, self.processes)})
+            plan = describe_plan(self.engine, self.processes)
+            on_event({"event": "plan", "plan": plan, "threads": torch.get_num_threads()})
         while not self._finished():
             self._episode(on_event)
         if len(self.state.leaders) > 1:

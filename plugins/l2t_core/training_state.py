@@ -101,10 +101,16 @@ class TrainingState:
             tensors |= _named(f"leader.{index}", leader.theta)
             numbers = {k: v for k, v in vars(leader).items() if k != "theta"}
             leaders.append(numbers)
-        return tensors, {"progress": dataclasses.asdict(self.progress), "leaders": leaders}
+        return tensors, {
+            "progress": dataclasses.asdict(self.progress), "leaders": leaders,
+            "threads": torch.get_num_threads(),
+        }
 
     def unpack(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Take over what :meth:`pack` returned, on the teacher's device.
+
+        torch computes on as many threads again as when it was packed: a sum that other threads
+        share out has other last bits.
 
         Raises:
             RuntimeError, KeyError, TypeError, ValueError: if it is another run's.
@@ -123,6 +129,7 @@ class TrainingState:
             state.setdefault(int(index), {})[name] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        torch.set_num_threads(int(record["threads"]))
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -90,6 +90,25 @@ def test_a_killed_run_resumes_to_the_same_bits(student, tmp_path, at):
         assert whole == (tmp_path / "killed" / name).read_bytes()
 
 
+def test_a_run_goes_on_with_the_threads_that_it_began_with(student, tmp_path):
+    before = torch.get_num_threads()
+
+    def kill(event):
+        if event["event"] == "step" and event["episode"] == 1:
+            torch.set_num_threads(before + 1)
+            raise Killed
+
+    try:
+        with pytest.raises(Killed):
+            run(student, tmp_path / "run", on_event=kill)
+        events = []
+        run(student, tmp_path / "run", on_event=events.append)
+        assert torch.get_num_threads() == before
+        assert [e["threads"] for e in events if e["event"] == "plan"] == [before]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_finished_run_is_not_repeated(student, tmp_path):
     run(student, tmp_path / "run")
     events = []
