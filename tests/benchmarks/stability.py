@@ -42,6 +42,16 @@ TUNING = (51, 52)
 TEACHER = TeacherSpec(slots=10)
 LOSS = LossSpec("diagonal", "softplus")
 
+WITH_SHARED_IDENTITY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", 4 students": {"students": 4},
+    ", mixed": {"students": 4, "differentiation": "mixed", "perturbation": 0.05},
+    ", penalty 1": {"phi_penalty": 1.0},
+    ", antithetic, 4 pairs": {
+        "students": 4, "differentiation": "antithetic-es", "perturbation": 0.05
+    },
+}
+
 # name: (the student's schedule, changes to TrainingSpec, changes to LossSpec), and M-tilde where
 # it is not the log-likelihood
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -76,21 +86,13 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "to zero, shared identity, accuracy": (
         "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "expected_accuracy"
     ),
-    "to zero, shared identity, margin": (
-        "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "margin"
-    ),
-    "to zero, shared identity, margin, 4 students": (
-        "linear", {"lr": 0.02, "students": 4}, {"form": "shared", "sigma": "identity"}, "margin"
-    ),
-    "to zero, shared identity, margin, mixed": (
-        "linear",
-        {"lr": 0.02, "students": 4, "differentiation": "mixed", "perturbation": 0.05},
-        {"form": "shared", "sigma": "identity"}, "margin",
-    ),
-    "to zero, shared identity, margin, penalty 1": (
-        "linear", {"lr": 0.02, "phi_penalty": 1.0}, {"form": "shared", "sigma": "identity"},
-        "margin",
-    ),
+    **{
+        f"to zero, shared identity, {measure.replace('_', ' ')}{ending}": (
+            "linear", {"lr": 0.02, **changes}, {"form": "shared", "sigma": "identity"}, measure
+        )
+        for measure in ("margin", "smoothed_accuracy")
+        for ending, changes in WITH_SHARED_IDENTITY.items()
+    },
     "to zero, shared identity, log-likelihood": (
         "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "log_likelihood"
     ),
