@@ -31,6 +31,7 @@ from l2t_fairseq.command import (
 )
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
+from l2t_fairseq.start import FLAG, start_content
 
 _MARK = "command.sh"
 
@@ -93,6 +94,7 @@ class FairseqApplication:
     def content(self) -> dict[str, str]:
         """Return digests of what the command names without holding it."""
         found = {"data_sha256": data_digest(self.test_set().data_bin)}
+        found |= start_content(value_of(self.command, FLAG))
         if self.reference:
             found["reference_sha256"] = checksum(self.reference)
         return found

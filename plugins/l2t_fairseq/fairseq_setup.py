@@ -24,13 +24,14 @@ from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
 from l2t_fairseq.command import FairseqCommand, refuse_unteachable
+from l2t_fairseq.start import fill, starting_parameters
 
 # What a command may do that is taught, and a student whose life is differentiated may not.
 _REFUSED = {
     "checkpoint_activations": "--checkpoint-activations recomputes outside the second derivative",
-    "finetune_from_model": "--finetune-from-model starts from another model than the teacher sees",
     "fp16": "--fp16 is for the application; the hypergradient is in float32",
-    "restore_file": "--restore-file starts from a checkpoint, and the teacher's students afresh",
+    "restore_file": "--restore-file goes on with a run, and the teacher's students begin one: "
+    "--finetune-from-model starts from a checkpoint's parameters",
     "sentence_avg": "--sentence-avg scales the loss by sentences; teachers work per token",
 }
 
@@ -115,6 +116,7 @@ class FairseqSetup:
 
     def __init__(self, data_bin: Path, flags: str) -> None:
         self.config = parse_flags(data_bin, flags)
+        self._start = starting_parameters(self.starts_from)
         refuse_empty_split(data_bin, self.valid_subset)
         with quiet_fairseq():
             try:
@@ -125,12 +127,17 @@ class FairseqSetup:
                 raise UserError(f"fairseq cannot load the data in {data_bin}: {error}") from error
 
     @property
+    def starts_from(self) -> str | None:
+        """The checkpoint that the student is fine-tuned from, if it is."""
+        return self.config.checkpoint.finetune_from_model or None
+
+    @property
     def valid_subset(self) -> str:
         """The first validation subset, the dev set."""
         return str(self.config.dataset.valid_subset).split(",")[0]
 
     def build_model(self, seed: int) -> nn.Module:
-        """Return the model with the initial parameters of ``fairseq-train --seed seed``.
+        """Return the model as ``fairseq-train --seed seed`` begins with it.
 
         Raises:
             UserError: if fairseq refuses the model's settings.
@@ -138,9 +145,10 @@ class FairseqSetup:
         with quiet_fairseq():
             utils.set_torch_seed(seed)
             try:
-                return self.task.build_model(copy.deepcopy(self.config.model))
+                model = self.task.build_model(copy.deepcopy(self.config.model))
             except (ValueError, AssertionError) as error:
                 raise UserError(f"nmt.train: fairseq cannot build the model: {error}") from error
+        return model if self._start is None else fill(model, self._start, self.config.model)
 
     def updates(self, model: Any, seed: int) -> Iterator[tuple[list[Any], bool]]:
         """Yield each update's micro-batches, and whether it ends an epoch, for ever.

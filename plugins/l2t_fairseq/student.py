@@ -32,6 +32,7 @@ from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
+from l2t_fairseq.start import start_content
 
 # Sources decoded together by the true measure.
 _DECODE_BATCH = 128
@@ -217,6 +218,7 @@ class NmtStudent:
     def content(self) -> dict[str, str]:
         """Return digests of what the recipe's section names without holding it."""
         found = {"data_sha256": data_digest(self.data.data_bin)}
+        found |= start_content(self.setup.starts_from)
         if is_import_path(self.spec.measure):
             code = source_of(self.spec.measure, "nmt.measure")
             found["code_sha256"] = hashlib.sha256(code).hexdigest()

@@ -25,8 +25,17 @@ RUN = shlex.split(
 )
 
 
+def trained_otherwise(data: Path, folder: Path) -> Path:
+    """Return a checkpoint of the same model, of another seed and after other batches."""
+    words = [str(data), *TINY_MODEL, *RUN, "--seed", "5", "--max-update", "6"]
+    done = run_module("fairseq_cli.train", [*words, "--save-dir", str(folder)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize("start", ["scratch", "checkpoint"])
 def test_both_lives_of_a_student_are_one(
-    prepared_toy: Path, tmp_path: Path, write_teacher: Callable[..., Path]
+    prepared_toy: Path, tmp_path: Path, write_teacher: Callable[..., Path], start: str
 ) -> None:
     from l2t_fairseq.recipe import NmtSpec
     from l2t_fairseq.student import build_student
@@ -37,13 +46,15 @@ def test_both_lives_of_a_student_are_one(
         tmp_path / "teacher.safetensors", data, form="lowrank", warmup_steps=2,
         total_steps=STEPS, dev_interval=5,
     )  # fmt: skip
-    flags = shlex.join([*TINY_MODEL, *RUN])
-    spec = NmtSpec(data=str(prepared_toy), train=flags, steps=STEPS, dev_interval=5)
+    words = [*TINY_MODEL, *RUN]
+    if start == "checkpoint":
+        words += ["--finetune-from-model", str(trained_otherwise(data, tmp_path / "start"))]
+    spec = NmtSpec(data=str(prepared_toy), train=shlex.join(words), steps=STEPS, dev_interval=5)
     student = build_student(spec)
     applied = AppliedTeacher.from_file(teacher, STEPS)
     train_student(student, 1, applied)
 
-    arguments = [str(data), *TINY_MODEL, *RUN, "--max-update", str(STEPS)]
+    arguments = [str(data), *words, "--max-update", str(STEPS)]
     command = FairseqCommand({}, [], [*arguments, "--save-dir", str(tmp_path / "run")])
     command = teach_command(command, teacher, load_header(teacher), USER_DIR).command
     done = run_module("fairseq_cli.train", command.arguments)

@@ -193,7 +193,8 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": RUN + " --arch transformr"}, "transformr"),
         ({"train": TRANSFORMER + RUN + " --checkpoint-activations"}, "checkpoint-activations"),
         ({"train": TRANSFORMER + RUN + " --sentence-avg"}, "sentence-avg"),
-        ({"train": TRANSFORMER + RUN + " --restore-file old.pt"}, "the teacher's students afresh"),
+        ({"train": TRANSFORMER + RUN + " --restore-file old.pt"}, "--finetune-from-model starts"),
+        ({"train": TRANSFORMER + RUN + " --finetune-from-model old.pt"}, "read the checkpoint old.pt"),
         ({"train": "--arch lightconv_lm" + RUN}, "nmt.train: --arch lightconv_lm is a language"),
         ({"train": TRANSFORMER + RUN + " --criterion adaptive_loss"}, "cannot be replaced"),
         ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
@@ -239,3 +240,22 @@ def test_a_measures_own_code_and_the_data_identify_a_run(prepared_toy, tmp_path,
     assert before["data_sha256"] == plain["data_sha256"]
     code.write_text("def share(hypothesis, reference):\n    return 0.6\n")
     assert student.content()["code_sha256"] != before["code_sha256"]
+
+
+def test_a_start_is_read_belongs_to_the_run_and_fits(prepared_toy, tmp_path):
+    start = tmp_path / "start.pt"
+    student = build_student(make_spec(prepared_toy))
+    student.reset(9)
+    before = {k: v.clone() for k, v in student.module.state_dict().items()}
+    torch.save({"model": before, "cfg": {"model": {"_name": "transformer"}}}, start)
+    train = f"{TRANSFORMER}{RUN} --finetune-from-model {start}"
+    tuned = build_student(make_spec(prepared_toy, train=train))
+    tuned.reset(1)
+    for name, value in tuned.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    digest = tuned.content()["start_sha256"]
+    torch.save({"model": before, "cfg": {"model": {"_name": "lstm"}}}, start)
+    assert tuned.content()["start_sha256"] != digest
+    with pytest.raises(UserError, match="the checkpoint of another model") as error:
+        build_student(make_spec(prepared_toy, train=train + " --decoder-layers 3"))
+    assert "\n" not in str(error.value)

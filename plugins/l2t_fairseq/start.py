@@ -1,0 +1,56 @@
+"""The parameters that a fine-tuned student starts from: ``--finetune-from-model``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2t_core.download import file_digest
+from l2t_core.errors import UserError
+
+if TYPE_CHECKING:  # reading a command should not wait for torch
+    from torch import Tensor, nn
+
+FLAG = "--finetune-from-model"
+
+
+def start_content(path: str | None) -> dict[str, str]:
+    """Return the digest of the checkpoint that a command starts from, nothing if it names none.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    if not path:
+        return {}
+    try:
+        return {"start_sha256": file_digest(Path(path), "sha256")}
+    except OSError as error:
+        raise UserError(f"cannot read {FLAG} {path}: {error.strerror}") from None
+
+
+def starting_parameters(path: str | None) -> dict[str, Tensor] | None:
+    """Return the parameters of the checkpoint ``path``, or None for a student from scratch.
+
+    Raises:
+        UserError: if it cannot be read, or holds more than plain data.
+    """
+    from l2t_fairseq.checkpoints import read_checkpoint
+
+    return dict(read_checkpoint(Path(path))["model"]) if path else None
+
+
+def fill(model: Any, parameters: dict[str, Tensor], config: Any) -> nn.Module:
+    """Give ``model`` the ``parameters`` as fairseq's trainer does; return it.
+
+    Raises:
+        UserError: if they are another model's.
+    """
+    try:
+        model.load_state_dict(dict(parameters), strict=True, model_cfg=config)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"nmt.train: {FLAG} names the checkpoint of another model ({lines[-1][:200]}); give "
+            "the flags that it was trained with"
+        ) from None
+    return model  # type: ignore[no-any-return]
