@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from l2t_cli import application as applying
 from l2t_cli import console
 from l2t_cli.console import LogFormat
+from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
 from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_core.errors import UserError
 
 
 def command(
-    teacher: Path = typer.Argument(..., help="A file that `l2t train-teacher` wrote."),
-    target: list[str] = typer.Argument(
-        ...,
-        metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
-        help="What to train.",
-    ),
-    out: Path = typer.Option(None, show_default="runs/NAME-taught", help="Output folder."),
-    seed: int = typer.Option(
-        None, show_default="the fairseq command's, or 1", help="The first student's seed."
-    ),
-    seeds: int = typer.Option(1, help="How many students, with consecutive seeds."),
-    baseline: bool = typer.Option(
-        False, "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
-    ),
-    generate: str = typer.Option(
-        "", show_default="--beam 5", help="fairseq-generate's flags for a command or script."
-    ),
-    reference: Path = typer.Option(
-        None, help="Raw text of the test set's target side, for a command or script."
-    ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands or the plan only."),
-    log_format: LogFormat = typer.Option(
-        None, show_default="rich on a terminal, else simple", help="How to report."
-    ),
+    teacher: TeacherFile,
+    target: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
+            help="What to train.",
+        ),
+    ],
+    out: Annotated[Path | None, output_folder("runs/NAME-taught")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(show_default="the fairseq command's, or 1", help="The first student's seed."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many students, with consecutive seeds.")] = 1,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline", help="Train by cross-entropy too: same steps, batches and seeds."
+        ),
+    ] = False,
+    generate: Annotated[
+        str,
+        typer.Option(
+            show_default="--beam 5", help="fairseq-generate's flags for a command or script."
+        ),
+    ] = "",
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Raw text of the test set's target side, for a command or script."),
+    ] = None,
+    dry_run: DryRun = False,
+    log_format: ChosenFormat = None,
 ) -> None:
     """Train a student under a teacher and score it on test.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,43 +16,32 @@ from l2t_cli import compare_plan, console
 from l2t_cli.console import LogFormat
 from l2t_cli.doctor import cores
 from l2t_cli.errors import Interrupted
+from l2t_cli.options import ChosenFormat, DryRun, Jobs, RecipeName, changes, output_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_cli.tidying import FreshFolder
-from l2t_cli.train_teacher import complete_recipe
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
-JOBS_HELP = "Students trained side by side, each on one core."
-JOBS_DEFAULT = "the cores; 1 on a GPU"
-
 
 def command(
-    recipe: str = typer.Argument(
-        ...,
-        help="A recipe's name (see `l2t recipes ls`) or YAML file.",
-        autocompletion=complete_recipe,
-    ),
-    overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Changes, e.g. compare.seeds=10."
-    ),
-    teacher: list[Path] = typer.Option(
-        None, help="A teacher file to compare, too (give it again for another)."
-    ),
-    out: Path = typer.Option(None, show_default="runs/RECIPE-compare", help="Output folder."),
-    jobs: int = typer.Option(None, show_default=JOBS_DEFAULT, help=JOBS_HELP),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the trials and their number."),
-    log_format: LogFormat = typer.Option(
-        None, show_default="rich on a terminal, else simple", help="How to report."
-    ),
+    recipe: RecipeName,
+    overrides: Annotated[list[str] | None, changes("compare.seeds=10")] = None,
+    teacher: Annotated[
+        list[Path] | None,
+        typer.Option(help="A teacher file to compare, too (give it again for another)."),
+    ] = None,
+    out: Annotated[Path | None, output_folder("runs/RECIPE-compare")] = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    log_format: ChosenFormat = None,
 ) -> None:
     """Compare losses fairly: each tuned alike on dev, then the same fresh seeds on test.
 
     The recipe's `compare` section lists losses, grids and seeds. Finished trials are kept: the
     same command goes on, and one with more losses or seeds adds to them.
     """
-    changes = list(overrides or [])
-    loaded = load_for_comparison(recipe, changes)
+    loaded = load_for_comparison(recipe, overrides or [])
     folder = out or Path("runs") / f"{loaded.short_name}-compare"
     comparison = Comparison(loaded, list(teacher or []), folder)
     if dry_run:

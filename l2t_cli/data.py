@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,37 +13,33 @@ from l2t_cli import console
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
 from l2t_cli.fields import FIELDS, Field
+from l2t_cli.options import ChosenFormat, help_alone, output_folder
 from l2t_cli.progress import bar
 from l2t_core.errors import UserError, suggestion
 
 app = typer.Typer(help="Prepare data sets.")
-
-
-@app.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+app.callback(invoke_without_command=True)(help_alone)
 
 
 @app.command()
 def prepare(
-    name: str = typer.Argument(
-        ...,
-        help="demo, multi30k, iwslt14, mnist, fashion-mnist, cifar10 or cifar100; digits and "
-        "images of your own need no preparing.",
-    ),
-    source: Path = typer.Option(
-        None,
-        "--from",
-        show_default="download them",
-        help="A folder with the official files, or for iwslt14 the archive.",
-    ),
-    out: Path = typer.Option(None, show_default="data/NAME", help="Output folder."),
-    log_format: LogFormat = typer.Option(
-        None,
-        show_default="rich on a terminal, else simple",
-        help="How to report.",
-    ),
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="demo, multi30k, iwslt14, mnist, fashion-mnist, cifar10 or cifar100; digits and "
+            "images of your own need no preparing."
+        ),
+    ],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            show_default="download them",
+            help="A folder with the official files, or for iwslt14 the archive.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, output_folder("data/NAME")] = None,
+    log_format: ChosenFormat = None,
 ) -> None:
     """Bring a data set into the form that the recipes read."""
     prepare_data_set(name, source, out, console.default_format(log_format))

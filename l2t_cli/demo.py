@@ -7,14 +7,13 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import typer
+from typing import Annotated, Any
 
 from l2t_cli import application as applying
 from l2t_cli import apply_teacher, console, data, train_teacher
 from l2t_cli.application import CROSS_ENTROPY, TAUGHT, Comparison
 from l2t_cli.console import LogFormat
+from l2t_cli.options import ChosenFormat, output_folder
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.files import atomic_write
 
@@ -36,12 +35,8 @@ PARTS = (
 
 
 def command(
-    out: Path = typer.Option(Path("runs/demo"), help="Output folder."),
-    log_format: LogFormat = typer.Option(
-        None,
-        show_default="rich on a terminal, else simple",
-        help="How to report.",
-    ),
+    out: Annotated[Path, output_folder()] = Path("runs/demo"),
+    log_format: ChosenFormat = None,
 ) -> None:
     """Train and apply a teacher for translation and for images, in a few minutes.
 

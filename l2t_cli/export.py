@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from l2t_cli import console
+from l2t_cli.options import Force
 from l2t_core.errors import UserError
 
 
 def command(
-    checkpoints: list[Path] = typer.Argument(
-        ..., metavar="CHECKPOINT...", help="Checkpoints of fairseq-train; several are averaged."
-    ),
-    to: Path = typer.Option(..., "--to", help="The file to write."),
-    ema: bool = typer.Option(False, "--ema", help="Take the running averages of --store-ema."),
-    force: bool = typer.Option(False, "--force", help="Replace the file if it exists."),
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Checkpoints of fairseq-train; several are averaged."
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The file to write.")],
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the running averages of --store-ema.")
+    ] = False,
+    force: Force = False,
 ) -> None:
     """Write a checkpoint that every fairseq command reads without this plugin."""
     from l2t_fairseq.checkpoints import export_checkpoint

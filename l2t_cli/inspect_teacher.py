@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from l2t_cli import console
+from l2t_cli.options import TeacherFile
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def command(
-    teacher: Path = typer.Argument(..., help="A teacher file (teacher_best.safetensors)."),
-    as_json: bool = typer.Option(False, "--json", help="Print the header as JSON."),
+    teacher: TeacherFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the header as JSON.")] = False,
 ) -> None:
     """Show a teacher file's header and a summary of the coefficients it writes."""
     import dataclasses

@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -27,6 +28,7 @@ from l2t_cli import (
     user_dir,
 )
 from l2t_cli.errors import exit_code_of
+from l2t_cli.options import help_alone
 
 app = typer.Typer(
     name="l2t",
@@ -60,12 +62,14 @@ def _show_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
-    ),
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    help_alone(context)
 
 
 def _interrupt(number: int, frame: object) -> None:

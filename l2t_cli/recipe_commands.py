@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from l2t_cli import console
 from l2t_cli.errors import say
+from l2t_cli.options import Force, RecipeName, help_alone
 from l2t_cli.recipe_loading import check_recipe, find_recipe, read_yaml, shipped_recipes
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
 app = typer.Typer(help="List, show, copy and validate recipes.", no_args_is_help=False)
 
-
-@app.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+app.callback(invoke_without_command=True)(help_alone)
 
 
 @app.command("ls")
@@ -32,7 +30,7 @@ def list_recipes() -> None:
 
 
 @app.command()
-def show(name: str = typer.Argument(..., help="A recipe's name or file.")) -> None:
+def show(name: RecipeName) -> None:
     """Print a recipe as it is written."""
     _, path = find_recipe(name)
     print(path.read_text(encoding="utf-8").rstrip())
@@ -40,10 +38,12 @@ def show(name: str = typer.Argument(..., help="A recipe's name or file.")) -> No
 
 @app.command()
 def cp(
-    name: str = typer.Argument(..., help="A recipe's name."),
-    destination: Path = typer.Argument(..., help="A file or a folder."),
-    force: bool = typer.Option(False, "--force", help="Overwrite a file that exists."),
-    no_clobber: bool = typer.Option(False, "--no-clobber", help="Quietly keep a file that exists."),
+    name: RecipeName,
+    destination: Annotated[Path, typer.Argument(help="A file or a folder.")],
+    force: Force = False,
+    no_clobber: Annotated[
+        bool, typer.Option("--no-clobber", help="Quietly keep a file that exists.")
+    ] = False,
 ) -> None:
     """Copy a recipe, to be changed and given back by its path."""
     _, path = find_recipe(name)
@@ -60,7 +60,7 @@ def cp(
 
 @app.command()
 def validate(
-    names: list[str] = typer.Argument(..., help="Recipes by name or file."),
+    names: Annotated[list[str], typer.Argument(help="Recipes by name or file.")],
 ) -> None:
     """Check recipes and list everything that is wrong with them."""
     from l2t_cli import compare_plan

@@ -6,21 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from l2t_cli import console
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
+from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
-from l2t_cli.recipe_loading import (
-    COMPARE,
-    Recipe,
-    load_recipe,
-    refuse_sections,
-    shipped_recipes,
-)
+from l2t_cli.recipe_loading import COMPARE, Recipe, load_recipe, refuse_sections
 from l2t_cli.recipe_values import impossible_settings, wrong_names
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
@@ -28,37 +23,26 @@ from l2t_core.errors import UserError
 PICTURE = "dev_measure.png"
 
 
-def complete_recipe(incomplete: str) -> list[str]:
-    """Complete recipe names in the shell."""
-    return [name for name in shipped_recipes() if incomplete in name]
-
-
 def command(
-    recipe: str = typer.Argument(
-        ...,
-        help="A recipe's name (see `l2t recipes ls`) or YAML file.",
-        autocompletion=complete_recipe,
-    ),
-    overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Changes, e.g. training.episodes=5."
-    ),
-    out: Path = typer.Option(None, show_default="runs/RECIPE", help="Output folder."),
-    resume: bool = typer.Option(True, help="Continue the run that the folder holds."),
-    seed: int = typer.Option(None, help="Seed of teacher and students (training.seed)."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print configuration and plan only."),
-    log_format: LogFormat = typer.Option(
-        None,
-        show_default="rich on a terminal, else simple",
-        help="How to report.",
-    ),
-    tensorboard_logdir: Path = typer.Option(None, help="Write TensorBoard scalars here."),
+    recipe: RecipeName,
+    overrides: Annotated[list[str] | None, changes("training.episodes=5")] = None,
+    out: Annotated[Path | None, output_folder("runs/RECIPE")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run that the folder holds.")] = True,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of teacher and students (training.seed).")
+    ] = None,
+    dry_run: DryRun = False,
+    log_format: ChosenFormat = None,
+    tensorboard_logdir: Annotated[
+        Path | None, typer.Option(help="Write TensorBoard scalars here.")
+    ] = None,
 ) -> None:
     """Train a teacher that writes the loss of a recipe's student."""
-    changes = list(overrides or [])
+    wanted = list(overrides or [])
     if seed is not None:
-        changes.append(f"training.seed={seed}")
-    refuse_sections(changes, [COMPARE], "has no effect here; give it to `l2t compare`")
-    loaded = load_recipe(recipe, changes)
+        wanted.append(f"training.seed={seed}")
+    refuse_sections(wanted, [COMPARE], "has no effect here; give it to `l2t compare`")
+    loaded = load_recipe(recipe, wanted)
     folder = out or Path("runs") / loaded.short_name
     chosen = console.default_format(log_format)
     if dry_run:

@@ -6,31 +6,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from l2t_cli import console
-from l2t_cli.compare import JOBS_DEFAULT, JOBS_HELP, Comparison, chosen_jobs, load_for_comparison
+from l2t_cli.compare import Comparison, chosen_jobs, load_for_comparison
 from l2t_cli.compare_plan import CROSS_ENTROPY
 from l2t_cli.console import LogFormat
+from l2t_cli.options import ChosenFormat, DryRun, Jobs, TeacherFile, output_folder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
 
 def command(
-    teacher: Path = typer.Argument(..., help="A file that `l2t train-teacher` wrote."),
-    target: list[str] = typer.Argument(
-        ...,
-        metavar="RECIPE... [KEY=VALUE]...",
-        help="Recipes with other students, data or lengths; changes apply to all of them.",
-    ),
-    out: Path = typer.Option(None, show_default="runs/TEACHER-transfer", help="Output folder."),
-    jobs: int = typer.Option(None, show_default=JOBS_DEFAULT, help=JOBS_HELP),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the trials and their number."),
-    log_format: LogFormat = typer.Option(
-        None, show_default="rich on a terminal, else simple", help="How to report."
-    ),
+    teacher: TeacherFile,
+    target: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            help="Recipes with other students, data or lengths; changes apply to all of them.",
+        ),
+    ],
+    out: Annotated[Path | None, output_folder("runs/TEACHER-transfer")] = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    log_format: ChosenFormat = None,
 ) -> None:
     """Apply a teacher to other recipes, each against cross-entropy tuned in the same way.
 
