@@ -5,6 +5,8 @@ L2T-DLF section 3.3: M-tilde(f(x), y) = sum_y' M(y', y) p(y'|x). All return a sc
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,13 +89,13 @@ def reinforce_measure(log_probs: Tensor, scores: Tensor) -> Tensor:
     return scores.mean() + surrogate - surrogate.detach()
 
 
-def distinct_mask(keys: list[list[tuple[int, ...]]]) -> Tensor:
+def distinct_mask(candidates: Sequence[Sequence[Hashable]]) -> Tensor:
     """Return [B, n], true for the first occurrence of each candidate among its source's."""
     rows = []
-    for candidates in keys:
-        seen: set[tuple[int, ...]] = set()
+    for of in candidates:
+        seen: set[Hashable] = set()
         row = []
-        for candidate in candidates:
+        for candidate in of:
             row.append(candidate not in seen)
             seen.add(candidate)
         rows.append(row)

@@ -30,7 +30,7 @@ from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy
+from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
 
 # What is logged: the measure, and how many sentences it was taken of.
@@ -166,7 +166,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         model.eval()
         try:
             candidates = self.source.draw(
-                self.spec, model, net_input, _longest(model, net_input), seed, words
+                self.spec, model, net_input, length_limit(model, net_input), seed, words
             )
         finally:
             model.train(training)
@@ -174,15 +174,14 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         log_probs = candidate_log_probs(
             model, net_input, candidates, eos=words.eos(), pad=words.pad()
         )
-        keys = [[(*c.tokens, int(c.ended)) for c in of] for of in candidates]
-        mask = distinct_mask(keys).to(log_probs.device)
+        mask = distinct_mask(candidates).to(log_probs.device)
         return mrt_expectations(log_probs, scores.to(log_probs), mask, self.spec.alpha)
 
     def greedy_scores(self, model: Any, sample: dict[str, Any]) -> Tensor:
         """Return the measure [B] of each sentence's greedy translation."""
         model, net_input, words = _unwrapped(model), sample["net_input"], self.words
         found = greedy(
-            model, net_input, _longest(model, net_input), eos=words.eos(), pad=words.pad()
+            model, net_input, length_limit(model, net_input), eos=words.eos(), pad=words.pad()
         )
         scores = self._scores([[candidate] for candidate in found], sample)
         return torch.tensor(scores, device=sample["target"].device).squeeze(1)
@@ -190,17 +189,10 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
     def _scores(
         self, candidates: list[list[Candidate]], sample: dict[str, Any]
     ) -> list[list[float]]:
-        texts = [[self._text(candidate) for candidate in of] for of in candidates]
-        return self.measure.scores(texts, [self._reference(row) for row in sample["target"]])
-
-    def _text(self, candidate: Candidate) -> str:
-        start = self.words.bos()  # which fairseq leaves out, too
-        return self.form.text([self.words[t] for t in candidate.tokens if t != start])
-
-    def _reference(self, row: Tensor) -> str:
-        # escape_unk: an unknown word must not match the student's own <unk>.
-        line = self.words.string(utils.strip_pad(row, self.padding_idx), escape_unk=True)
-        return self.form.text(line.split(" "))
+        form, words = self.form, self.words
+        texts = [[form.of_candidate(c.tokens, words) for c in of] for of in candidates]
+        targets = [utils.strip_pad(row, self.padding_idx) for row in sample["target"]]
+        return self.measure.scores(texts, [form.of_target(target, words) for target in targets])
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
@@ -244,9 +236,3 @@ def _unwrapped(model: Any) -> Any:
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module
     return model
-
-
-def _longest(model: Any, net_input: dict[str, Tensor]) -> int:
-    """Return the length limit of candidates, as in teacher training."""
-    positions = int(model.max_decoder_positions()) - 1  # one position is the start symbol's
-    return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, positions)

@@ -32,6 +32,15 @@ class Candidate:
     ended: bool
 
 
+def length_limit(model: Any, net_input: dict[str, Tensor]) -> int:
+    """Return how many symbols a candidate may have: 1.5 times the longest source's and 10 more.
+
+    Never more than the model's decoder has positions for.
+    """
+    positions = int(model.max_decoder_positions()) - 1  # one position is the start symbol's
+    return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, positions)
+
+
 def encode(model: Any, net_input: dict[str, Tensor]) -> Any:
     """Return the encoder's output for ``src_tokens`` [B, S] and ``src_lengths`` [B]."""
     return model.encoder(net_input["src_tokens"], src_lengths=net_input["src_lengths"])

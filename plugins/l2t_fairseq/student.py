@@ -29,7 +29,7 @@ from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy
+from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
 from l2t_fairseq.start import start_content
@@ -154,7 +154,7 @@ class NmtStudent:
     def _expected_measure(self, collated: Any, seed: int) -> Tensor:
         net_input, words, spec = collated["net_input"], self.dictionary, self.spec
         candidates = self.source.draw(
-            spec, self.module, net_input, self._max_length(net_input), seed, words
+            spec, self.module, net_input, length_limit(self.module, net_input), seed, words
         )
         references = [self.references[i] for i in collated["id"].tolist()]
         texts = [[self.text(c) for c in of] for of in candidates]
@@ -165,8 +165,7 @@ class NmtStudent:
         scores = scores.to(log_probs)
         if spec.estimator == "reinforce":
             return reinforce_measure(log_probs, scores)
-        keys = [[(*c.tokens, int(c.ended)) for c in of] for of in candidates]
-        mask = distinct_mask(keys).to(log_probs.device)
+        mask = distinct_mask(candidates).to(log_probs.device)
         return mrt_measure(log_probs, scores, mask, spec.alpha)
 
     def true_measure(self) -> float:
@@ -180,7 +179,7 @@ class NmtStudent:
         for start in range(0, len(order), _DECODE_BATCH):
             collated = self._collate(order[start : start + _DECODE_BATCH])
             net_input = collated["net_input"]
-            found = greedy(self.module, net_input, self._max_length(net_input), **ends)
+            found = greedy(self.module, net_input, length_limit(self.module, net_input), **ends)
             hypotheses += [self.text(c) for c in found]
             references += [self.references[i] for i in collated["id"].tolist()]
         return self.measure.corpus(hypotheses, references)
@@ -188,15 +187,9 @@ class NmtStudent:
     def _collate(self, indices: list[int]) -> Any:
         return unpack(self.dev.collater([self.dev[i] for i in indices]), self.device)
 
-    def _max_length(self, net_input: dict[str, Tensor]) -> int:
-        model: Any = self.module
-        longest = int(model.max_decoder_positions()) - 1  # one position is the start symbol's
-        return min(int(1.5 * net_input["src_tokens"].shape[1]) + 10, longest)
-
     def text(self, candidate: Candidate) -> str:
         """Return a candidate's text, as a checkpoint's output becomes text."""
-        start = self.dictionary.bos()  # which fairseq leaves out, too
-        return self.form.text([self.dictionary[t] for t in candidate.tokens if t != start])
+        return self.form.of_candidate(candidate.tokens, self.dictionary)
 
     def _references(self) -> list[str]:
         """Return the raw text of dev, or its target side where there is no raw text."""
@@ -204,12 +197,8 @@ class NmtStudent:
         raw = self.data.references(self.setup.valid_subset, language, self.form)
         if raw is not None:
             return raw
-        # escape_unk: an unknown word must not match the student's own <unk>.
-        lines = (
-            self.dictionary.string(self.dev[i]["target"], escape_unk=True)
-            for i in range(len(self.dev))
-        )
-        return [self.form.text(line.split(" ")) for line in lines]
+        targets = (self.dev[i]["target"] for i in range(len(self.dev)))
+        return [self.form.of_target(target, self.dictionary) for target in targets]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the target dictionary."""

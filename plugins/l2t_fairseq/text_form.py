@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from l2t_core.errors import UserError
 from l2t_fairseq.segmentation import MODEL_FILES
 
@@ -73,6 +75,16 @@ class TextForm:
     def text(self, symbols: Sequence[str]) -> str:
         """Return the text that ``symbols`` spell."""
         return self.detokenised(self.joined(symbols))
+
+    def of_candidate(self, tokens: Sequence[int], dictionary: Any) -> str:
+        """Return a candidate's text, as a checkpoint's output becomes text."""
+        start = dictionary.bos()  # which fairseq leaves out, too
+        return self.text([dictionary[t] for t in tokens if t != start])
+
+    def of_target(self, tokens: Tensor, dictionary: Any) -> str:
+        """Return the text of a target side [S], as a reference."""
+        # escape_unk: an unknown word must not match the student's own <unk>.
+        return self.text(dictionary.string(tokens, escape_unk=True).split(" "))
 
     def detokenised(self, line: str) -> str:
         """Return ``line``, words before they were cut into subwords, as text.

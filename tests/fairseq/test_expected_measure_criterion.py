@@ -32,10 +32,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
-from l2t_fairseq.expected_measure import (  # noqa: E402
-    L2TExpectedMeasureCriterion,
-    _longest,
-)
+from l2t_fairseq.expected_measure import L2TExpectedMeasureCriterion  # noqa: E402
+from l2t_fairseq.sampling import length_limit  # noqa: E402
 
 CRITERION = ["--user-dir", str(USER_DIR), "--criterion", "l2t_expected_measure"]
 
@@ -120,7 +118,7 @@ def test_the_loss_is_shen_et_als(toy_data: Path, tmp_path: Path) -> None:
     model.eval()
     net_input = sample["net_input"]
     drawn = criterion.source.draw(
-        criterion.spec, model, net_input, _longest(model, net_input), seed, words
+        criterion.spec, model, net_input, length_limit(model, net_input), seed, words
     )
     assert len({c for of in drawn for c in of}) > 4  # something to weigh
 

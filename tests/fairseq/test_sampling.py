@@ -287,7 +287,7 @@ def test_mrt_over_all_sentences_is_the_exact_gradient(setting):
     log_probs = all_log_probs(setting)
     scores = torch.tensor([[score_of(c) for c in sentences]] * 2)
     exact = flat_gradient((log_probs.exp() * scores).sum(1).mean(), model)
-    mask = distinct_mask([[(*c.tokens, int(c.ended)) for c in sentences]] * 2)
+    mask = distinct_mask([sentences] * 2)
     estimate = flat_gradient(mrt_measure(log_probs, scores, mask), model)
     torch.testing.assert_close(estimate, exact, rtol=1e-3, atol=1e-6)
 
