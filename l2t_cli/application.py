@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from l2t_cli import console
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
 from l2t_cli.tidying import FreshFolder
+from l2t_core.comparison import deviation, mean
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
@@ -87,8 +87,8 @@ class Comparison:
                 continue
             difference = ""
             if arm == TAUGHT and reference:
-                difference = f"{_mean(values) - _mean(reference):+.2f}"
-            seconds = _mean([s.seconds for s in self.scores[arm].values()])
+                difference = f"{mean(values) - mean(reference):+.2f}"
+            seconds = mean([s.seconds for s in self.scores[arm].values()])
             first, last = min(self.scores[arm]), max(self.scores[arm])
             seeds = str(first) if first == last else f"{first}-{last}"
             rows.append(
@@ -107,7 +107,7 @@ class Comparison:
         taught, reference = self.values(TAUGHT), self.values(CROSS_ENTROPY)
         if not reference:
             return ""
-        gain = _mean(taught) - _mean(reference)
+        gain = mean(taught) - mean(reference)
         better = gain < 0 if self.lower_is_better else gain > 0
         students = f"{len(taught)} student{'s' if len(taught) > 1 else ''} each"
         if len(taught) == 1:
@@ -126,6 +126,11 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def student_title(teacher: Path | None, seed: int) -> str:
+    """Return what a student is called: ``taught, seed 1``."""
+    return f"{LABELS[TAUGHT if teacher else CROSS_ENTROPY]}, seed {seed}"
+
+
 def seeds_from(first: int, count: int) -> range:
     """Return ``count`` seeds from ``first`` on."""
     if count < 1:
@@ -140,9 +145,9 @@ def show_plan(
     application.check(teacher)
     for note in application.notes(teacher, baseline):
         console.line(f"# changed: {note}")
-    for arm, seed, place in _jobs(folder, seeds, baseline):
-        console.line(f"# {LABELS[arm]}, seed {seed}")
-        for text in application.plan(seed, teacher if arm == TAUGHT else None, place):
+    for _, seed, used, place in _jobs(folder, seeds, teacher, baseline):
+        console.line(f"# {student_title(used, seed)}")
+        for text in application.plan(seed, used, place):
             console.line(text)
 
 
@@ -165,23 +170,21 @@ def apply(
 
     application.check(teacher)
     config = {"teacher": checksum(teacher), "student": application.config()}
-    if log_format in (LogFormat.rich, LogFormat.simple):
+    if log_format.wordy:
         for note in application.notes(teacher, baseline):
             console.line(f"changed: {note}")
     before = FreshFolder.before(folder)
     open_run(folder, config)
+    jobs = list(_jobs(folder, seeds, teacher, baseline))
     scores: dict[str, dict[int, Score]] = {}
     try:
-        for arm, seed, place in _jobs(folder, seeds, baseline):
-            used = teacher if arm == TAUGHT else None
-            scores.setdefault(arm, {})[seed] = _finished_or_run(
-                application, arm, seed, used, place, log_format
-            )
+        for arm, seed, used, place in jobs:
+            score = _finished_or_run(application, seed, used, place, log_format)
+            scores.setdefault(arm, {})[seed] = score
     except KeyboardInterrupt:
         raise Interrupted("finished students are kept; the same command continues") from None
     except Exception as error:
-        for arm, seed, place in _jobs(folder, seeds, baseline):
-            used = teacher if arm == TAUGHT else None
+        for _, seed, used, place in jobs:
             if (place / "score.json").exists() or application.begun(seed, used, place):
                 raise
         raise _taken_back(before, error) from None
@@ -227,13 +230,10 @@ def report(comparison: Comparison, log_format: LogFormat) -> None:
     console.files([("result", comparison.folder / "result.json"), ("students", comparison.folder)])
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
     """Return ``27.31 ± 0.12``, the deviation being the sample's; the number alone for one."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    mean = _mean(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.2f} ± {deviation:.2f}"
+    wide = deviation(values)
+    return f"{mean(values):.{digits}f}" + (f" ± {wide:.{digits}f}" if wide is not None else "")
 
 
 def worded(measure: str, value: float) -> str:
@@ -242,26 +242,24 @@ def worded(measure: str, value: float) -> str:
     return f"test {name} {value:.2f} {unit}".rstrip()
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _jobs(folder: Path, seeds: range, baseline: bool) -> Iterator[tuple[str, int, Path]]:
+def _jobs(
+    folder: Path, seeds: range, teacher: Path, baseline: bool
+) -> Iterator[tuple[str, int, Path | None, Path]]:
+    """Yield each student's arm, seed, teacher and folder."""
     for seed in seeds:
         for arm in (TAUGHT, CROSS_ENTROPY) if baseline else (TAUGHT,):
-            yield arm, seed, folder / arm / f"seed-{seed}"
+            yield arm, seed, teacher if arm == TAUGHT else None, folder / arm / f"seed-{seed}"
 
 
 def _finished_or_run(
     application: Application,
-    arm: str,
     seed: int,
     teacher: Path | None,
     place: Path,
     log_format: LogFormat,
 ) -> Score:
     kept = place / "score.json"
-    loud = log_format in (LogFormat.rich, LogFormat.simple)
+    loud, title = log_format.wordy, student_title(teacher, seed)
     if kept.exists():
         try:
             score = Score(**json.loads(kept.read_text(encoding="utf-8")))
@@ -269,7 +267,7 @@ def _finished_or_run(
             raise UserError(f"{kept} is damaged; delete {place} to train it again") from error
         if loud:
             console.line(
-                f"{LABELS[arm]}, seed {seed}: {worded(application.measure, score.value)} "
+                f"{title}: {worded(application.measure, score.value)} "
                 "(finished before)"
             )
         return score
@@ -285,7 +283,7 @@ def _finished_or_run(
     atomic_write(kept, json.dumps(asdict(score), indent=2) + "\n")
     if loud:
         console.line(
-            f"{LABELS[arm]}, seed {seed}: {worded(application.measure, score.value)} "
+            f"{title}: {worded(application.measure, score.value)} "
             f"in {console.duration(score.seconds)}"
         )
     return score

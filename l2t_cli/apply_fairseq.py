@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.application import Score, checksum
+from l2t_cli.application import Score, checksum, student_title
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
 from l2t_cli.fairseq_scoring import TestSet, data_folder, split_flags
@@ -143,10 +143,8 @@ class FairseqApplication:
         command = with_value(command, "--criterion", "cross_entropy")
         if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
             # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.
-            command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
-            command = with_value(command, "--label-smoothing", "0")
+            command = label_smoothed(command, "0")
             command = with_value(command, "--best-checkpoint-metric", "accuracy")
-            command = replace(command, arguments=[*command.arguments, "--report-accuracy"])
         return command
 
     def command_for(self, seed: int, teacher: Path | None, folder: Path) -> FairseqCommand:
@@ -176,9 +174,8 @@ class FairseqApplication:
         command = self.command_for(seed, teacher, folder)
         checkpoints = self.checkpoints(seed, teacher, folder)
         _claim(checkpoints, folder, shell_text(command))
-        title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
         steps = total_steps(command)
-        with bar(title, log_format, quiet=True) as update:
+        with bar(student_title(teacher, seed), log_format, quiet=True) as update:
             update(0, steps)
             run_logged(
                 [*this_python(command.program), *command.arguments],
@@ -187,7 +184,7 @@ class FairseqApplication:
                 lambda updates, note: update(updates, steps, note),
             )
         with bar("generating and scoring", log_format, quiet=True):
-            value, signature = self.test_set().score(_checkpoint_of(checkpoints), folder)
+            value, signature = self.test_set().score(checkpoint_of(checkpoints), folder)
         return Score(value, signature, time.monotonic() - began)
 
 
@@ -206,6 +203,13 @@ class RecipeApplication(FairseqApplication):
         """Refuse data that is missing or cut short, too."""
         open_data(self.data)
         super().check(teacher)
+
+
+def label_smoothed(command: FairseqCommand, eps: str) -> FairseqCommand:
+    """Return ``command`` on cross-entropy smoothed by ``eps``, which reports its accuracy."""
+    command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
+    command = with_value(command, "--label-smoothing", eps)
+    return replace(command, arguments=[*command.arguments, "--report-accuracy"])
 
 
 def _name(command: FairseqCommand) -> str:
@@ -249,7 +253,7 @@ def _claim(checkpoints: Path, folder: Path, text: str) -> None:
     atomic_write(mark, text + "\n")
 
 
-def _checkpoint_of(folder: Path) -> Path:
+def checkpoint_of(folder: Path) -> Path:
     """Return the checkpoint to score: the best on dev, or the last where none was kept."""
     best = folder / "checkpoint_best.pt"
     return best if best.exists() else folder / "checkpoint_last.pt"

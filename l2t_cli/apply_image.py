@@ -6,14 +6,17 @@ import io
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from l2t_cli.application import Score
+from l2t_cli.application import Score, student_title
 from l2t_cli.console import LogFormat
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+
+if TYPE_CHECKING:
+    from l2t_core.applied import AppliedTeacher
 
 
 def build_student(spec: Any, seed: int) -> Any:
@@ -21,6 +24,20 @@ def build_student(spec: Any, seed: int) -> Any:
     from l2t_vision.student import build_student as build
 
     return build(spec)
+
+
+def follow(student: Any, teacher: Path) -> AppliedTeacher:
+    """Return the teacher in the file ``teacher`` for an image student.
+
+    It sees dev as often, for its part of the run, as where it was trained.
+    """
+    from l2t_core.applied import AppliedTeacher
+
+    steps = student.total_steps
+    applied = AppliedTeacher.from_file(teacher, steps)
+    assert applied.header is not None  # from_file always has one
+    student.spec = replace(student.spec, dev_interval=applied.header.dev_interval_for(steps))
+    return applied
 
 
 class ImageApplication:
@@ -43,10 +60,9 @@ class ImageApplication:
 
     def check(self, teacher: Path) -> None:
         """Refuse a teacher that does not fit the classes."""
-        from l2t_core.teacher_file import check_fits, load_teacher
+        from l2t_core.teacher_file import check_teacher
 
-        _, header = load_teacher(teacher)
-        check_fits(header, self.student().fingerprint(), teacher)
+        check_teacher(teacher, self.student().fingerprint())
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
         """Return nothing: a recipe is trained as it is written."""
@@ -73,17 +89,12 @@ class ImageApplication:
         """Train one student and read its error on the test set, once, at the end."""
         import torch
 
-        from l2t_core.applied import AppliedTeacher
         from l2t_core.apply import train_student
 
         began = time.monotonic()
         student = self.student()
-        applied = AppliedTeacher.from_file(teacher, student.total_steps) if teacher else None
-        if applied is not None and applied.header is not None:
-            # The teacher sees dev as often, for its part of the run, as where it was trained.
-            interval = applied.header.dev_interval_for(student.total_steps)
-            student.spec = replace(student.spec, dev_interval=interval)
-        title = f"{'taught' if teacher else 'cross-entropy'}, seed {seed}"
+        applied = follow(student, teacher) if teacher else None
+        title = student_title(teacher, seed)
         with bar(title, log_format, quiet=True) as update:
 
             def on_event(event: dict[str, Any]) -> None:

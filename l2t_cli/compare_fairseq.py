@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.apply_fairseq import RecipeApplication
+from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
-from l2t_cli.fairseq_process import run_logged, this_python
+from l2t_cli.fairseq_process import UPDATES, run_logged, this_python
 from l2t_cli.fairseq_scoring import data_folder, split_flags
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -38,7 +38,6 @@ MRT = "mrt"
 _BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
 _NLL = re.compile(r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*|nan|inf)")
-_UPDATES = re.compile(r"(?:valid_)?num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DIVERGED = ("FloatingPointError", "Minimum loss scale", "NaN", "Nan")
 
 
@@ -112,9 +111,7 @@ class FairseqTrials:
                 command = with_value(command, "--criterion", "cross_entropy")
                 command = _judged_by(command, "loss", "")
             else:  # plain cross_entropy reports no accuracy; smoothing by 0 is the same loss
-                command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
-                command = with_value(command, "--label-smoothing", f"{eps or 0:g}")
-                command = replace(command, arguments=[*command.arguments, "--report-accuracy"])
+                command = label_smoothed(command, f"{eps or 0:g}")
                 command = _judged_by(command, "nll_loss", "accuracy")
         command = with_value(command, "--lr", f"{trial.lr:g}")
         command = with_value(command, "--seed", str(trial.seed))
@@ -176,10 +173,8 @@ class FairseqTrials:
         )
 
     def _bleu(self, folder: Path, split: str) -> tuple[float, str]:
-        checkpoints = folder / "checkpoints"
-        best = checkpoints / "checkpoint_best.pt"
-        chosen = best if best.exists() else checkpoints / "checkpoint_last.pt"
-        return self.application.test_set().score(chosen, folder, split)
+        checkpoint = checkpoint_of(folder / "checkpoints")
+        return self.application.test_set().score(checkpoint, folder, split)
 
 
 def _judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqCommand:
@@ -196,7 +191,7 @@ def _curve(log: Path) -> list[list[float]]:
     """Return ``[updates, dev nll in nats]`` of every validation in fairseq-train's output."""
     found: dict[int, float] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        at = _UPDATES.search(line)
+        at = UPDATES.search(line)
         if "valid" not in line or at is None:
             continue
         losses = dict(_NLL.findall(line))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from l2t_cli.apply_image import follow
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.recipe_loading import Recipe
 
@@ -36,11 +37,10 @@ class ImageTrials:
     def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
         """Refuse teachers for other classes, and losses that the student cannot give."""
         from l2t_core.step_losses import fixed_loss
-        from l2t_core.teacher_file import check_fits, load_teacher
+        from l2t_core.teacher_file import check_teacher
 
         for teacher in teachers:
-            _, header = load_teacher(teacher)
-            check_fits(header, self.student.fingerprint(), teacher)
+            check_teacher(teacher, self.student.fingerprint())
         for loss in losses:
             fixed_loss(loss, {}, self._student(self.student.spec))
 
@@ -63,7 +63,6 @@ class ImageTrials:
 
     def run(self, trial: Trial, folder: Path) -> Result:
         """Train one student; read its test error if it is a final one."""
-        from l2t_core.applied import AppliedTeacher
         from l2t_core.apply import train_student
         from l2t_core.step_losses import Recorded, StepLoss, fixed_loss
 
@@ -74,10 +73,7 @@ class ImageTrials:
         student = self._student(spec)
         loss: StepLoss
         if trial.teacher:
-            loss = applied = AppliedTeacher.from_file(trial.teacher, spec.steps)
-            assert applied.header is not None
-            interval = applied.header.dev_interval_for(spec.steps)
-            student.spec = dataclasses.replace(spec, dev_interval=interval)
+            loss = follow(student, trial.teacher)
         else:
             loss = fixed_loss(trial.loss, dict(trial.settings), student)
         recorded = Recorded(loss)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from l2t_cli.application import checksum
+from l2t_cli.application import CROSS_ENTROPY, TAUGHT, checksum
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.recipe_loading import Recipe
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, suggestion
 
-CROSS_ENTROPY, TAUGHT = "cross_entropy", "taught"
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
 FIRST_TUNING_SEED = 900_001
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
+from l2t_cli.application import mean_and_deviation
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
-from l2t_core.comparison import Point, at_edge, compare_paired, deviation, mean
+from l2t_core.comparison import Point, at_edge, compare_paired
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
 
@@ -177,6 +178,7 @@ def columns(summary: Summary) -> list[str]:
 def table_rows(summary: Summary) -> list[tuple[str, ...]]:
     """Return the table's rows as text."""
     rows: list[tuple[str, ...]] = []
+    digits = 4 if summary["dev_measure"] == "accuracy" else 2
     for row in summary["losses"]:
         own = [f"{name} {row['settings'][name]:g}" for name in row["tuned_settings"]]
         chosen = ", ".join([f"lr {row['lr']:g}", *own]) if row["lr"] is not None else "diverged"
@@ -187,8 +189,8 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
             (
                 row["label"],
                 chosen,
-                spread(row["dev"], digits=4 if summary["dev_measure"] == "accuracy" else 2),
-                spread(row["test"]),
+                mean_and_deviation(row["dev"], digits) if row["dev"] else "-",
+                mean_and_deviation(row["test"]) if row["test"] else "-",
                 _percent(against["relative"]) if against else "",
                 f"{against['low']:+.2f} to {against['high']:+.2f}" if against else "",
                 _p_value(against["t_p"]) if against else "",
@@ -197,14 +199,6 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return ``2.31 ± 0.12``, mean and standard deviation, or ``-`` for none."""
-    if not values:
-        return "-"
-    wide = deviation(values)
-    return f"{mean(values):.{digits}f}" + (f" ± {wide:.{digits}f}" if wide is not None else "")
 
 
 def _p_value(p: float | None) -> str:

@@ -23,6 +23,11 @@ class LogFormat(str, Enum):
     json = "json"
     none = "none"
 
+    @property
+    def wordy(self) -> bool:
+        """Whether lines for people are printed."""
+        return self in (LogFormat.rich, LogFormat.simple)
+
 
 @cache
 def _console(to_stderr: bool, stream: int) -> Console:

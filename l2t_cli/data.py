@@ -65,7 +65,7 @@ def prepare_data_set(
             run(folder, source, view.receive)
     except KeyboardInterrupt:
         raise Interrupted("nothing half-made is left; the same command starts again") from None
-    if log_format in (LogFormat.rich, LogFormat.simple):
+    if log_format.wordy:
         console.line(f"{name} is ready in {console.shown(folder)}")
     return folder
 
@@ -118,5 +118,5 @@ class _View:
             return
         self._bars.close()
         self._title = ""
-        if self.format in (LogFormat.rich, LogFormat.simple):
+        if self.format.wordy:
             console.line(f"{self.name}: {event['stage']}")

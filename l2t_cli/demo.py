@@ -15,6 +15,7 @@ from l2t_cli.application import CROSS_ENTROPY, TAUGHT, Comparison
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, output_folder
 from l2t_cli.recipe_loading import load_recipe
+from l2t_core.comparison import mean
 from l2t_core.files import atomic_write
 
 
@@ -58,20 +59,19 @@ def command(
 
 def run_part(part: Part, out: Path, log_format: LogFormat) -> Comparison:
     """Prepare the data of a part, train its teacher and apply it beside cross-entropy."""
-    loud = log_format in (LogFormat.rich, LogFormat.simple)
     teacher_folder, taught_folder = out / f"{part.recipe}-teacher", out / f"{part.recipe}-taught"
-    if loud:
+    if log_format.wordy:
         console.line()
         console.line(f"== {part.title} ==", style="bold")
     if part.dataset:
-        if loud:
+        if log_format.wordy:
             console.show_command(f"l2t data prepare {part.dataset}")
         data.prepare_data_set(part.dataset, None, None, log_format)
     recipe = load_recipe(part.recipe)
-    if loud:
+    if log_format.wordy:
         console.show_command(f"l2t train-teacher {part.recipe} --out {teacher_folder}")
     teacher = train_teacher.run(recipe, teacher_folder, log_format=log_format)
-    if loud:
+    if log_format.wordy:
         console.show_command(
             f"l2t apply-teacher {teacher} {part.recipe} --baseline --seeds {part.seeds} "
             f"--out {taught_folder}"
@@ -92,7 +92,7 @@ def show_summary(finished: list[tuple[Part, Comparison]], out: Path, seconds: fl
     rows = []
     for part, result in finished:
         taught, reference = result.values(TAUGHT), result.values(CROSS_ENTROPY)
-        difference = sum(taught) / len(taught) - sum(reference) / len(reference)
+        difference = mean(taught) - mean(reference)
         better = "lower" if result.lower_is_better else "higher"
         rows.append(
             (

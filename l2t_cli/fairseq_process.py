@@ -14,7 +14,7 @@ from pathlib import Path
 from l2t_core.errors import UserError
 
 # All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
-_UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
+UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:?\s*(.*)")
 _USAGE = re.compile(r"^\S+: error: (.*)")
@@ -77,7 +77,7 @@ def _follow(
             for line in reader:
                 if found := _DEV_NLL.search(line):
                     note = f"dev nll {float(found.group(1)):.3f}"
-                if counted := _UPDATES.search(line):
+                if counted := UPDATES.search(line):
                     on_progress(int(counted.group(1)), note)
             if ended:
                 return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2t_core.errors import UserError
-from l2t_core.teacher_file import check_fits, load_teacher
+from l2t_core.teacher_file import check_teacher
 from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.generate_flags import check_generate_flags
@@ -65,8 +65,7 @@ class TestSet:
             UserError: with the two sizes side by side, or fairseq's reason.
         """
         check_generate_flags(split_flags(self.generate, "--generate"), self.data_bin)
-        _, header = load_teacher(teacher)
-        check_fits(header, data_fingerprint(self.data_bin, self.target), teacher)
+        check_teacher(teacher, data_fingerprint(self.data_bin, self.target))
 
     def score(
         self, checkpoint: Path, folder: Path, split: str = "test"

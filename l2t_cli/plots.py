@@ -17,13 +17,8 @@ def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str
     Raises:
         UserError: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in history if row.get("dev_measure") is not None]
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120)
+    figure, (axes,) = _axes(1, 6.4, 3.6)
     axes.plot([r["episode"] for r in rows], [r["dev_measure"] for r in rows], marker="o", ms=3)
     best = [r for r in rows if r.get("best")]
     if best:
@@ -33,7 +28,6 @@ def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str
     axes.set_ylabel(f"dev {measure}")
     axes.set_title(title, fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
     _write_png(figure, to)
 
 
@@ -46,21 +40,16 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.2), dpi=120)
-    for axes, panel in zip([grid] if len(panels) == 1 else list(grid), panels, strict=True):
+    figure, grid = _axes(len(panels), 3.4 * len(panels), 3.2)
+    for axes, panel in zip(grid, panels, strict=True):
         pairs = [("cross-entropy", panel["cross_entropy"]), ("taught", panel["taught"])]
         for position, (label, scores) in enumerate(pairs):
-            mean = sum(scores) / len(scores)
+            middle = mean(scores)
             color = "tab:gray" if position == 0 else "tab:blue"
-            axes.bar(position, mean, width=0.6, color=color, alpha=0.75, label=label)
+            axes.bar(position, middle, width=0.6, color=color, alpha=0.75, label=label)
             axes.plot([position] * len(scores), scores, "o", color="black", ms=3)
             axes.annotate(
-                f"{mean:.2f}",
+                f"{middle:.2f}",
                 (position, max(scores)),
                 ha="center",
                 va="bottom",
@@ -71,8 +60,7 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
         axes.set_ylabel(panel["measure"])
         axes.set_title(panel["title"], fontsize=10)
         axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    _write_png(figure, to)
+        _write_png(figure, to)
 
 
 def plot_learning_curves(
@@ -85,12 +73,7 @@ def plot_learning_curves(
     Raises:
         UserError: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=120)
+    figure, (axes,) = _axes(1, 6.4, 4.0)
     for label, seeds in curves.items():
         at: dict[float, list[float]] = {}
         for curve in seeds:
@@ -107,7 +90,6 @@ def plot_learning_curves(
     axes.set_ylabel(what)
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
     _write_png(figure, to)
 
 
@@ -117,12 +99,7 @@ def plot_scores(scores: Mapping[str, Sequence[float]], measure: str, title: str,
     Raises:
         UserError: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(scores), 3.6), dpi=120)
+    figure, (axes,) = _axes(1, 1.5 + 1.1 * len(scores), 3.6)
     for position, values in enumerate(scores.values()):
         color = "tab:gray" if position == 0 else "tab:blue"
         axes.bar(position, mean(values), width=0.6, color=color, alpha=0.75,
@@ -132,8 +109,20 @@ def plot_scores(scores: Mapping[str, Sequence[float]], measure: str, title: str,
     axes.set_ylabel(measure)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
     _write_png(figure, to)
+
+
+def _axes(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """Return a figure of so many inches, and ``panels`` axes side by side in it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, panels, figsize=(width, height), dpi=120, squeeze=False)
+    for axes in grid[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid[0])
 
 
 def _write_png(figure: Any, to: Path) -> None:

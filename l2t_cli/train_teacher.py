@@ -111,7 +111,7 @@ def run(
     opened = _open(config, folder, resume, processes)
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
-    if log_format in (LogFormat.rich, LogFormat.simple):
+    if log_format.wordy:
         _say_where_it_stands(opened, len(done))
     with (
         _tidy(opened, before),

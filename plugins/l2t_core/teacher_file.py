@@ -184,6 +184,16 @@ def _check_values(header: TeacherHeader) -> None:
     SIGMAS.get(header.loss.sigma)
 
 
+def check_teacher(path: Path, fingerprint: dict[str, Any]) -> None:
+    """Check that ``path`` holds a whole teacher, for a student with ``fingerprint``.
+
+    Raises:
+        UserError: as :func:`load_teacher` and :func:`check_fits`.
+    """
+    _, header = load_teacher(path)
+    check_fits(header, fingerprint, path)
+
+
 def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | str) -> None:
     """Check that a student with ``fingerprint`` can be taught by this teacher.
 
