@@ -48,18 +48,13 @@ class LossForm:
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
 
 
-def _picked(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return -log p_y, shape [N]."""
-    return -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
-
-
 def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
     # Column y of W, row by row: z_i = sum_k -log p_ik W_k,y_i + b_y_i.
     return -(log_probs * phi["W"].t()[targets]).sum(1) + phi["b"][targets]
 
 
 def _diagonal_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    return _picked(log_probs, targets) * phi["d"][targets] + phi["b"][targets]
+    return cross_entropy(log_probs, targets) * phi["d"][targets] + phi["b"][targets]
 
 
 class _PickAndProject(torch.autograd.Function):
@@ -164,7 +159,7 @@ def neutral_coefficients(spec: LossSpec, num_classes: int) -> Coefficients:
 
 def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
     """Return -log p_y in nats, [N], for log-probabilities [N, K] and targets [N]."""
-    return _picked(log_probs, targets)
+    return -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def label_smoothing(log_probs: Tensor, targets: Tensor, eps: float) -> Tensor:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -48,12 +46,6 @@ class FairseqCommand:
     program: list[str]
     arguments: list[str]
     left_out: list[str] = field(default_factory=list)
-
-    def argv(self) -> list[str]:
-        """Return what to execute; ``fairseq-train`` off the PATH becomes this Python's own."""
-        if self.program == ["fairseq-train"] and shutil.which("fairseq-train") is None:
-            return [sys.executable, "-m", "fairseq_cli.train", *self.arguments]
-        return [*self.program, *self.arguments]
 
 
 @dataclass(frozen=True)
