@@ -17,8 +17,10 @@ from l2t_vision.recipe import ImageSpec
 from l2t_vision.resnets import CifarResNet, Shape, WideResNet
 
 MODELS: Registry[Callable[[Shape, int, ImageSpec], nn.Module]] = Registry("model")
-# Those for which image.depth and image.width mean something.
-SCALABLE = ("densenet", "wide-resnet")
+# Those for which image.depth and image.width mean something, with the paper's largest of each:
+# DenseNet-BC of L=190 and growth rate k=40, and WRN-40-10.
+_SCALABLE = {"densenet": (DenseNet, 190, 40), "wide-resnet": (WideResNet, 40, 10)}
+SCALABLE = tuple(_SCALABLE)
 
 
 def build_model(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
@@ -137,26 +139,14 @@ for _depth in (8, 20, 32, 44, 56, 110):
     MODELS.register(f"resnet{_depth}")(partial(_resnet, _depth))
 
 
-@MODELS.register("wide-resnet")
-def wide_resnet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
-    """Return WRN-``depth``-``width``, by default WRN-40-10.
-
-    Raises:
-        UserError: if there is no net of that depth, or the images are smaller than 8 x 8.
-    """
-    _refuse_below(8, shape, "wide-resnet")
-    return WideResNet(shape, num_classes, spec.depth or 40, spec.width or 10, spec.dropout)
+def _scalable(name: str, shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
+    net, depth, width = _SCALABLE[name]
+    _refuse_below(8, shape, name)
+    return net(shape, num_classes, spec.depth or depth, spec.width or width, spec.dropout)
 
 
-@MODELS.register("densenet")
-def densenet(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
-    """Return DenseNet-BC of ``depth`` layers and growth rate ``width``, by default L=190, k=40.
-
-    Raises:
-        UserError: if there is no net of that depth, or the images are smaller than 8 x 8.
-    """
-    _refuse_below(8, shape, "densenet")
-    return DenseNet(shape, num_classes, spec.depth or 190, spec.width or 40, spec.dropout)
+for _name in SCALABLE:
+    MODELS.register(_name)(partial(_scalable, _name))
 
 
 def _refuse_below(side: int, shape: Shape, name: str) -> None:
