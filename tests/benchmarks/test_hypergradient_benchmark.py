@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, run_python  # type: ignore[import-not-found]
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/benchmarks/hypergradient.py"
-
-
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT / "plugins"), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], check=False, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
 
 
 def test_the_smallest_run(tmp_path: Path) -> None:
     """The engine against torch.func's unrolled graph, which is what a check compares with."""
     report = tmp_path / "report.json"
-    done = run(
-        "--students", "mlp", "--steps", "3", "--methods", "l2t recomputed", "--repeats", "1",
-        "--check-steps", "3", "--json", str(report),
+    done = run_python(
+        SCRIPT, "--students", "mlp", "--steps", "3", "--methods", "l2t recomputed",
+        "--repeats", "1", "--check-steps", "3", "--json", report,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text(encoding="utf-8"))
@@ -50,7 +39,7 @@ def test_the_smallest_run(tmp_path: Path) -> None:
     [("--students", "mpl", "mlp"), ("--methods", "forward", "torch.func"), ("--steps", "0", "200")],
 )
 def test_bad_input_is_refused(option: str, value: str, hint: str) -> None:
-    done = run(option, value)
+    done = run_python(SCRIPT, option, value)
     assert done.returncode == 2
     assert value in done.stderr and hint in done.stderr
 

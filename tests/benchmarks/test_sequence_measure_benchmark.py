@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from checkout import ROOT, run_python  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/benchmarks/sequence_measure.py"
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT / "plugins"), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], check=False, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-
-
 def test_the_smallest_run() -> None:
-    done = run(
-        "--rounds", "1", "--json", "--set", "nmt.steps=2", "nmt.dev_sentences=3",
+    done = run_python(
+        SCRIPT, "--rounds", "1", "--json", "--set", "nmt.steps=2", "nmt.dev_sentences=3",
         "nmt.true_measure_sentences=3", "loss.warmup_steps=0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -43,9 +31,9 @@ def test_the_smallest_run() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    done = run("--rounds", "0")
+    done = run_python(SCRIPT, "--rounds", "0")
     assert done.returncode == 2
     assert done.stderr.endswith("--rounds is 0; it must be at least 1\n")
-    done = run("--recipe", "demo-de-em")
+    done = run_python(SCRIPT, "--recipe", "demo-de-em")
     assert done.returncode == 2
     assert "did you mean 'demo-de-en'" in done.stderr

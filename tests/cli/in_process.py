@@ -1,9 +1,10 @@
-"""What the command line left when it ran inside the test process, and a tiny recipe for it."""
+"""What the command line left when it ran inside the test process; a tiny recipe and a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 DIGITS = """\
 field: image
@@ -43,3 +44,16 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def write_teacher(path: Path, classes: int, **fingerprint: str) -> Path:
+    """Write a static teacher of students with so many classes and 24 steps, dev seen every 8."""
+    from l2t_core.specs import LossSpec, TeacherSpec
+    from l2t_core.teacher_file import TeacherHeader, save_teacher
+    from l2t_core.teachers import build_teacher
+
+    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
+    fits = {**fingerprint, "num_classes": classes}
+    teacher = build_teacher(spec, loss, classes, 1, seed=1)
+    save_teacher(path, teacher, TeacherHeader(spec, loss, classes, 24, 8, fits))
+    return path

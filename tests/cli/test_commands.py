@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from checkout import run_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
 COMMANDS = [
@@ -72,31 +70,12 @@ def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
         "print('torch' in sys.modules, 'fairseq' in sys.modules)"
     )
     for arguments in (["--help"], ["train-teacher", "--hlp"], ["recipes", "ls"]):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
-            env=environment(),
-        )
+        run = run_python("-c", code, *arguments, cwd=tmp_path)
         assert run.stdout.splitlines()[-1] == "False False"
 
 
-def environment() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'plugins'}"}
-
-
 def test_module_and_command_are_the_same(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "l2t_cli", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-        env=environment(),
-    )
+    run = run_python("-m", "l2t_cli", "--version", cwd=tmp_path)
     from l2t_core import __version__
 
     assert run.stdout == f"l2t {__version__}\n"
@@ -162,13 +141,7 @@ main(sys.argv[1:])
         ["train-teacher", "demo-de-en"],
         ["apply-teacher", "t.safetensors", "--", "fairseq-train", "data"],
     ):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(),
-        )
+        run = run_python("-c", code, *arguments, cwd=tmp_path)
         assert run.returncode == 2
         assert run.stderr.splitlines() == [
             'l2t: error: nmt recipes need fairseq, which is not installed; pip install "l2t[nmt]"'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from in_process import DIGITS, Run  # type: ignore[import-not-found]
+from checkout import interrupt, start_python, wait_for  # type: ignore[import-not-found]
+from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
 from l2t_cli.compare import Comparison, load_for_comparison
@@ -29,7 +29,6 @@ from l2t_cli.train_teacher import run as train
 from l2t_core.baselines import BASELINES
 from l2t_vision.student import ImageStudent
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPARE = """\
 compare:
   losses: [cross_entropy, label_smoothing, large_margin]
@@ -255,27 +254,15 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
     l2t: Run, tiny: Path, tmp_path: Path
 ) -> None:
     changes = ["compare.losses=[cross_entropy]", "compare.seeds=2"]
-    command = [sys.executable, "-m", "l2t_cli", "compare", str(tiny), *changes]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'plugins'}"
-    child = subprocess.Popen(
-        [*command, "--jobs", "2", "--out", "two"],
-        env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True,
-    )
-    deadline = time.monotonic() + 60
+    command = ("compare", tiny, *changes, "--jobs", "2", "--out", "two")
+    child = start_python("-m", "l2t_cli", *command)
     trials = tmp_path / "two" / "trials"
-    while not any(trials.glob("*.json")):
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.005)
+    wait_for(lambda: any(trials.glob("*.json")), child)
     workers = subprocess.run(
         ["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False
     ).stdout.split()
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=60)
-    if child.returncode != 0:  # it may have finished before the signal came
-        assert child.returncode == 130
-        assert errors.splitlines() == [
-            "l2t: interrupted: finished trials are kept; the same command continues"
-        ]
+    interrupt(child, signal.SIGTERM, "finished trials are kept")
+    deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -451,14 +438,7 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
 def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
     l2t: Run, tiny: Path, tmp_path: Path
 ) -> None:
-    from l2t_core.specs import LossSpec, TeacherSpec
-    from l2t_core.teacher_file import TeacherHeader, save_teacher
-    from l2t_core.teachers import build_teacher
-
-    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
-    header = TeacherHeader(spec, loss, 7, 24, 8, {"kind": "classes", "num_classes": 7})
-    path = tmp_path / "seven.safetensors"
-    save_teacher(path, build_teacher(spec, loss, 7, 1, seed=1), header)
+    path = write_teacher(tmp_path / "seven.safetensors", 7, kind="classes")
     line = l2t("transfer", path, "digits", tiny).error()
     assert "trained for 7 classes entries, the student has 10" in line
     assert "no recipe" in l2t("transfer", path, "image.steps=3").error()

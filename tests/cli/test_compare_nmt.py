@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from in_process import Run  # type: ignore[import-not-found]
+from in_process import Run, write_teacher  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
 
@@ -45,16 +45,8 @@ def trial(loss: str, teacher: Path | None = None, lr: float = 0.02, final: bool 
     return Trial(loss, loss, settings, teacher, "", lr, 7, final)
 
 
-def make_teacher(path: Path, classes: int = 8) -> Path:
-    from l2t_core.specs import LossSpec, TeacherSpec
-    from l2t_core.teacher_file import TeacherHeader, save_teacher
-    from l2t_core.teachers import build_teacher
-
-    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
-    fingerprint = {"kind": "dictionary", "num_classes": classes, "sha256": "0"}
-    teacher = build_teacher(spec, loss, classes, 1, seed=1)
-    save_teacher(path, teacher, TeacherHeader(spec, loss, classes, 12, 4, fingerprint))
-    return path
+def make_teacher(folder: Path) -> Path:
+    return write_teacher(folder / "t.safetensors", 8, kind="dictionary", sha256="0")
 
 
 def differences(a: FairseqCommand, b: FairseqCommand) -> set[str]:
@@ -63,7 +55,7 @@ def differences(a: FairseqCommand, b: FairseqCommand) -> set[str]:
 
 
 def test_commands_differ_in_the_loss_alone(tmp_path: Path) -> None:
-    teacher = make_teacher(tmp_path / "t.safetensors")
+    teacher = make_teacher(tmp_path)
     made = trials(tmp_path)
     plain = made.command(trial("cross_entropy"), tmp_path)
     smooth = made.command(trial("label_smoothing"), tmp_path)
@@ -127,7 +119,7 @@ def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:
     assert value_of(plain, "--label-smoothing") == "0"
     assert value_of(plain, "--best-checkpoint-metric") == "accuracy"
     assert value_of(plain, "--validate-interval-updates") == "3"
-    taught = made.command(trial("taught", make_teacher(tmp_path / "t.safetensors")), tmp_path)
+    taught = made.command(trial("taught", make_teacher(tmp_path)), tmp_path)
     assert value_of(taught, "--best-checkpoint-metric") == "l2t_accuracy"
     assert value_of(taught, "--validate-interval-updates") == "3"
     bleu = trials(tmp_path, "--best-checkpoint-metric bleu")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from checkout import start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
 SIZE = [
@@ -22,13 +21,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "plugins")])
-    command = [sys.executable, *TORCHRUN, "-m", "l2t_cli", "train-teacher", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
+    command = (*TORCHRUN, "-m", "l2t_cli", "train-teacher", *arguments)
+    return start_python(*command, cwd=folder, OMP_NUM_THREADS="1")
 
 
 def our_lines(text: str) -> list[str]:
@@ -57,10 +51,7 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(
     assert l2t("train-teacher", digits, *SIZE, "--out", "whole").code == 0
     process = start(folder, digits, *SIZE, "--out", "parts")
     log = folder / "parts/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, process)
     for child in children(process.pid):
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
             os.kill(child, signal.SIGKILL)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from checkout import interrupt, start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -77,23 +72,10 @@ def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: 
     longer = tmp_path / "longer.yaml"
     longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
     assert l2t("train-teacher", longer, "--out", "whole").code == 0
-    command = [sys.executable, "-m", "l2t_cli", "train-teacher", str(longer), "--out", "parts"]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'plugins'}"
-    child = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
-    )
+    child = start_python("-m", "l2t_cli", "train-teacher", longer, "--out", "parts")
     log = tmp_path / "parts" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.005)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    if child.returncode != 0:  # it may have finished before the signal came
-        assert child.returncode == 130
-        assert errors.splitlines() == [
-            "l2t: interrupted: the finished episodes are kept; the same command continues"
-        ]
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, child)
+    interrupt(child, signal.SIGINT, "the finished episodes are kept")
     assert l2t("train-teacher", longer, "--out", "parts").code == 0
     for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import start_python  # type: ignore[import-not-found]
 from iwslt_files import official_files, pack
 
 from l2t_core.errors import UserError
@@ -333,15 +332,7 @@ main(["data", "prepare", "iwslt14", "--from", sys.argv[2], "--out", sys.argv[3]]
 
 
 def start(limit: str, archive: Path, out: Path) -> subprocess.Popen[str]:
-    root = Path(__file__).resolve().parents[2]
-    paths = os.pathsep.join((str(root / "plugins"), str(root)))
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, limit, str(archive), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    return start_python("-c", COMMAND, limit, archive, out)
 
 
 def test_a_full_disk_is_one_line(archive: Path, tmp_path: Path) -> None:
