@@ -12,15 +12,14 @@ import argparse
 import json
 import logging
 import multiprocessing
-import resource
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost import now, peak_mib
 
 logging.disable(logging.INFO)
 warnings.simplefilter("ignore")
@@ -74,15 +73,6 @@ class Side:
             for batch in self.batches:
                 self.trainer.train_step([batch])
         return self.words / (now() - begin)
-
-
-def now() -> float:
-    """Return seconds: of the processor on one CPU thread, whoever else is using it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
 
 
 def make_batches(task: Any, args: argparse.Namespace) -> list[Any]:
@@ -144,7 +134,7 @@ def _peak(folder: Path, criterion: list[str], args: argparse.Namespace) -> float
     side.round()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_mib()
 
 
 def measure(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+from cost import peak_mib
 from hypergradient_methods import (
     METHODS,
     Method,
@@ -23,12 +24,6 @@ from hypergradient_students import TASKS, SyntheticStudent, Task, tiny
 from torch import Tensor
 
 _WARM_UP = 3  # steps
-
-
-def _peak_mib() -> float:
-    """Return the process's peak resident memory so far in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _flat(gradient: list[Tensor]) -> Tensor:
@@ -71,9 +66,9 @@ def measure(
     for make in (plain, method):
         _timed(prepare(make, _WARM_UP, tiny(task)))
     chosen, beside = prepare(method, steps), prepare(plain, steps)
-    before = _peak_mib()
+    before = peak_mib()
     first, _, gradient = _timed(chosen)
-    after = _peak_mib()
+    after = peak_mib()
     _timed(prepare(plain, _WARM_UP))
     sides = [_timed(beside)]
     middles = []
@@ -91,7 +86,7 @@ def measure(
         "cpu_ratio": statistics.median(2 * m[1] / (a[1] + b[1]) for m, a, b in pairs),
         "mib_before": before,
         "mib_added": after - before,
-        "mib_peak": _peak_mib(),
+        "mib_peak": peak_mib(),
         "hypergradient_norm": norm,
         "note": chosen.note,
     }

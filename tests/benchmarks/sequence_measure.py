@@ -17,13 +17,13 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost import now
 
 logging.disable(logging.INFO)
 warnings.simplefilter("ignore")
@@ -70,11 +70,6 @@ class Clocks:
                 self.seconds[name] = self.seconds.get(name, 0.0) + now() - began
 
         return watched
-
-
-def now() -> float:
-    """Return seconds: of the processor on one CPU thread, whoever else is using it."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Bench:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks/fairseq_cost.py"
 
 
-def test_both_criteria_see_the_same_batches(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("fairseq_cost", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    cost = importlib.util.module_from_spec(spec)
+def test_both_criteria_see_the_same_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/benchmarks"))
     try:
-        spec.loader.exec_module(cost)
+        import fairseq_cost
     finally:
         logging.disable(logging.NOTSET)
     model = "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8"
@@ -27,8 +26,8 @@ def test_both_criteria_see_the_same_batches(tmp_path: Path) -> None:
         form="lowrank", rank=1, steps=2, tokens=60, arch="transformer_iwslt_de_en",
         model_flags=model, threads=torch.get_num_threads(),
     )  # fmt: skip
-    criteria = cost.write_folder(tmp_path, 50, args)
-    sides = [cost.Side(tmp_path, flags, args) for flags in criteria.values()]
+    criteria = fairseq_cost.write_folder(tmp_path, 50, args)
+    sides = [fairseq_cost.Side(tmp_path, flags, args) for flags in criteria.values()]
     smoothed, taught = (type(side.trainer.get_criterion()).__name__ for side in sides)
     assert (smoothed, taught) == ("LabelSmoothedCrossEntropyCriterion", "L2TDynamicCriterion")
     for one, other in zip(sides[0].batches, sides[1].batches, strict=True):
