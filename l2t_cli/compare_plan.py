@@ -230,8 +230,9 @@ class Tuning:
         self.arms = {arm.name: arm for arm in found}
         self.on_nll = spec.tune_on == "nll"
         self.seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + spec.tuning_seeds)
-        around = [float(f"{factor * field_trials.rate:.6g}") for factor in RATE_FACTORS]
-        self.rates = list(spec.lr) or around
+        self.rates = list(spec.lr) or [
+            float(f"{factor * field_trials.rate:.6g}") for factor in RATE_FACTORS
+        ]
         self.count = spec.trials
         self.searches: dict[str, Search] = {}
         for arm in found:

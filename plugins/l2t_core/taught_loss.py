@@ -60,15 +60,15 @@ class TaughtLoss(nn.Module):
         return self._applied[0]
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss, a scalar, for logits [N, K] and targets [N]."""
+        """Return the mean loss, a scalar, for logits [N, K] and targets [N].
+
+        Raises:
+            UserError: if the teacher was trained for another number of classes.
+        """
         log_probs = torch.log_softmax(logits, 1)
         if not self.training:
             return -log_probs.gather(1, targets.unsqueeze(1)).mean()
-        if log_probs.shape[1] != self.applied.state.num_classes:
-            raise UserError(
-                f"TaughtLoss: the teacher was trained for {self.applied.state.num_classes} "
-                f"classes, the logits have {log_probs.shape[1]}; use a teacher of this task"
-            )
+        self._check_classes(log_probs)
         # Read now: a scheduler may have moved the rate since the last step.
         rate = float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
         self.applied.begin_step(rate)
@@ -88,10 +88,22 @@ class TaughtLoss(nn.Module):
         self._seen = (0.0, 0.0, 0)
 
     def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
-        """Show the teacher the dev set's logits [N, K] and targets [N] after a validation."""
-        k = logits.shape[1]
+        """Show the teacher the dev set's logits [N, K] and targets [N] after a validation.
+
+        Raises:
+            UserError: if the teacher was trained for another number of classes.
+        """
+        self._check_classes(logits)
         log_probs = torch.log_softmax(logits.detach(), 1)
-        self.applied.observe_dev(dev_statistics(log_probs, targets, k))
+        self.applied.observe_dev(dev_statistics(log_probs, targets, logits.shape[1]))
+
+    def _check_classes(self, logits: Tensor) -> None:
+        found, wanted = logits.shape[1], self.applied.state.num_classes
+        if found != wanted:
+            raise UserError(
+                f"TaughtLoss: the teacher was trained for {wanted} classes, the logits have "
+                f"{found}; use a teacher of this task"
+            )
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the student's state, for ``state_dict``."""

@@ -15,6 +15,7 @@ from l2t_cli.compare import load_for_comparison
 from l2t_cli.compare_fairseq import FairseqTrials, _curve
 from l2t_cli.compare_trials import Trial, TrialStore
 from l2t_cli.user_dir import plugin_folder
+from l2t_core.errors import UserError
 from l2t_fairseq.command import FairseqCommand, value_of
 
 RECIPE = """\
@@ -142,6 +143,42 @@ def test_what_cannot_be_compared(l2t: Run, tmp_path: Path, change: str, expected
     path.write_text(RECIPE.format(data="data/none", more=""))
     assert expected in l2t("compare", path, change).error()
     assert not Path("runs").exists()
+
+
+def test_the_recipes_own_rate_is_needed_only_where_the_grid_is_made_of_it(
+    l2t: Run, tmp_path: Path
+) -> None:
+    made = trials(tmp_path, "--lr 0.01,0.02")
+    assert value_of(made.command(trial("cross_entropy"), tmp_path), "--lr") == "0.02"
+    with pytest.raises(UserError, match=r"one rate to start from, or compare\.lr"):
+        _ = made.rate
+
+
+@pytest.mark.parametrize(
+    ("reason", "diverged"),
+    [
+        ("FloatingPointError: Minimum loss scale reached (0.0001)", True),
+        ("FloatingPointError: gradients are Nan/Inf", True),
+        ("ValueError: NaN detected in output of decoder", True),
+        ("RuntimeError: out of memory", False),
+    ],
+)
+def test_only_numbers_that_were_lost_are_a_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, diverged: bool
+) -> None:
+    """Whatever the folder is called in which the student is trained."""
+
+    def failing(words: object, environment: object, log: Path, on_progress: object) -> None:
+        log.write_text("")
+        raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
+
+    monkeypatch.setattr("l2t_cli.compare_fairseq.run_logged", failing)
+    made, place = trials(tmp_path), tmp_path / "Nancy" / "NaN"
+    if diverged:
+        assert made.run(trial("cross_entropy"), place).diverged
+    else:
+        with pytest.raises(UserError, match="out of memory"):
+            made.run(trial("cross_entropy"), place)
 
 
 def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:

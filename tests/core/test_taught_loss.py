@@ -102,6 +102,12 @@ def test_a_thrown_away_batch_changes_nothing(teacher_path):
     assert criterion.applied.state_dict() == before
 
 
+def test_dev_logits_of_another_size_are_refused(teacher_path):
+    criterion = TaughtLoss(teacher_path, 10)
+    with pytest.raises(UserError, match="4 classes, the logits have 3"):
+        criterion.observe_dev(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
 def test_wrong_sizes(teacher_path):
     with pytest.raises(UserError, match="4 classes, the logits have 5"):
         TaughtLoss(teacher_path, total_steps=10)(torch.randn(2, 5), torch.tensor([0, 1]))
