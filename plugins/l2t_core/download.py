@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from l2t_core.errors import UserError
 
 OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
+OnEvent = Callable[[dict[str, Any]], None]
 
 _CHUNK = 1 << 16
 _TIMEOUT_SECONDS = 30
@@ -82,6 +85,44 @@ def download(
             "another folder"
         ) from error
     raise UserError(f"{url} has another checksum than expected ({wrong}); try again later")
+
+
+def fetch(
+    addresses: Sequence[str], to: Path, on_event: OnEvent, *, name: str = "", md5: str | None = None
+) -> Path:
+    """Fetch the file ``to`` from the first of ``addresses`` that gives it, and return it.
+
+    ``on_event`` receives ``{"event": "download", "file", "done", "of"}`` in bytes, where the file
+    is called ``name``, by default as it is. A folder made for a file of which nothing arrives is
+    removed: it would look like data.
+
+    Raises:
+        UserError: as :func:`download`, of the last address.
+    """
+    called = name or to.name
+
+    def on_progress(done: int, total: int | None) -> None:
+        on_event({"event": "download", "file": called, "done": done, "of": total})
+
+    for address in addresses[:-1]:
+        with contextlib.suppress(UserError):
+            return download(address, to, md5=md5, on_progress=on_progress)
+    try:
+        return download(addresses[-1], to, md5=md5, on_progress=on_progress)
+    except UserError:
+        with contextlib.suppress(OSError):
+            to.parent.rmdir()  # if it is empty
+        raise
+
+
+def refuse_no_folder(source: Path | None) -> None:
+    """Refuse a ``--from`` that is given and no folder.
+
+    Raises:
+        UserError: naming it.
+    """
+    if source is not None and not source.is_dir():
+        raise UserError(f"--from {source} is no folder; give the one with the files")
 
 
 def _fetch(url: str, part: Path, on_progress: OnProgress) -> None:

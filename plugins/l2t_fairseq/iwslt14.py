@@ -9,17 +9,16 @@ sets; one BPE of 10,000 merges for both languages, and a dictionary for each.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-from l2t_core.download import download
+from l2t_core.download import OnEvent, fetch
 from l2t_core.errors import UserError
 from l2t_fairseq.archive import read_texts
 from l2t_fairseq.prepare import PreparedCorpus, find_prepared, prepare_corpus, text_digest
-from l2t_fairseq.segmentation import Corpus, OnEvent, map_lines
+from l2t_fairseq.segmentation import Corpus, map_lines
 
 # The copy that fairseq's script fetches. No checksum of it is published.
 ADDRESS = "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
@@ -83,18 +82,7 @@ def read_iwslt14(source: Path | None, downloads: Path, on_event: OnEvent) -> Cor
     """
     if source is not None:
         return parse(read_texts(source, _members(), INNER_ARCHIVE), source)
-    try:
-        archive = download(
-            ADDRESS,
-            downloads / "de-en.tgz",
-            on_progress=lambda done, total: on_event(
-                {"event": "download", "file": "de-en.tgz", "done": done, "of": total}
-            ),
-        )
-    except UserError:
-        with contextlib.suppress(OSError):
-            downloads.rmdir()  # only if nothing has arrived
-        raise
+    archive = fetch([ADDRESS], downloads / "de-en.tgz", on_event)
     try:
         return parse(read_texts(archive, _members(), INNER_ARCHIVE), archive)
     except UserError:

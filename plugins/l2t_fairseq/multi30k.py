@@ -5,13 +5,10 @@ Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions";
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from l2t_core.download import download
+from l2t_core.download import OnEvent, fetch, refuse_no_folder
 from l2t_core.errors import UserError
 from l2t_fairseq.prepare import Corpus, read_lines
 
@@ -28,18 +25,13 @@ SHA256 = {
 }
 
 
-def read_multi30k(
-    source_folder: Path | None,
-    downloads: Path,
-    on_event: Callable[[dict[str, Any]], None],
-) -> Corpus:
+def read_multi30k(source_folder: Path | None, downloads: Path, on_event: OnEvent) -> Corpus:
     """Return the three splits, from ``source_folder`` or downloaded into ``downloads``.
 
     Raises:
         UserError: if a file is missing, cannot be fetched or is not the official text.
     """
-    if source_folder is not None and not source_folder.is_dir():
-        raise UserError(f"--from {source_folder} is no folder; give the one with the files")
+    refuse_no_folder(source_folder)
     corpus: Corpus = {}
     for split, stem in FILES.items():
         german, english = (
@@ -51,10 +43,7 @@ def read_multi30k(
 
 
 def _side(
-    name: str,
-    source_folder: Path | None,
-    downloads: Path,
-    on_event: Callable[[dict[str, Any]], None],
+    name: str, source_folder: Path | None, downloads: Path, on_event: OnEvent
 ) -> list[str]:
     """Return the lines of one official file.
 
@@ -64,18 +53,7 @@ def _side(
     if source_folder is not None:
         plain = source_folder / name
         return _checked_lines(plain if plain.exists() else source_folder / f"{name}.gz", name)
-    try:
-        path = download(
-            f"{BASE}/{name}.gz",
-            downloads / f"{name}.gz",
-            on_progress=lambda done, total: on_event(
-                {"event": "download", "file": name, "done": done, "of": total}
-            ),
-        )
-    except UserError:
-        with contextlib.suppress(OSError):
-            downloads.rmdir()  # only if nothing has arrived
-        raise
+    path = fetch([f"{BASE}/{name}.gz"], downloads / f"{name}.gz", on_event, name=name)
     try:
         return _checked_lines(path, name)
     except UserError:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2t_core.download import file_digest
+from l2t_core.download import OnEvent, file_digest
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
-from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus, OnEvent
+from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus
 from l2t_fairseq.text_form import TextForm
 
 SPLITS = ("train", "valid", "test")

@@ -10,12 +10,11 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable
-from typing import Any
 
+from l2t_core.download import OnEvent
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 
-OnEvent = Callable[[dict[str, Any]], None]
 Corpus = dict[str, tuple[list[str], list[str]]]  # split -> source lines, target lines
 # Learns from ``train`` and cuts every split: (corpus, size, on_event) -> (model file, corpus).
 Segment = Callable[[Corpus, int, OnEvent], tuple[bytes, Corpus]]

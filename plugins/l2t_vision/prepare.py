@@ -9,16 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from l2t_core.download import download, file_digest
+from l2t_core.download import OnEvent, fetch, file_digest, refuse_no_folder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 from l2t_core.registry import Registry
 from l2t_vision.cifar import CIFAR10, CIFAR100, Cifar, find_form, load_cifar, read_files
 from l2t_vision.idx import IDX_FILES, find_idx, idx_bytes
 
-OnEvent = Callable[[dict[str, Any]], None]
 DATASETS: Registry[Callable[[Path, Path | None, OnEvent], Path]] = Registry("data set")
 
 
@@ -88,14 +86,14 @@ def prepare_idx(
         UserError: if a file is missing, cannot be fetched, is not the official one, or ``out``
             cannot be written.
     """
-    _require(source_folder)
+    refuse_no_folder(source_folder)
     missing = [n for n in IDX_FILES if not _is_official(out / f"{n}.gz", n, official)]
     if source_folder is None:
         for name in missing:
             on_event({"event": "prepare", "stage": name})
             target = out / f"{name}.gz"
             addresses = [f"{mirror}/{target.name}" for mirror in official.mirrors]
-            _fetch(addresses, target, official.packed[name], on_event)
+            fetch(addresses, target, on_event, md5=official.packed[name])
         return out
     # All are checked before the first is written.
     packed = {name: _from_folder(name, source_folder, official) for name in missing}
@@ -117,14 +115,14 @@ def prepare_cifar(kind: Cifar, out: Path, source_folder: Path | None, on_event: 
         UserError: if a file is missing, cannot be fetched, is not the official one, or ``out``
             cannot be written.
     """
-    _require(source_folder)
+    refuse_no_folder(source_folder)
     with contextlib.suppress(UserError):
         _check_cifar(out, kind)
         return out
     if source_folder is None:
         form = kind.forms[0]
         on_event({"event": "prepare", "stage": form.archive})
-        _fetch([f"{CIFAR_SITE}/{form.archive}"], out / form.archive, form.md5, on_event)
+        fetch([f"{CIFAR_SITE}/{form.archive}"], out / form.archive, on_event, md5=form.md5)
         return out
     try:
         form, place = find_form(source_folder, kind)
@@ -148,11 +146,6 @@ for _source in (MNIST, FASHION_MNIST):
     DATASETS.register(_source.name)(partial(prepare_idx, _source))
 for _kind in (CIFAR10, CIFAR100):
     DATASETS.register(_kind.name)(partial(prepare_cifar, _kind))
-
-
-def _require(source_folder: Path | None) -> None:
-    if source_folder is not None and not source_folder.is_dir():
-        raise UserError(f"--from {source_folder} is no folder; give the one with the files")
 
 
 def _check_cifar(folder: Path, kind: Cifar) -> None:
@@ -195,24 +188,6 @@ def _is_official(path: Path, name: str, official: IdxSource) -> bool:
         return bool(official.plain) and _md5(idx_bytes(path)) == official.plain[name]
     except UserError:
         return False
-
-
-def _fetch(addresses: list[str], target: Path, md5: str, on_event: OnEvent) -> None:
-    """Download the official file ``target`` from the first address that gives it."""
-
-    def on_progress(done: int, total: int | None) -> None:
-        on_event({"event": "download", "file": target.name, "done": done, "of": total})
-
-    for address in addresses:
-        try:
-            download(address, target, md5=md5, on_progress=on_progress)
-            return
-        except UserError:
-            if address == addresses[-1]:
-                # A folder made for nothing would look like data; a part that arrived stays.
-                with contextlib.suppress(OSError):
-                    target.parent.rmdir()
-                raise
 
 
 def _md5(content: bytes) -> str:
