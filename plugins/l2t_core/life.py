@@ -133,29 +133,14 @@ class Life:
         loss_of: Callable[[Tensor, Tensor], Tensor],
         out: Tensor | None = None,
         gradient_out: Tensor | None = None,
-    ) -> tuple[Tensor, TrainStatistics]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Make one training step; ``loss_of`` maps (log-probs, targets) to losses [N].
 
-        Returns the next state [R, P], written to ``out`` if given, and the step's statistics.
-        ``gradient_out`` [P] receives the step's gradient. The module must show ``state[0]``; it
-        shows the new parameters afterwards.
+        Returns the next state [R, P], written to ``out`` if given, and the log-probabilities
+        [N, K] and targets [N] of this process's part of the batch. ``gradient_out`` [P] receives
+        the step's gradient. The module must show ``state[0]``; it shows the new parameters
+        afterwards.
         """
-        state, log_probs, targets = self.bare_step(state, step, loss_of, out, gradient_out)
-        statistics = train_statistics(log_probs, targets)
-        if self.processes.world > 1:
-            parts = torch.tensor([statistics.nll, statistics.accuracy], dtype=torch.float64)
-            statistics = TrainStatistics(*self.over_processes(parts).tolist())
-        return state, statistics
-
-    def bare_step(
-        self,
-        state: Tensor,
-        step: int,
-        loss_of: Callable[[Tensor, Tensor], Tensor],
-        out: Tensor | None = None,
-        gradient_out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make a step as :meth:`step` does; return state, log-probabilities and targets."""
         with twice_differentiable(self.student.module):
             log_probs, targets = self.outputs(step)
             gradients = self.gradients(loss_of(log_probs, targets).mean())
@@ -166,6 +151,14 @@ class Life:
             state = self.student.optimiser.update(state, gradient, step, rate, out)
         self.show(state[0])
         return state, log_probs, targets
+
+    def statistics(self, log_probs: Tensor, targets: Tensor) -> TrainStatistics:
+        """Return the statistics of the step that gave these, over all processes."""
+        found = train_statistics(log_probs, targets)
+        if self.processes.world == 1:
+            return found
+        parts = torch.tensor([found.nll, found.accuracy], dtype=torch.float64)
+        return TrainStatistics(*self.over_processes(parts).tolist())
 
 
 def shard_rows(batch: Any, rank: int, world: int) -> tuple[Any, float]:
@@ -210,10 +203,15 @@ def taught_step(
     out: Tensor | None = None,
     gradient_out: Tensor | None = None,
 ) -> tuple[Tensor, TrainStatistics]:
-    """Make one step under a teacher or a fixed loss, s_t included."""
+    """Make one step under a teacher or a fixed loss, s_t included; as :meth:`Life.step`.
+
+    Returns the next state [R, P] and the step's statistics.
+    """
     student = life.student
     applied.begin_step(student.learning_rate(step), step)
-    state, statistics = life.step(state, step, applied.loss, out, gradient_out)
+    state, log_probs, targets = life.step(state, step, applied.loss, out, gradient_out)
+    statistics = life.statistics(log_probs, targets)
+    del log_probs, targets  # of a large vocabulary they are large, and a pass over dev may follow
     applied.commit(statistics)
     dev = student.dev_statistics(step)
     if dev is not None:

@@ -155,7 +155,7 @@ def recompute(
             return step_loss(loss, log_probs, targets, phi, step)
 
         out = trajectory.place(step + 1, keep and step + 1 == stop)
-        state, _, _ = life.bare_step(state, step, loss_of, out)
+        state, _, _ = life.step(state, step, loss_of, out)
     if keep and stop > start:
         trajectory.buffers[stop] = life.copy_buffers()
     return state
