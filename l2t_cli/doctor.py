@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import logging
 import os
 import platform
 import sys
 
 from l2t_cli import console
+from l2t_cli.fields import import_quietly
 
 DISTRIBUTIONS = (
     "torch",
@@ -60,18 +59,12 @@ def _version(distribution: str) -> tuple[str, str]:
 
 def _fairseq() -> tuple[str, str]:
     """Return version and note of whichever distribution or checkout gives `import fairseq`."""
-    logging.disable(logging.INFO)  # fairseq advertises optional packages when it is imported
     try:
-        module = importlib.import_module("fairseq")
-    except ModuleNotFoundError as error:
-        if error.name == "fairseq":
-            return "missing", 'translation needs it: pip install "l2t[nmt]"'
-        return "broken", f"does not import: {error}"
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        return "broken", f"does not import here: {reason[0] if reason else type(error).__name__}"
-    finally:
-        logging.disable(logging.NOTSET)
+        module = import_quietly("fairseq")
+    except ModuleNotFoundError:
+        return "missing", 'translation needs it: pip install "l2t[nmt]"'
+    except ImportError as error:
+        return "broken", f"does not import here: {error}"
     for name in ("fairseq-fixed", "fairseq"):
         try:
             return importlib.metadata.version(name), f"from the distribution {name}"

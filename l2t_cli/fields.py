@@ -16,6 +16,26 @@ from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 
 
+def import_quietly(package: str) -> Any:
+    """Import ``package`` without what it says on the way, and return it.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed.
+        ImportError: with the reason in one line, if it is and does not import.
+    """
+    logging.disable(logging.INFO)  # fairseq advertises optional packages as it is imported
+    try:
+        return importlib.import_module(package)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise
+        # fairseq 0.12.2 on Python 3.11 dies of a ValueError about dataclasses, for example.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(reason) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 @dataclass(frozen=True)
 class Field:
     """Where a field's parts are, as ``module:attribute``.
@@ -53,23 +73,16 @@ class Field:
         if not self.needs:
             return
         mend = f'pip install "l2t[{self.extra}]"'
-        logging.disable(logging.INFO)  # fairseq advertises optional packages as it is imported
         try:
-            importlib.import_module(self.needs)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != self.needs:
-                raise
+            import_quietly(self.needs)
+        except ModuleNotFoundError:
             raise UserError(
                 f"{self.name} recipes need {self.needs}, which is not installed; {mend}"
             ) from None
-        except Exception as error:
-            # fairseq 0.12.2 on Python 3.11 dies of a ValueError about dataclasses, for example.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except ImportError as error:
             raise UserError(
-                f"the installed {self.needs} does not import here ({reason}); {mend}"
+                f"the installed {self.needs} does not import here ({error}); {mend}"
             ) from error
-        finally:
-            logging.disable(logging.NOTSET)
 
     def problems(self, spec: Any) -> list[str]:
         """Return a line for everything that is wrong with ``spec`` on its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 import yaml
 from checkout import run_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
+
+from l2t_cli.fields import FIELDS
+from l2t_core.errors import UserError
 
 COMMANDS = [
     [],
@@ -122,6 +126,26 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(l2t: Run, tmp_pat
 def test_doctor_reports_versions(l2t: Run) -> None:
     outcome = l2t("doctor")
     assert outcome.code == 0 and version("torch") in outcome.out and "fairseq" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_dependency", "No module named 'no_such_dependency'"),
+        ("import half_there.gone", "No module named 'half_there.gone'"),
+        ("raise ValueError('mutable default')", "mutable default"),
+    ],
+)
+def test_a_package_that_does_not_import_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    """As a fairseq whose own requirements are not there."""
+    (tmp_path / "half_there.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    field = replace(FIELDS.get("nmt"), needs="half_there")
+    with pytest.raises(UserError, match="does not import here") as refused:
+        field.require()
+    assert reason in str(refused.value) and "pip install" in str(refused.value)
 
 
 def test_a_recipe_without_its_package_says_what_to_install(tmp_path: Path) -> None:
