@@ -30,22 +30,18 @@ class LogFormat(str, Enum):
 
 
 @cache
-def _console(to_stderr: bool, stream: int) -> Console:
-    file = sys.stderr if to_stderr else sys.stdout
-    plain = not file.isatty()
-    # A log file has no width: without one, rich would break lines at 80 characters.
-    width = int(os.environ.get("COLUMNS", "120")) if plain else None
-    return Console(file=file, width=width, highlight=False, soft_wrap=False, emoji=False)
+def _console(stream: int) -> Console:
+    width = None
+    if not sys.stdout.isatty():
+        # A log file has no width: without one, rich would break lines at 80 characters.
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isdecimal() and int(columns) else 120
+    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False, emoji=False)
 
 
 def out() -> Console:
     """Return the console on stdout."""
-    return _console(False, id(sys.stdout))
-
-
-def err() -> Console:
-    """Return the console on stderr, where progress goes that is no result."""
-    return _console(True, id(sys.stderr))
+    return _console(id(sys.stdout))
 
 
 def line(text: str = "", style: str = "") -> None:

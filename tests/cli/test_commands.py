@@ -11,6 +11,7 @@ import yaml
 from checkout import run_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
+from l2t_cli.console import _console
 from l2t_cli.fields import FIELDS
 from l2t_core.errors import UserError
 
@@ -96,6 +97,17 @@ def test_recipes_are_listed_and_valid(l2t: Run) -> None:
     outcome = l2t("recipes", "validate", *SHIPPED)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines() == [f"{name}: ok" for name in SHIPPED]
+
+
+@pytest.mark.parametrize("columns", ["", "wide", "0", "60"])
+def test_any_width_will_do(l2t: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _console.cache_clear()
+    outcome = l2t("recipes", "ls")
+    _console.cache_clear()
+    assert outcome.code == 0 and not outcome.err
+    widest = max(map(len, outcome.out.splitlines()))
+    assert widest == 60 if columns == "60" else 100 < widest <= 120
 
 
 def test_recipe_copied_and_used_by_path(l2t: Run, tmp_path: Path) -> None:
