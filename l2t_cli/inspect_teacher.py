@@ -39,6 +39,8 @@ def _count(network: Any) -> str:
 
 
 def _header_rows(header: Any) -> list[tuple[str, str]]:
+    from l2t_core.teacher_file import size_of
+
     teacher, loss, record = header.teacher, header.loss, header.record
     smoothed = f" smoothed by {loss.warmup_smoothing:g}" if loss.warmup_smoothing else ""
     warmup = f", cross-entropy{smoothed} for the first {loss.warmup_steps} steps"
@@ -54,7 +56,7 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
         ),
         ("sees", ", ".join(teacher.features)),
         ("loss", f"{loss.form}{rank}, {loss.sigma}{warmup}{mix}"),
-        ("fits", f"{header.num_classes:,} {header.fingerprint.get('kind', 'classes')}"),
+        ("fits", size_of(header)),
         ("trained on students of", f"{header.total_steps:,} steps"),
         ("dev set seen every", f"{header.dev_interval:,} steps"),
     ]

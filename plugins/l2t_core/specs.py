@@ -34,8 +34,9 @@ class LossSpec:
 
 @dataclass
 class TeacherSpec:
-    """The teacher mu_theta: ``attention`` over ``slots`` memory slots, or ``static``.
+    """The teacher mu_theta.
 
+    ``name``: attention (over ``slots`` memory slots), affine (``slots`` units) or static.
     ``features`` names the parts of the state s_t that it sees; empty means the field's default.
     ``init_scale`` is the standard deviation of the slots around the neutral coefficients.
     """

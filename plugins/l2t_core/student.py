@@ -19,8 +19,8 @@ class Student(Protocol):
     depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
     are then recorded and replayed. Batches that are more than tensors of one number of rows need
     ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
-    where processes share them. ``num_classes`` is K,
-    ``total_steps`` T, ``measure_name`` names what :meth:`true_measure` returns.
+    where processes share them. ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names
+    what :meth:`true_measure` returns.
     """
 
     module: nn.Module
@@ -55,7 +55,7 @@ class Student(Protocol):
         """Return M-tilde on dev at the current parameters: a scalar to maximise."""
 
     def true_measure(self) -> float:
-        """Return the measure that counts, on dev, in [0, 1], higher is better."""
+        """Return the measure that counts, on dev: higher is better, 1 is perfect."""
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the classes' number or the dictionary's hash."""

@@ -184,6 +184,12 @@ def _check_values(header: TeacherHeader) -> None:
     SIGMAS.get(header.loss.sigma)
 
 
+def size_of(header: TeacherHeader) -> str:
+    """Return what a teacher fits: ``10 classes`` or ``10,152 dictionary entries``."""
+    kind = header.fingerprint.get("kind", "classes")
+    return f"{header.num_classes:,} {kind if kind == 'classes' else f'{kind} entries'}"
+
+
 def check_teacher(path: Path, fingerprint: dict[str, Any]) -> None:
     """Check that ``path`` holds a whole teacher, for a student with ``fingerprint``.
 
@@ -208,9 +214,9 @@ def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | 
         )
     if theirs.get("num_classes") != ours.get("num_classes"):
         raise UserError(
-            f"teacher {path} does not fit: it was trained for {theirs.get('num_classes')} "
-            f"{theirs.get('kind')} entries, the student has {ours.get('num_classes')}; use the "
-            "data the teacher was trained with, or train a teacher on this data"
+            f"teacher {path} does not fit: it was trained for {size_of(header)}, the student has "
+            f"{ours.get('num_classes'):,}; use the data the teacher was trained with, or train a "
+            "teacher on this data"
         )
     if header.loss.form != "shared" and theirs.get("sha256") != ours.get("sha256"):
         raise UserError(

@@ -440,7 +440,7 @@ def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
 ) -> None:
     path = write_teacher(tmp_path / "seven.safetensors", 7, kind="classes")
     line = l2t("transfer", path, "digits", tiny).error()
-    assert "trained for 7 classes entries, the student has 10" in line
+    assert "trained for 7 classes, the student has 10" in line
     assert "no recipe" in l2t("transfer", path, "image.steps=3").error()
     assert not Path("runs").exists()
 
