@@ -120,16 +120,11 @@ def beam_search(
     """
     from fairseq.sequence_generator import SequenceGenerator
 
-    width = spec.beam or spec.samples
-    # Its search looks at twice the beam at once, and never at padding.
-    if 2 * width >= len(words):
-        raise UserError(
-            f"a beam of {width} is too wide for the {len(words)} symbols of the dictionary; set "
-            f"nmt.beam or nmt.samples to {(len(words) - 1) // 2} or less"
-        )
+    refuse_wide_beam(spec, words)
     generator = SequenceGenerator(
-        [model], words, beam_size=width, max_len_a=0, max_len_b=longest, min_len=0
-    )
+        [model], words, beam_size=spec.beam or spec.samples, max_len_a=0, max_len_b=longest,
+        min_len=0,
+    )  # fmt: skip
     try:
         finished = generator.generate([model], {"net_input": net_input})
     except AssertionError:  # no sentence has a finite score; nor has the measure then
@@ -147,6 +142,21 @@ CANDIDATES.register("beam")(Source(beam_search, ("beam",)))
 
 # Each setting's value that means "not set".
 _UNSET = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "beam": 0}
+
+
+def refuse_wide_beam(spec: NmtSpec, words: Any) -> None:
+    """Refuse a beam that fairseq cannot search with the dictionary ``words``.
+
+    Raises:
+        UserError: with the widest that there can be.
+    """
+    width = spec.beam or spec.samples
+    # The search looks at twice the beam at once, and never at padding.
+    if spec.candidates == "beam" and 2 * width >= len(words):
+        raise UserError(
+            f"a beam of {width} is too wide for the {len(words)} symbols of the dictionary; set "
+            f"nmt.beam or nmt.samples to {(len(words) - 1) // 2} or less"
+        )
 
 
 def candidate_problems(spec: NmtSpec) -> list[str]:

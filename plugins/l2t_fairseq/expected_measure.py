@@ -23,7 +23,7 @@ from torch import Tensor
 from l2t_core.errors import UserError
 from l2t_core.losses import cross_entropy
 from l2t_core.measures import distinct_mask, mrt_expectations
-from l2t_fairseq.candidates import CANDIDATES
+from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
 from l2t_fairseq.criterion import announced_update, is_best, log_losses, summed
 from l2t_fairseq.data_folder import open_data
@@ -94,7 +94,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         sentence_avg: bool = False,
     ) -> None:
         super().__init__(task)
-        _refuse(spec, ce_mix, warmup_steps, tokenizer)
+        _refuse(spec, ce_mix, warmup_steps, tokenizer, task.target_dictionary)
         self.spec, self.ce_mix, self.warmup_steps = spec, ce_mix, warmup_steps
         self.sentence_avg = sentence_avg
         self.words = task.target_dictionary
@@ -210,9 +210,16 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         return True
 
 
-def _refuse(spec: NmtSpec, ce_mix: float, warmup_steps: int, tokenizer: str) -> None:
+def _refuse(
+    spec: NmtSpec, ce_mix: float, warmup_steps: int, tokenizer: str, words: Any
+) -> None:
+    found = problems(spec)
+    try:
+        refuse_wide_beam(spec, words)
+    except UserError as error:
+        found.append(str(error))
     # A recipe's settings are flags here.
-    found = [re.sub(r"nmt\.(\w+)", _flag, text) for text in problems(spec)]
+    found = [re.sub(r"nmt\.(\w+)", _flag, text) for text in found]
     if spec.measure == LIKELIHOOD:
         found.append(
             f"--l2t-measure {LIKELIHOOD} has no candidates; use --criterion cross_entropy"

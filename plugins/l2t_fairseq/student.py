@@ -22,7 +22,7 @@ from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinfo
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_core.user_code import is_import_path, source_of
 from l2t_fairseq.batches import pack, shard, unpack
-from l2t_fairseq.candidates import CANDIDATES
+from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
 from l2t_fairseq.data_folder import DataFolder, open_data
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
@@ -52,6 +52,7 @@ class NmtStudent:
         self.spec, self.data, self.setup, self.device = spec, data, setup, device
         self.dictionary = setup.task.target_dictionary
         self.num_classes = len(self.dictionary)
+        refuse_wide_beam(spec, self.dictionary)
         self.total_steps = spec.steps
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1)).to(device)

@@ -170,6 +170,8 @@ def test_it_teaches_what_it_measures(toy_data: Path, tmp_path: Path) -> None:
         ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
         ({"measure": "log_likelihood"}, "use --criterion cross_entropy"),
         ({"samples": 1}, "--l2t-samples is 1; it must be at least 2"),
+        ({"candidates": "beam", "beam": 600}, "too wide for the"),
+        ({"candidates": "beam", "samples": 600}, "set --l2t-beam or --l2t-samples to"),
         ({"ce_mix": 1.5}, "--l2t-ce-mix is 1.5; it must lie in [0, 1]"),
         ({"warmup_steps": -1}, "--l2t-warmup-steps is -1"),
         ({"tokenizer": "mozes"}, "--l2t-tokenizer is 'mozes'; use moses or none"),

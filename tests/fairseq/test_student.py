@@ -208,6 +208,7 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"estimator": "x"}, "use mrt or reinforce"),
         ({"steps": 0}, "nmt.steps"),
         ({"samples": 1}, "at least 2"),
+        ({"candidates": "beam", "beam": 600}, "a beam of 600 is too wide"),
         ({"data": "nowhere"}, "no data folder nowhere"),
     ],
 )
