@@ -49,11 +49,8 @@ class Arm:
 
 def problems(recipe: Recipe) -> list[str]:
     """Return a line for everything that is wrong with the recipe's ``compare`` section."""
-    return [f"{recipe.source}: {text}" for text in _problems(recipe)]
-
-
-def _problems(recipe: Recipe) -> list[str]:
-    return [*_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare)]
+    found = [*_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare)]
+    return [f"{recipe.source}: {text}" for text in found]
 
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:

@@ -134,10 +134,9 @@ def run(
             processes=processes,
         )
     processes.close()
-    if processes.rank:
-        return Path(result.best_path)
-    _finish(result, student.measure_name, recipe, folder, log_format)
-    return Path(result.best_path)
+    if not processes.rank:
+        _finish(result, student.measure_name, recipe, folder, log_format)
+    return result.best_path
 
 
 def _open(config: dict[str, Any], folder: Path, resume: bool, processes: Any) -> Any:
@@ -181,8 +180,10 @@ def _scalars(folder: Path | None) -> ScalarLog:
 
 def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format: LogFormat) -> None:
     """Write the plot and say what came out."""
+    from l2t_cli.plots import plot_dev_measure
+
     picture = folder / PICTURE
-    _plot(result.history, measure, recipe.name, picture)
+    plot_dev_measure(result.history, measure, recipe.name, picture)
     if log_format is LogFormat.json:
         summary = {
             "event": "result",
@@ -214,12 +215,6 @@ def run_log(metrics: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and row.get("event") in ("episode", "final"):
             rows.append(row)
     return rows
-
-
-def _plot(history: list[dict[str, Any]], measure: str, title: str, to: Path) -> None:
-    from l2t_cli.plots import plot_dev_measure
-
-    plot_dev_measure(history, measure, title, to)
 
 
 def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Path) -> None:
