@@ -116,10 +116,24 @@ def avoid_fused_encoder() -> None:
 
     Its post-norm Transformers take that path in evaluation once weights were loaded, and die of
     "Mask Type should be defined". Later versions have no such path, and this does nothing there.
+
+    For that path every encoder layer keeps a second copy of its parameters, which no gradient
+    reaches: zeros until a checkpoint is loaded, then the loaded parameters. Here the copies stay
+    as they were saved, so that a resumed run's checkpoints are those of a run that was not killed.
     """
     from fairseq.modules import transformer_layer
 
     layer: Any = transformer_layer.TransformerEncoderLayerBase
-    if "load_to_BT" in layer.__init__.__code__.co_names:
-        # The layer sets this to True as its weights are loaded; a property stays False.
-        layer.load_to_BT = property(lambda self: False, lambda self, value: None)
+    if "load_to_BT" not in layer.__init__.__code__.co_names:
+        return
+    # The layer sets this to True as its weights are loaded; a property stays False.
+    layer.load_to_BT = property(lambda self: False, lambda self, value: None)
+    own_load = layer._load_from_state_dict
+
+    def load(self: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Without them, as in a checkpoint of another version, the layer's own loading adds them.
+        saved = f"{prefix}in_proj_weight" in state
+        loads = torch.nn.Module._load_from_state_dict if saved else own_load
+        loads(self, state, prefix, *rest)
+
+    layer._load_from_state_dict = load

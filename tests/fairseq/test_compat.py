@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2t_fairseq.compat import register_safe_globals
+from l2t_fairseq.compat import avoid_fused_encoder, register_safe_globals
 
 safe_loading = pytest.mark.skipif(
     torch.__version__ < (2, 6), reason="torch reads anything before 2.6"
@@ -66,6 +66,37 @@ def test_code_in_a_checkpoint_is_still_refused(tmp_path: Path) -> None:
     torch.save({"model": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "bad.pt")
+
+
+class LayerWithCopies(torch.nn.Module):
+    """What is different about the encoder layer of fairseq 0.12.2, with one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.in_proj_weight = torch.nn.Parameter(torch.zeros(2))
+        self.load_to_BT = False
+
+    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *rest: object):
+        self.load_to_BT = True
+        state[f"{prefix}in_proj_weight"] = state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_loading_a_checkpoint_leaves_the_fused_encoders_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = pytest.importorskip("fairseq.modules.transformer_layer")
+    monkeypatch.setattr(layers, "TransformerEncoderLayerBase", LayerWithCopies)
+    avoid_fused_encoder()
+    saved = LayerWithCopies().state_dict()
+    again = LayerWithCopies()
+    again.load_state_dict({**saved})
+    assert not again.load_to_BT
+    assert again.in_proj_weight.tolist() == [0.0, 0.0]
+    # A checkpoint of a version without them.
+    again.load_state_dict({"weight": torch.full((2,), 3.0)})
+    assert again.weight.tolist() == again.in_proj_weight.tolist() == [3.0, 3.0]
 
 
 BROKEN = """

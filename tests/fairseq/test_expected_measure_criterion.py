@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import l2t_fairseq
 
 l2t_fairseq.register()
 
-import fairseq  # noqa: E402
 from fairseq import options, tasks, utils  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
@@ -237,10 +235,6 @@ def test_the_risk_follows_the_warm_up(runs: Runs, both: tuple[Path, Result]) -> 
     assert saved["extra_state"]["best"] == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.skipif(
-    fairseq.__version__.startswith("0.12.2") and sys.version_info < (3, 11),
-    reason="under fairseq 0.12.2 a resumed run is not exact to the bit yet",
-)
 def test_it_resumes_to_the_bit(runs: Runs, both: tuple[Path, Result], tmp_path: Path) -> None:
     shutil.copy(both[0] / "checkpoint_2_10.pt", tmp_path / "checkpoint_last.pt")
     train(runs.plain(), tmp_path, *BOTH)

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,7 @@ from toy_runs import STEPS, Runs, same_parameters
 
 from l2t_fairseq.command import FairseqCommand, with_value
 
-fairseq = pytest.importorskip("fairseq")
-
-pytestmark = pytest.mark.skipif(
-    fairseq.__version__.startswith("0.12.2") and sys.version_info < (3, 11),
-    reason="under fairseq 0.12.2 a resumed run is not exact to the bit yet",
-)
+pytest.importorskip("fairseq")
 
 
 def updates(output: str) -> dict[int, dict[str, str]]:

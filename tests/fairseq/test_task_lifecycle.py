@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,8 @@ from toy_runs import STEPS, Result, Runs, same_parameters
 
 from l2t_core.applied import AppliedTeacher
 
-fairseq = pytest.importorskip("fairseq")
+pytest.importorskip("fairseq")
+
 
 @pytest.mark.parametrize("name", ["neutral", "neutral_stock"])
 def test_neutral_coefficients_are_cross_entropy(runs: Runs, name: str) -> None:
@@ -50,10 +50,6 @@ def state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint["extra_state"]["train_iterator"]["l2t"]
 
 
-@pytest.mark.skipif(
-    fairseq.__version__.startswith("0.12.2") and sys.version_info < (3, 11),
-    reason="under fairseq 0.12.2 a resumed run is not exact to the bit yet",
-)
 @pytest.mark.parametrize(
     ("name", "file", "in_epoch", "steps"),
     [("resumed", "checkpoint_2_10.pt", 3, 10), ("resumed_at_epoch", "checkpoint1.pt", 0, 7)],
