@@ -10,7 +10,7 @@ from typing import Any
 from l2t_cli.application import Score, checksum, student_title
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
-from l2t_cli.fairseq_scoring import TestSet, data_folder, split_flags
+from l2t_cli.fairseq_scoring import TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -23,6 +23,7 @@ from l2t_fairseq.command import (
     parse_script,
     save_dir,
     shell_text,
+    split_flags,
     teach_command,
     total_steps,
     value_of,

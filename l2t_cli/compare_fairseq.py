@@ -15,7 +15,7 @@ from typing import Any
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, run_logged, this_python
-from l2t_cli.fairseq_scoring import data_folder, split_flags
+from l2t_cli.fairseq_scoring import data_folder
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.baselines import complete_settings
@@ -26,6 +26,7 @@ from l2t_fairseq.command import (
     has_flag,
     refuse_other_user_dir,
     shell_text,
+    split_flags,
     total_steps,
     value_of,
     with_value,

@@ -95,6 +95,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
+# What fairseq itself writes holds an argparse.Namespace.
+UNREADABLE = (
+    "it names a checkpoint that torch from 2.6 on reads with the plugin alone; make a clean copy of "
+    "it, `l2t export CHECKPOINT --to FILE`, and name that"
+)
+
+
 def failure(log: Path, start: int = 0) -> str:
     """Return the most telling line that a failed fairseq command printed from ``start`` on."""
     content = log.read_bytes()[start:].decode("utf-8", errors="replace")
@@ -104,6 +111,8 @@ def failure(log: Path, start: int = 0) -> str:
             return found.group(1)
         if found := _EXCEPTION.match(line):
             name, text = found.groups()
+            if name == "UnpicklingError" and "eights only" in text:
+                return UNREADABLE
             return text if name == "UserError" and text else f"{name}: {text}".rstrip(": ")
     return lines[-1] if lines else "it printed nothing"
 

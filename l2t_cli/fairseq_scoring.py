@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.teacher_file import check_teacher
-from l2t_fairseq.command import FairseqCommand
+from l2t_fairseq.command import FairseqCommand, split_flags
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.generate_flags import check_generate_flags
 from l2t_fairseq.prepare import read_lines
@@ -79,18 +78,6 @@ class TestSet:
         reference = self.reference if split == "test" else None
         result = score_checkpoint(self.data_bin, checkpoint, flags, split, folder, reference)
         return result.bleu, result.signature
-
-
-def split_flags(text: str, origin: str) -> list[str]:
-    """Return the words of a line of flags; ``origin`` is where the user wrote it.
-
-    Raises:
-        UserError: if a quote is left open.
-    """
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{origin} is no line of flags ({error}): {text!r}") from None
 
 
 def data_folder(command: FairseqCommand) -> Path | None:

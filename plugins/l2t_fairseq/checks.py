@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 
 from l2t_core.devices import device_problems
 from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.candidates import candidate_problems
+from l2t_fairseq.command import split_flags
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sentence_scores import check_measure_name
 
@@ -24,10 +24,11 @@ def problems(spec: NmtSpec) -> list[str]:
     if spec.estimator not in ESTIMATORS:
         hint = suggestion(spec.estimator, ESTIMATORS) or f"; use {' or '.join(ESTIMATORS)}"
         found.append(f"unknown nmt.estimator {spec.estimator!r}{hint}")
-    try:
-        shlex.split(spec.generate)
-    except ValueError as error:
-        found.append(f"nmt.generate: {error} in the flags; close the quotes")
+    for key in ("train", "teach", "generate"):
+        try:
+            split_flags(getattr(spec, key), f"nmt.{key}")
+        except UserError as error:
+            found.append(str(error))
     found += device_problems("nmt.device", spec.device)
     limits: list[tuple[str, float, bool, str]] = [
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),

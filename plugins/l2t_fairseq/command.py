@@ -117,6 +117,18 @@ def parse_script(text: str, environment: Mapping[str, str] | None = None) -> Fai
     )
 
 
+def split_flags(text: str, origin: str) -> list[str]:
+    """Return the words of a line of flags; ``origin`` is where the user wrote it.
+
+    Raises:
+        UserError: if a quote is left open.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error} in the flags; close the quotes") from None
+
+
 def value_of(command: FairseqCommand, flag: str) -> str | None:
     """Return the value of ``flag`` (``--max-update``), the last one given, or None."""
     value = None

@@ -7,7 +7,6 @@ import copy
 import io
 import logging
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
-from l2t_fairseq.command import FairseqCommand, refuse_unteachable
+from l2t_fairseq.command import FairseqCommand, refuse_unteachable, split_flags
 from l2t_fairseq.start import fill, starting_parameters
 
 # What a command may do that is taught, and a student whose life is differentiated may not.
@@ -46,10 +45,7 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
             describe cannot be taught.
     """
     register()
-    try:
-        arguments = [str(data_bin), *shlex.split(flags)]
-    except ValueError as error:
-        raise UserError(f"nmt.train: {error} in the flags; close the quotes") from None
+    arguments = [str(data_bin), *split_flags(flags, "nmt.train")]
     try:  # before fairseq looks for another task's data
         refuse_unteachable(FairseqCommand({}, ["fairseq-train"], arguments))
     except UserError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_fairseq.command import split_flags
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.text_form import TextForm
@@ -63,7 +63,9 @@ def score_checkpoint(
     Raises:
         UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
     """
-    flags = shlex.split(generate_flags) if isinstance(generate_flags, str) else generate_flags
+    flags = generate_flags
+    if isinstance(flags, str):
+        flags = split_flags(flags, "generate_flags")
     folder = open_data(data)
     source, target = language_pair(folder.data_bin, split)
     form = folder.form.as_generated(flags, target)

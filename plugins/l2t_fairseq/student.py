@@ -7,7 +7,6 @@ of seed s is the student of ``fairseq-train --seed s`` with the same flags.
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from l2t_core.user_code import is_import_path, source_of
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
+from l2t_fairseq.command import split_flags
 from l2t_fairseq.data_folder import DataFolder, open_data
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
@@ -57,7 +57,7 @@ class NmtStudent:
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1)).to(device)
         self.dev = setup.task.dataset(setup.valid_subset)
-        flags = shlex.split(spec.generate)
+        flags = split_flags(spec.generate, "nmt.generate")
         self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
         self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
         self.measure_name = self.measure.name

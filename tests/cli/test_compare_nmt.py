@@ -129,6 +129,16 @@ def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ["train", "teach", "generate"])
+def test_an_open_quote_is_found_without_data(l2t: Run, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "nmt.yaml"
+    start = {"train": "--arch", "teach": "steps: 12", "generate": "--beam"}[key]
+    changed = "steps: 12\n  teach: --lr '0.1" if key == "teach" else f"--x '0 {start}"
+    path.write_text(RECIPE.format(data="data/none", more="").replace(start, changed))
+    line = l2t("recipes", "validate", path).error()
+    assert f"nmt.{key}: No closing quotation in the flags; close the quotes" in line
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
