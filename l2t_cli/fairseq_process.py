@@ -97,8 +97,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 # What fairseq itself writes holds an argparse.Namespace.
 UNREADABLE = (
-    "it names a checkpoint that torch from 2.6 on reads with the plugin alone; make a clean copy of "
-    "it, `l2t export CHECKPOINT --to FILE`, and name that"
+    "it names a checkpoint that torch from 2.6 on reads with the plugin alone; make a clean copy, "
+    "`l2t export CHECKPOINT --to FILE`, and name that"
 )
 
 

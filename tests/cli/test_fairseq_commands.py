@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shlex
@@ -159,6 +160,18 @@ def test_a_failing_run_is_told_in_one_line(l2t: Run, data_bin: Path, tmp_path: P
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--dropuot", "0.1"]
     line = l2t("apply-teacher", teacher, "--out", "out", "--", *command).error()
     assert "--dropuot" in line and "out.failed.log" in line and not Path("out").exists()
+
+
+def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", "2.6")
+    from l2t_cli.fairseq_process import failure
+
+    torch.save({"args": argparse.Namespace(lr=1.0)}, tmp_path / "checkpoint_last.pt")
+    read = "import sys, torch; torch.load(sys.argv[1])"
+    command = [sys.executable, "-c", read, str(tmp_path / "checkpoint_last.pt")]
+    log = tmp_path / "train.log"
+    log.write_text(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
+    assert "l2t export CHECKPOINT" in failure(log)
 
 
 def test_checkpoints_of_another_run_are_not_continued(
