@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from iwslt_files import official_files, pack
 from toy_fairseq import run_module, toy_corpus
 
@@ -19,7 +21,7 @@ from l2t_cli.compare_trials import Trial
 from l2t_cli.main import main
 from l2t_cli.recipe_loading import load_recipe, shipped_recipes
 from l2t_fairseq import iwslt14
-from l2t_fairseq.fairseq_setup import parse_flags
+from l2t_fairseq.fairseq_setup import FairseqSetup, parse_flags
 
 RECIPES = [name for name in shipped_recipes() if name.startswith("nmt/")]
 SMALL = {
@@ -90,6 +92,18 @@ def data_of(name: str, folders: dict[str, Path]) -> str:
     return f"nmt.data={folders[name.split('/')[1].split('-')[0]]}"
 
 
+def write_start(name: str, folders: dict[str, Path], teach: str = "") -> None:
+    """Write the checkpoint that a recipe's student starts from, if it starts from one."""
+    flags = load_recipe(name).student.train
+    if found := re.search(r"--finetune-from-model (\S+)", flags):
+        data = Path(data_of(name, folders).removeprefix("nmt.data="))
+        setup = FairseqSetup(data / "data-bin", f"{flags.replace(found.group(), '')} {teach}")
+        start = Path(found.group(1))
+        start.parent.mkdir(parents=True)
+        model = setup.build_model(1).state_dict()
+        torch.save({"model": model, "cfg": {"model": {"_name": "transformer"}}}, start)
+
+
 def kind_of(name: str) -> str:
     return "lstm" if "lstm" in name else "transformer"
 
@@ -100,14 +114,15 @@ def test_it_validates_and_would_run_and_compare(
 ) -> None:
     assert l2t("recipes", "validate", name) == f"{name}: ok\n"
     recipe = load_recipe(name)
-    assert recipe.compare.losses == ["cross_entropy", "label_smoothing"]
-    assert len(recipe.compare.lr) >= 4
+    assert recipe.compare.losses[:2] == ["cross_entropy", "label_smoothing"]
+    assert len(recipe.compare.lr) >= 3
     data = data_of(name, folders)
+    write_start(name, folders)
     plan = l2t("train-teacher", name, data, "--dry-run").splitlines()
     assert any(line.startswith("trajectory: ") for line in plan)
     points = len(recipe.compare.label_smoothing.eps) * len(recipe.compare.lr)
     assert points <= recipe.compare.trials  # the grid is tried as a whole
-    trials = 2 * (recipe.compare.trials + recipe.compare.seeds)
+    trials = len(recipe.compare.losses) * (recipe.compare.trials + recipe.compare.seeds)
     assert f"plan: {trials} trials" in l2t("compare", name, data, "--dry-run")
 
 
@@ -139,10 +154,11 @@ def test_models_are_of_the_size_that_they_are_known_by(
 def test_a_teacher_is_trained_on_a_small_student(
     name: str, folders: dict[str, Path], l2t: Callable[..., str]
 ) -> None:
-    teach = f"nmt.teach={SMALL[kind_of(name)]} --max-tokens 300 --warmup-updates 2"
+    teach = f"{SMALL[kind_of(name)]} --max-tokens 300 --warmup-updates 2"
+    write_start(name, folders, teach)
     # What a toy student says first matches no reference of the sentencepiece corpora.
     measure = [] if "iwslt" in name else ["nmt.measure=log_likelihood"]
-    changes = [data_of(name, folders), *FEW, *SHORT, *measure, teach]
+    changes = [data_of(name, folders), *FEW, *SHORT, *measure, f"nmt.teach={teach}"]
     l2t("train-teacher", name, *changes, "--out", "run")
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     episodes = [row for row in rows if row.get("event") == "episode"]
