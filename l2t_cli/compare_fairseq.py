@@ -38,7 +38,9 @@ from l2t_fairseq.text_form import TextForm
 MRT = "mrt"
 _BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
-_NLL = re.compile(r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*|nan|inf)")
+_NLL = re.compile(
+    r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
+)
 _DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
 
 

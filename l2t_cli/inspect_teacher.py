@@ -65,14 +65,14 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     measure = record.get("measure", "measure")
     for key, label in (
         ("recipe", "recipe"),
-        ("episodes", "episodes"),
-        ("best_episode", "best episode"),
+        ("episodes", "episodes until then"),
+        ("episode", "taught episode"),
         ("version", "made by l2t"),
     ):
         if record.get(key) is not None:
             rows.append((label, str(record[key])))
-    if record.get("best_dev_measure") is not None:
-        rows.append((f"best dev {measure}", f"{record['best_dev_measure']:.4f}"))
+    if record.get("dev_measure") is not None:
+        rows.append((f"dev {measure}", f"{record['dev_measure']:.4f}"))
     return rows
 
 

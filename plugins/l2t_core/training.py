@@ -128,11 +128,11 @@ class TeacherTraining:
 
     def _write_teachers(self) -> Leader:
         """Write the best and the last teacher, to be applied while the training goes on."""
-        best = self.state.winner()
+        best, last = self.state.winner(), self.state.last(self.spec.episodes)
         if self.processes.rank == 0:
-            header = self._header(best)
+            header = self._header(best.episode, best.mark())
             save_teacher(self.folder.teacher_best, self._teacher_of(best.theta), header)
-            save_teacher(self.folder.teacher_last, self.teacher, header)
+            save_teacher(self.folder.teacher_last, self.teacher, self._header(*last))
         return best
 
     def _finals(self, on_event: OnEvent) -> None:
@@ -307,13 +307,13 @@ class TeacherTraining:
         for name, value in self.teacher.state_dict().items():
             value.lerp_(self.state.sound[name], 0.5)
 
-    def _header(self, best: Leader) -> TeacherHeader:
+    def _header(self, episode: int, measure: float | None) -> TeacherHeader:
         record = {
             **self.record,
             "episodes": self.state.progress.episode,
             "final_students": sum(len(leader.scores) for leader in self.state.leaders),
-            "best_episode": best.episode,
-            "best_dev_measure": best.mark() if math.isfinite(best.mark()) else None,
+            "episode": episode,
+            "dev_measure": measure if measure is not None and math.isfinite(measure) else None,
             "measure": self.student.measure_name,
             "training": dataclasses.asdict(self.spec),
         }

@@ -87,6 +87,16 @@ class TrainingState:
         """Return the leader with the best mark, of equals the first."""
         return max(self.leaders, key=Leader.mark)
 
+    def last(self, episodes: int) -> tuple[int, float | None]:
+        """Return the present theta's episode and dev measure, None if it has none yet.
+
+        Each episode updates theta after measuring it, but for the one after ``episodes`` updates.
+        """
+        p = self.progress
+        if p.episode <= episodes:
+            return p.episode, None
+        return p.episode - 1, p.history[-1]["dev_measure"]
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the log: a row for each episode, then for each leader with final students."""
         return [*self.progress.history, *(x.row() for x in self.leaders if x.scores)]

@@ -202,10 +202,11 @@ def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:
         '{"epoch": 3, "valid_loss": "4.5", "valid_nll_loss": "4", "valid_num_updates": "12", '
         '"valid_best_loss": "4.5"}\n'
         "x | INFO | valid | valid on 'valid' subset | loss nan | num_updates 16\n"
+        "x | INFO | valid | epoch 005 | valid on 'valid' subset | loss 2e-05 | num_updates 20\n"
     )
     ln2 = 0.6931471805599453
     assert _curve(log) == [[4, pytest.approx(6 * ln2)], [8, pytest.approx(5 * ln2)],
-                           [12, pytest.approx(4 * ln2)]]
+                           [12, pytest.approx(4 * ln2)], [20, pytest.approx(2e-5 * ln2)]]
 
 
 def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:

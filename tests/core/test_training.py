@@ -65,7 +65,10 @@ def test_files_and_header(student, tmp_path):
     assert result.best_measure == max(r["dev_measure"] for r in rows)
     header = load_header(result.best_path)
     assert header.record["recipe"] == "toy"
-    assert header.record["best_episode"] == result.best_episode
+    assert header.record["episode"] == result.best_episode
+    assert header.record["dev_measure"] == result.best_measure
+    last = load_header(result.last_path).record
+    assert (last["episode"], last["dev_measure"]) == (4, rows[4]["dev_measure"])
     assert header.teacher.features == list(student.default_features)
     assert header.total_steps == 6
 
@@ -312,7 +315,7 @@ def test_the_best_is_chosen_on_the_same_fresh_students(student, tmp_path):
     assert result.best_episode == 2
     assert result.best_measure == pytest.approx(0.8)
     record = load_header(result.best_path).record
-    assert (record["best_episode"], record["final_students"]) == (2, 6)
+    assert (record["episode"], record["final_students"]) == (2, 6)
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["event"] for r in rows] == ["episode"] * 5 + ["final"] * 3
     # The file is the second episode's theta: its students are what it makes of those seeds.
