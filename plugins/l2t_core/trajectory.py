@@ -101,7 +101,9 @@ class _FileStore:
         try:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="trajectory-")  # noqa: SIM115
             # Claim the room now: a full disk should not end the run in an hour.
-            os.posix_fallocate(self._file.fileno(), 0, count * self._size)
+            claim = getattr(os, "posix_fallocate", None)  # which macOS lacks
+            if claim is not None:
+                claim(self._file.fileno(), 0, count * self._size)
         except OSError as error:
             raise self._refusal(error) from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -123,6 +125,18 @@ def test_every_plan_gives_the_same_bits(make_student, name, optimiser, fixed_sha
             outcome = exact(episode, teacher, no_step)
             reference = reference or outcome
             assert torch.equal(reference.estimates[0], outcome.estimates[0])
+
+
+def test_spilled_to_a_file_where_room_cannot_be_claimed(make_student, monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    reference = exact(*build(make_student("mlp", OPTIMISERS[0], steps=6)), no_step)
+    student = make_student("mlp", OPTIMISERS[0], steps=6)
+    size = build(student)[0].engine.plan.point_bytes
+    episode, teacher = build(student, spec=TrainingSpec(memory=f"{3 * size}B", spill="file"))
+    assert episode.engine.plan.spilled
+    outcome = exact(episode, teacher, no_step)
+    assert torch.equal(reference.estimates[0], outcome.estimates[0])
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "transformer", "lstm"])
