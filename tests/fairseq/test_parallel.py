@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_criterion import Bench
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module, start_module
-from toy_runs import Result
+from toy_runs import Result, parameters, same_parameters
 
 from l2t_core.applied import AppliedTeacher
 
@@ -47,7 +47,7 @@ def together(arguments: list[str], *own: list[str]) -> list[Result]:
 
 
 def nearly_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for key, tensor in one["model"].items():
+    for key, tensor in parameters(one["model"]).items():
         torch.testing.assert_close(tensor, other["model"][key], rtol=0, atol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_two_processes_are_one(
     for result in together(arguments, resumed, resumed):
         assert result.returncode == 0, result.stderr[-2000:]
     again = torch.load(tmp_path / "resumed/checkpoint_last.pt", weights_only=True)
-    assert all(torch.equal(t, whole[1]["model"][k]) for k, t in again["model"].items())
+    assert same_parameters(again, whole[1])
     assert state(again) == state(whole[1])
 
 

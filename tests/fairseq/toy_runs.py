@@ -105,12 +105,17 @@ def train_all(root: Path, data: Path, write_teacher: Callable[..., Path]) -> Run
     return runs
 
 
+def parameters(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a model's state without the marker of its device.
+
+    fairseq 0.12.2 saves that one without ever filling it: whatever was in memory.
+    """
+    return {key: value for key, value in state.items() if not key.endswith("._float_tensor")}
+
+
 def same_parameters(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether two checkpoints hold the same parameters, bit for bit."""
     assert one["model"].keys() == other["model"].keys()
     return all(
-        torch.equal(value, other["model"][key])
-        for key, value in one["model"].items()
-        # A marker of the device; fairseq 0.12.2 saves it without ever filling it.
-        if not key.endswith("._float_tensor")
+        torch.equal(value, other["model"][key]) for key, value in parameters(one["model"]).items()
     )
