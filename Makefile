@@ -26,7 +26,7 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The tests of core and fairseq under Python 3.10, 3.11 and 3.12, where those are here.
+# The tests under Python 3.10, 3.11 and 3.12, where those are here; see tests/matrix.sh.
 test-matrix:
 	@tests/matrix.sh
 

@@ -38,8 +38,8 @@ def start_python(
 
 
 def wait_for(condition: Callable[[], Any], child: subprocess.Popen[str]) -> None:
-    """Wait until ``condition`` holds; fail if ``child`` ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
+    """Wait until ``condition`` holds; fail if ``child`` ends before, or after five minutes."""
+    deadline = time.monotonic() + 300
     while not condition():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

@@ -1,12 +1,30 @@
 #!/usr/bin/env bash
-# Run the tests of the core and of fairseq under every Python that is here; `make test-matrix`.
-# One environment each in .matrix/, made once. Exit 1 if any of them fails.
+# Run the tests under every Python that is here, each with the fairseq it gets; `make test-matrix`.
+#
+#   VERSIONS="3.10 3.12" make test-matrix        some of 3.10, 3.11 and 3.12
+#   FAIRSEQ_MAIN=/path/to/fairseq make test-matrix   and fairseq's main, a checkout, on Python 3.10
+#   TESTS="tests/fairseq -k resume" make test-matrix other tests, as arguments of pytest
+#
+# One environment each in .matrix/, made once and again when pyproject.toml changes. pip's own
+# settings hold: where it finds torch only with CUDA, an environment takes 6 GB. Exit 1 if any
+# environment cannot be made or any test fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-versions=(${VERSIONS:-3.10 3.11 3.12})
-tests=(${TESTS:-tests/core tests/fairseq})
+environments=(${VERSIONS:-3.10 3.11 3.12})
+if [ -n "${FAIRSEQ_MAIN:-}" ]; then
+  if [ ! -e "$FAIRSEQ_MAIN/fairseq/version.txt" ]; then
+    echo "matrix: FAIRSEQ_MAIN=$FAIRSEQ_MAIN is no checkout of fairseq" >&2
+    exit 2
+  fi
+  FAIRSEQ_MAIN=$(cd "$FAIRSEQ_MAIN" && pwd)
+  environments+=(main)
+fi
+tests=(${TESTS:-tests/core tests/vision tests/fairseq tests/cli})
 ran=() skipped=() failed=()
+# One torch for every environment. pip up to 25.2 reads the first name for builds too, later ones
+# the second; for the installation only, for tests run pip in other folders.
+constraints=(PIP_CONSTRAINT="$PWD/constraints.txt" PIP_BUILD_CONSTRAINT="$PWD/constraints.txt")
 
 find_python() {
   local candidate
@@ -20,41 +38,62 @@ find_python() {
 }
 
 install() {
-  local python=$1 folder=$2
-  "$python" -m venv "$folder" || return
-  # fairseq 0.12.2, which Python 3.10 gets, has metadata that pip 24.1 and later refuse, and is
-  # older than numpy 2 and than torch's safe loading.
+  local name=$1 python=$2 folder=$3 source=.matrix/fairseq-main
+  "$folder/bin/python" -c 'import pip' 2>/dev/null || rm -rf "$folder"
+  [ -x "$folder/bin/python" ] || "$python" -m venv "$folder" || return
+  # fairseq 0.12.2 and main ask for an omegaconf whose metadata pip 24.1 and later refuse.
   if "$folder/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
     "$folder/bin/python" -m pip install --quiet 'pip<24.1' || return
-    "$folder/bin/python" -m pip install --quiet --editable '.[nmt,test]' 'torch<2.3' 'numpy<1.24'
-  else
-    PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-      "$folder/bin/python" -m pip install --quiet --editable '.[nmt,test]'
   fi
+  if [ "$name" != main ]; then
+    env "${constraints[@]}" "$folder/bin/python" -m pip install --quiet --editable '.[nmt,test]'
+    return
+  fi
+  # A copy, for fairseq's build writes into its own folder. Without the extra `nmt`: it names 0.12.2,
+  # and main calls itself so, too.
+  rm -rf "$source"
+  cp -R "$FAIRSEQ_MAIN" "$source" || return
+  env "${constraints[@]}" "$folder/bin/python" -m pip install --quiet --editable '.[test]' \
+    && env "${constraints[@]}" "$folder/bin/python" -m pip install --quiet "./$source"
 }
 
-for version in "${versions[@]}"; do
-  folder=.matrix/$version
+describe() {
+  "$1/bin/python" -c 'import logging; logging.disable()
+import fairseq, numpy, torch
+print(f"fairseq {fairseq.__version__}, torch {torch.__version__}, numpy {numpy.__version__}")'
+}
+
+commit_of() { # of a checkout, where it is one of git's
+  { [ -e "$1/.git" ] && git -C "$1" rev-parse --short HEAD 2>/dev/null; } || echo "of unknown commit"
+}
+
+for name in "${environments[@]}"; do
+  folder=.matrix/$name
+  version=$name
+  [ "$name" != main ] || version=3.10
   python=$(find_python "$version")
   if [ -z "$python" ]; then
-    skipped+=("$version (no python$version with venv)")
+    skipped+=("$name (no python$version with venv)")
     continue
   fi
-  if [ ! -e "$folder/.installed" ]; then
-    echo "python $version: installing into $folder (some minutes, once)"
-    rm -rf "$folder"
-    if ! install "$python" "$folder"; then
-      failed+=("$version (could not be installed)")
+  if [ ! "$folder/.installed" -nt pyproject.toml ]; then
+    echo "$name: installing into $folder (some minutes, once)"
+    if ! install "$name" "$python" "$folder"; then
+      failed+=("$name (could not be installed)")
       continue
     fi
     touch "$folder/.installed"
   fi
-  found=$("$folder/bin/python" -c 'import logging; logging.disable(); import fairseq, torch; print("fairseq", fairseq.__version__ + ", torch", torch.__version__)')
-  echo "python $version, $found"
+  if ! found=$(describe "$folder"); then
+    failed+=("$name (fairseq cannot be imported)")
+    continue
+  fi
+  [ "$name" != main ] || found="$found, main $(commit_of "$FAIRSEQ_MAIN")"
+  echo "$name: $found"
   if "$folder/bin/python" -m pytest -q "${tests[@]}"; then
-    ran+=("$version ($found)")
+    ran+=("$name ($found)")
   else
-    failed+=("$version ($found)")
+    failed+=("$name ($found)")
   fi
 done
 
