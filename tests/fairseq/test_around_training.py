@@ -14,10 +14,22 @@ from toy_runs import STEPS, Result, Runs, same_parameters
 from l2t_fairseq.checkpoints import export_checkpoint
 from l2t_fairseq.command import FairseqCommand, with_value
 
-fairseq = pytest.importorskip("fairseq")
+pytest.importorskip("fairseq")
 
 BATCHES = ["--cpu", "--batch-size", "12", "--required-batch-size-multiple", "1"]
 GENERATE = [*BATCHES, "--beam", "2", "--max-len-b", "8"]
+
+
+# What fairseq 0.12.2 needs without the plugin: it bars a fused encoder that torch has changed.
+UNFUSED = ["--model-overrides", "{'checkpoint_activations': True}"]
+
+
+def run_alone(module: str, arguments: list[str]) -> Result:
+    """Run a command of fairseq without the plugin."""
+    done = run_module(module, arguments)
+    if "Mask Type should be defined" in done.stderr:
+        return run_module(module, [*arguments, *UNFUSED])
+    return done
 
 
 def valid_line(result: Result) -> dict[str, str]:
@@ -28,8 +40,6 @@ def valid_line(result: Result) -> dict[str, str]:
 
 
 def hypotheses(result: Result) -> list[str]:
-    if "Mask Type should be defined" in result.stderr:
-        pytest.skip("fairseq 0.12.2 by itself: a fused encoder that torch has changed")
     assert result.returncode == 0, result.stderr[-2000:]
     return sorted(line for line in result.stdout.splitlines() if line.startswith("H-"))
 
@@ -48,7 +58,7 @@ def test_validate_reports_the_plain_likelihood(runs: Runs, exported: Path) -> No
     plugin = ["--user-dir", str(USER_DIR), "--task", "l2t_translation"]
     taught = valid_line(run_module("fairseq_cli.validate", [*arguments, *plugin, "--path", path]))
     clean = valid_line(
-        run_module(
+        run_alone(
             "fairseq_cli.validate", [*arguments, "--task", "translation", "--path", str(exported)]
         )
     )
@@ -75,7 +85,7 @@ def test_interactive_and_generate_agree_without_the_plugin(
 
     taught = str(runs.root / "real/checkpoint_last.pt")
     generated = [
-        hypotheses(run_module("fairseq_cli.generate", [str(runs.data), *GENERATE, "--path", path]))
+        hypotheses(run_alone("fairseq_cli.generate", [str(runs.data), *GENERATE, "--path", path]))
         for path in (taught, str(exported))
     ]
     assert generated[0] == generated[1] and len(generated[0]) == 12
@@ -83,7 +93,7 @@ def test_interactive_and_generate_agree_without_the_plugin(
     source = data_utils.load_indexed_dataset(str(runs.data / "test.de-en.de"), dictionary)
     lines = [dictionary.string(source[i]) for i in range(len(source))]
     (tmp_path / "in").write_text("\n".join(lines) + "\n")
-    translated = run_module(
+    translated = run_alone(
         "fairseq_cli.interactive",
         [str(runs.data), *GENERATE[5:], "--cpu", "--path", taught, "--input", str(tmp_path / "in")],
     )
@@ -110,7 +120,7 @@ def test_fairseqs_own_averaging_reads_taught_checkpoints(runs: Runs, tmp_path: P
     export_checkpoint(files, tmp_path / "by-export.pt")
     found = [
         hypotheses(
-            run_module(
+            run_alone(
                 "fairseq_cli.generate",
                 [str(runs.data), *GENERATE, "--path", str(tmp_path / f"{name}.pt")],
             )
@@ -142,6 +152,7 @@ model:
   encoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
   decoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
   dropout: 0.1
+  base_layers: 0
 dataset: {{batch_size: 8, num_workers: 0, validate_interval_updates: 4}}
 optimization: {{max_update: 20, lr: [0.003]}}
 optimizer: {{_name: adam}}
@@ -167,7 +178,7 @@ def test_hydra_trains_the_same_student(runs: Runs, tmp_path: Path, task: str) ->
     export_checkpoint([tmp_path / "run/checkpoint_last.pt"], tmp_path / "clean.pt")
     if task == "translation":
         arguments = [str(runs.data), *GENERATE, "--path", str(tmp_path / "clean.pt")]
-        assert len(hypotheses(run_module("fairseq_cli.generate", arguments))) == 12
+        assert len(hypotheses(run_alone("fairseq_cli.generate", arguments))) == 12
 
 
 def test_hydra_knows_the_settings_by_type() -> None:
