@@ -229,6 +229,8 @@ class _View:
     @contextmanager
     def running(self, title: str) -> Iterator[Callable[[Any, Any, bool], None]]:
         """Yield the receiver of results."""
+        if self.format is LogFormat.simple:
+            console.line(f"{title}: {self.total} trials, {self.jobs} at a time")
         with bar(title, self.format, quiet=True) as update:
             update(0, self.total)
 
