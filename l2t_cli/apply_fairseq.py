@@ -133,14 +133,8 @@ class FairseqApplication:
 
     def baseline(self, teacher: Path) -> FairseqCommand:
         """Return the same command on cross-entropy, validating as often as the taught one."""
-        command = self.taught(teacher)
-        for flag in ("--user-dir", "--l2t-teacher"):
-            if value_of(self.command, flag) is None:
-                command = without(command, flag, takes_value=True)
-        if value_of(self.command, "--task") is None:
-            command = without(command, "--task", takes_value=True)
-        else:
-            command = with_value(command, "--task", "translation")
+        # The task stays, so that this student, too, goes on exactly where it was killed.
+        command = without(self.taught(teacher), "--l2t-teacher", takes_value=True)
         command = with_value(command, "--criterion", "cross_entropy")
         if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
             # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.

@@ -25,6 +25,7 @@ from l2t_fairseq.command import (
     FairseqCommand,
     has_flag,
     refuse_other_user_dir,
+    resumable,
     shell_text,
     split_flags,
     total_steps,
@@ -120,6 +121,7 @@ class FairseqTrials:
             command = self.application.taught(trial.teacher)
             command = _judged_by(command, "nll_loss", "l2t_accuracy")
         else:
+            command = resumable(command, plugin_folder())
             for flag, takes_value in CRITERION_FLAGS.items():
                 command = without(command, flag, takes_value)
             eps = dict(trial.settings).get("eps")
@@ -145,8 +147,6 @@ class FairseqTrials:
         flags = split_flags(self.application.generate, "nmt.generate")
         form = TextForm("words").as_generated(flags, "")
         values = {
-            "--user-dir": str(plugin_folder()),
-            "--task": "l2t_translation",
             "--criterion": "l2t_expected_measure",
             "--l2t-warmup-steps": str(round((1.0 - own["share"]) * self.steps)),
             "--l2t-ce-mix": f"{own['mix']:g}",

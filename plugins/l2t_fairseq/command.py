@@ -244,6 +244,21 @@ def teach_command(
     return TaughtCommand(command, changes)
 
 
+def resumable(command: FairseqCommand, user_dir: Path) -> FairseqCommand:
+    """Return a command without a teacher that, killed, goes on to the same student.
+
+    By itself fairseq cannot read its own checkpoints on torch from 2.6 on, and goes on with other
+    batches once the first epoch is over; with the plugin's task it trains the same student and does
+    neither. A command with another plugin or task stays as it is.
+    """
+    given = value_of(command, "--user-dir")
+    ours = given is None or Path(given).resolve() == user_dir.resolve()
+    if not ours or (value_of(command, "--task") or "translation") not in TASKS:
+        return command
+    command = with_value(command, "--task", "l2t_translation")
+    return with_value(command, "--user-dir", str(user_dir))
+
+
 def refuse_unteachable(command: FairseqCommand) -> None:
     """Refuse a command whose student no teacher can train or teach.
 

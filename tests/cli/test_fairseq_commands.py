@@ -80,7 +80,8 @@ def test_command_trained_scored_and_compared(l2t: Run, data_bin: Path, tmp_path:
     assert taught[: len(command)] == command  # untouched, ours come after
     assert taught[taught.index("--criterion") + 1] == "l2t_dynamic"
     assert baseline[baseline.index("--criterion") + 1] == "cross_entropy"
-    assert "--user-dir" not in baseline
+    assert baseline[baseline.index("--task") + 1] == "l2t_translation"  # so that it resumes
+    assert "--l2t-teacher" not in baseline
     # The student asked for lands where its command says, the one to compare with elsewhere.
     assert Path("mine/checkpoint_best.pt").exists()
     assert Path("out/cross_entropy/seed-1/checkpoints/checkpoint_best.pt").exists()

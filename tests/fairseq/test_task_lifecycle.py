@@ -86,6 +86,12 @@ def test_the_stock_task_resumes_with_a_new_state_and_says_so(runs: Runs) -> None
     assert not same_parameters(runs.checkpoint("real"), runs.checkpoint("resumed_stock"))
 
 
+def test_cross_entropy_under_our_task_is_stock_and_resumes_exactly(runs: Runs) -> None:
+    stock = runs.checkpoint("plain")
+    assert same_parameters(stock, runs.checkpoint("plain_ours"))
+    assert same_parameters(stock, runs.checkpoint("plain_resumed"))
+
+
 def test_a_warm_start_from_cross_entropy(runs: Runs) -> None:
     first = next(e for e in runs.logged("warm_start") if "loss" in e)
     plain = [e for e in runs.logged("plain") if "loss" in e]

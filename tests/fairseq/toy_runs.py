@@ -14,7 +14,7 @@ import torch
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
 
 from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand, has_flag, teach_command, with_value
+from l2t_fairseq.command import FairseqCommand, has_flag, resumable, teach_command, with_value
 
 STEPS = 20
 Result = subprocess.CompletedProcess[str]
@@ -70,6 +70,7 @@ def train_all(root: Path, data: Path, write_teacher: Callable[..., Path]) -> Run
     assert has_flag(plain, "--max-update")
     jobs = {
         "plain": plain,
+        "plain_ours": resumable(plain, USER_DIR),
         "neutral": runs.taught("neutral"),
         "neutral_stock": with_value(runs.taught("neutral"), "--task", "translation"),
         "real": runs.taught("real"),
@@ -97,6 +98,11 @@ def train_all(root: Path, data: Path, write_teacher: Callable[..., Path]) -> Run
                             *("--restore-file", str(runs.root / "plain/checkpoint_last.pt")),
                             *("--reset-optimizer", "--reset-dataloader", "--reset-meters"),
                         ],
+                    ),
+                    "plain_resumed": with_value(
+                        jobs["plain_ours"],
+                        "--restore-file",
+                        str(runs.root / "plain_ours/checkpoint_2_10.pt"),
                     ),
                     "resumed_stock": with_value(jobs["real_stock"], "--restore-file", half),
                 }.items(),
