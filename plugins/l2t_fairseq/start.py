@@ -22,10 +22,8 @@ def start_content(path: str | None) -> dict[str, str]:
     """
     if not path:
         return {}
-    try:
-        return {"start_sha256": file_digest(Path(path), "sha256")}
-    except OSError as error:
-        raise UserError(f"cannot read {FLAG} {path}: {error.strerror}") from None
+    _refuse_missing(path)
+    return {"start_sha256": file_digest(Path(path), "sha256")}
 
 
 def starting_parameters(path: str | None) -> dict[str, Tensor] | None:
@@ -36,7 +34,18 @@ def starting_parameters(path: str | None) -> dict[str, Tensor] | None:
     """
     from l2t_fairseq.checkpoints import read_checkpoint
 
-    return dict(read_checkpoint(Path(path))["model"]) if path else None
+    if not path:
+        return None
+    _refuse_missing(path)
+    return dict(read_checkpoint(Path(path))["model"])
+
+
+def _refuse_missing(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(
+            f"there is no checkpoint {path} to start from ({FLAG}); train that student first (a "
+            "recipe's first lines say how), or name another"
+        )
 
 
 def fill(model: Any, parameters: dict[str, Tensor], config: Any) -> nn.Module:

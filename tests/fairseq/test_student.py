@@ -194,7 +194,7 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": TRANSFORMER + RUN + " --checkpoint-activations"}, "checkpoint-activations"),
         ({"train": TRANSFORMER + RUN + " --sentence-avg"}, "sentence-avg"),
         ({"train": TRANSFORMER + RUN + " --restore-file old.pt"}, "--finetune-from-model starts"),
-        ({"train": TRANSFORMER + RUN + " --finetune-from-model old.pt"}, "the checkpoint old.pt"),
+        ({"train": TRANSFORMER + RUN + " --finetune-from-model old.pt"}, "no checkpoint old.pt"),
         ({"train": "--arch lightconv_lm" + RUN}, "nmt.train: --arch lightconv_lm is a language"),
         ({"train": TRANSFORMER + RUN + " --criterion adaptive_loss"}, "cannot be replaced"),
         ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
