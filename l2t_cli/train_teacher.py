@@ -144,7 +144,8 @@ def _open(config: dict[str, Any], folder: Path, resume: bool, processes: Any) ->
     from l2t_core.run_folder import RunFolder, open_run
 
     return processes.agree(
-        lambda: RunFolder(folder) if processes.rank else open_run(folder, config, resume=resume)
+        lambda: RunFolder(folder) if processes.rank
+        else open_run(folder, config, resume=resume, may_grow="training.episodes")
     )
 
 
@@ -163,7 +164,7 @@ def _tidy(opened: Any, before: FreshFolder) -> Iterator[None]:
 
 def _say_where_it_stands(opened: Any, done: int) -> None:
     # The teachers are written after each episode, the picture once the last one is over.
-    if done and (opened.path / PICTURE).exists():
+    if done and not opened.grown and (opened.path / PICTURE).exists():
         console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")
     elif done:
         console.line(f"continuing {console.shown(opened.path)} after {done} episodes")

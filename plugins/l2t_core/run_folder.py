@@ -25,10 +25,14 @@ from l2t_core.files import atomic_write
 
 
 class RunFolder:
-    """Paths and atomic writes of one run's folder; open it with :func:`open_run`."""
+    """Paths and atomic writes of one run's folder; open it with :func:`open_run`.
+
+    ``grown`` tells whether more is asked of the run now than before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.grown = False
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.state = path / "state.safetensors"
@@ -79,8 +83,12 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
         ) from error
 
 
-def open_run(path: Path, config: dict[str, Any], resume: bool = True) -> RunFolder:
+def open_run(
+    path: Path, config: dict[str, Any], resume: bool = True, may_grow: str = ""
+) -> RunFolder:
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
+
+    The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
@@ -90,33 +98,44 @@ def open_run(path: Path, config: dict[str, Any], resume: bool = True) -> RunFold
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     if folder.config.exists():
-        _check_same_run(folder, config)
+        folder.grown = _check_same_run(folder, config, may_grow)
         if not resume and folder.state.exists():
             raise UserError(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
                 "another --out"
             )
+        if folder.grown:
+            _write_config(folder, config)
     elif path.exists() and any(path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
     else:
-        atomic_write(folder.config, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_config(folder, config)
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
     return folder
 
 
-def _check_same_run(folder: RunFolder, config: dict[str, Any]) -> None:
+def _write_config(folder: RunFolder, config: dict[str, Any]) -> None:
+    atomic_write(folder.config, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _check_same_run(folder: RunFolder, config: dict[str, Any], may_grow: str) -> bool:
+    """Tell whether ``config`` differs from the stored one by a greater ``may_grow``."""
     try:
         stored = json.loads(folder.config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
     before, now = _flattened(stored), _flattened(json.loads(json.dumps(config)))
+    grown = False
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if key == may_grow and before.get(key, 0) < now.get(key, 0):
+            grown = True
+        elif before.get(key) != now.get(key):
             raise UserError(
                 f"{folder.path} holds another run ({key} is {before.get(key)!r} there, "
                 f"{now.get(key)!r} here); choose another --out"
             )
+    return grown
 
 
 def _flattened(value: Any, prefix: str = "") -> dict[str, Any]:

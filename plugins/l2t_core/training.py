@@ -181,6 +181,7 @@ class TeacherTraining:
         if warning := advice(row, self.spec):
             row["warning"] = warning
         p.episode += 1
+        p.ended = p.episode > self.spec.episodes
         p.history.append(row)
         self._save()
         self._write_teachers()
@@ -355,7 +356,8 @@ class TeacherTraining:
         if stored is None:
             return
         try:
-            self.state.unpack(*stored)
+            tensors, numbers = stored
+            self.state.unpack(tensors, numbers, self.spec.episodes)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.folder.state} does not belong to this run "

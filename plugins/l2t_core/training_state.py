@@ -18,9 +18,14 @@ Theta = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """The part of a run that is numbers."""
+    """The part of a run that is numbers.
+
+    ``ended``: as many episodes were made as were asked for; the last one's hypergradient was not
+    followed.
+    """
 
     episode: int = 0
+    ended: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -116,8 +121,12 @@ class TrainingState:
             "threads": torch.get_num_threads(),
         }
 
-    def unpack(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def unpack(self, tensors: dict[str, Tensor], record: dict[str, Any], episodes: int) -> None:
         """Take over what :meth:`pack` returned, on the teacher's device.
+
+        If that was the end of a run of fewer than ``episodes`` updates, the run goes on as if it
+        had been asked for them at once: its last episode is taken back, to be made again and
+        followed (unless it was skipped; then theta went back at once), and so are final students.
 
         torch computes on as many threads again as when it was packed: a sum that other threads
         share out has other last bits.
@@ -140,6 +149,19 @@ class TrainingState:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         torch.set_num_threads(int(record["threads"]))
+        if self.progress.ended and self.progress.episode <= episodes:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        p = self.progress
+        p.ended = False
+        if not p.history[-1]["skipped"]:
+            p.episode -= 1
+            p.history.pop()
+            first = [Leader(-1, -math.inf, self.sound)]
+            self.leaders = [x for x in self.leaders if x.episode != p.episode] or first
+        for leader in self.leaders:
+            leader.scores, leader.seconds = [], 0.0
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,11 +22,15 @@ class DataFolder:
     form: TextForm
     raw: Path | None
 
+    def raw_lines(self, split: str, language: str) -> list[str] | None:
+        """Return the raw text of ``split`` in ``language``, None if there is none."""
+        path = self.raw / f"{split}.{language}" if self.raw is not None else None
+        return read_lines(path) if path is not None and path.is_file() else None
+
     def references(self, split: str, language: str, form: TextForm) -> list[str] | None:
-        """Return the text of ``split`` in ``language``, if there is any, as ``form`` has it."""
-        if self.raw is None:
-            return None
-        return [form.detokenised(line) for line in read_lines(self.raw / f"{split}.{language}")]
+        """Return :meth:`raw_lines` as ``form`` has it."""
+        lines = self.raw_lines(split, language)
+        return None if lines is None else [form.detokenised(line) for line in lines]
 
 
 def data_bin_of(path: Path) -> Path:

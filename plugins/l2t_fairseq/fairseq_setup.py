@@ -89,8 +89,8 @@ def _refuse(namespace: Any, config: Any) -> None:
         raise UserError("nmt.train: give --max-tokens or --batch-size")
 
 
-def refuse_empty_split(data_bin: Path, split: str) -> None:
-    """Refuse a dev set without sentences; fairseq would die on it without saying so.
+def refuse_empty_split(data_bin: Path, split: str, name: str = "the dev set") -> None:
+    """Refuse a split without sentences; fairseq would die on it without saying so.
 
     Raises:
         UserError: if a binary file of the split is empty.
@@ -98,7 +98,7 @@ def refuse_empty_split(data_bin: Path, split: str) -> None:
     for path in sorted(data_bin.glob(f"{split}.*.bin")):
         if path.stat().st_size == 0:
             raise UserError(
-                f"the dev set is empty ({path}), and the teacher learns from it; run "
+                f"{name} is empty ({path}), and the teacher learns from it; run "
                 "fairseq-preprocess with a --validpref that has sentences"
             )
 
@@ -114,13 +114,44 @@ class FairseqSetup:
         self.config = parse_flags(data_bin, flags)
         self._start = starting_parameters(self.starts_from)
         refuse_empty_split(data_bin, self.valid_subset)
-        with quiet_fairseq():
-            try:
-                self.task = tasks.setup_task(self.config.task)
-                self.task.load_dataset(self.config.dataset.train_subset)
-                self.task.load_dataset(self.valid_subset)
-            except (OSError, FileNotFoundError, AssertionError, ValueError) as error:
-                raise UserError(f"fairseq cannot load the data in {data_bin}: {error}") from error
+        self._data_bin = data_bin
+        with self._loading():
+            self.task = tasks.setup_task(self.config.task)
+            self.task.load_dataset(self.train_subset)
+            self.task.load_dataset(self.valid_subset)
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            with quiet_fairseq():
+                yield
+        except (OSError, FileNotFoundError, AssertionError, ValueError) as error:
+            raise UserError(
+                f"fairseq cannot load the data in {self._data_bin}: {error}"
+            ) from error
+
+    def dataset(self, split: str) -> Any:
+        """Return fairseq's dataset of ``split``.
+
+        Raises:
+            UserError: if there is none, or it is empty.
+        """
+        if split not in self.task.datasets:
+            found = sorted({path.name.split(".")[0] for path in self._data_bin.glob("*.idx")})
+            if split not in found:
+                raise UserError(
+                    f"there is no split {split!r} in {self._data_bin}; use one of "
+                    f"{', '.join(found)} or run fairseq-preprocess with a further --validpref"
+                )
+            refuse_empty_split(self._data_bin, split, f"the split {split!r}")
+            with self._loading():
+                self.task.load_dataset(split)
+        return self.task.dataset(split)
+
+    @property
+    def train_subset(self) -> str:
+        """The split that students learn from."""
+        return str(self.config.dataset.train_subset)
 
     @property
     def starts_from(self) -> str | None:
@@ -181,12 +212,10 @@ class FairseqSetup:
             if hasattr(data, name)
         }
         return self._batches(
-            dataset=self.task.dataset(data.train_subset),
+            dataset=self.task.dataset(self.train_subset),
             max_tokens=data.max_tokens,
             max_sentences=data.batch_size,
-            max_positions=utils.resolve_max_positions(
-                self.task.max_positions(), model.max_positions(), data.max_tokens
-            ),
+            max_positions=self.longest(model, data.max_tokens),
             ignore_invalid_inputs=True,
             required_batch_size_multiple=data.required_batch_size_multiple,
             seed=seed,
@@ -195,6 +224,12 @@ class FairseqSetup:
             data_buffer_size=0,
             skip_remainder_batch=config.optimization.skip_remainder_batch,
             **newer,
+        )
+
+    def longest(self, model: Any, *limits: Any) -> Any:
+        """Return fairseq's greatest lengths for task and ``model``, and for ``limits`` if given."""
+        return utils.resolve_max_positions(
+            self.task.max_positions(), model.max_positions(), *limits
         )
 
     def _batches(self, **settings: Any) -> Any:
@@ -216,9 +251,7 @@ class FairseqSetup:
                 dataset=self.task.dataset(self.valid_subset),
                 max_tokens=data.max_tokens_valid,
                 max_sentences=data.batch_size_valid,
-                max_positions=utils.resolve_max_positions(
-                    self.task.max_positions(), model.max_positions()
-                ),
+                max_positions=self.longest(model),
                 ignore_invalid_inputs=data.skip_invalid_size_inputs_valid_test,
                 required_batch_size_multiple=data.required_batch_size_multiple,
                 seed=1,

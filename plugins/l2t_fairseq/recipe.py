@@ -20,6 +20,9 @@ class NmtSpec:
     they come from: ancestral, temperature, top-k (``top_k`` symbols), nucleus (mass ``top_p``), all
     three at ``temperature``, or beam (``beam`` wide, 0: as many as ``samples``). ``estimator`` is
     mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.
+    ``measure_subset`` is the split that M-tilde's sources are drawn from: empty for the dev set, a
+    further one of fairseq-preprocess's (valid1), or train: then those first that this student's T
+    steps leave out. s_t and the measure that teachers are chosen by stay on dev.
     ``dev_interval`` is in updates; ``true_measure_sentences`` 0 decodes the whole dev set.
     ``teach`` holds flags that come after ``train``'s in teacher training alone, whose students
     live for less long: a shorter ``--warmup-updates``, a smaller ``--max-tokens``. ``device`` is
@@ -40,6 +43,7 @@ class NmtSpec:
     top_k: int = 0
     top_p: float = 1.0
     beam: int = 0
+    measure_subset: str = ""
     dev_sentences: int = 64
     true_measure_sentences: int = 0
     dev_interval: int = 20

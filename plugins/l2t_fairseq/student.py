@@ -32,6 +32,7 @@ from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
+from l2t_fairseq.split import Split
 from l2t_fairseq.start import start_content
 
 # Sources decoded together by the true measure.
@@ -56,13 +57,16 @@ class NmtStudent:
         self.total_steps = spec.steps
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1)).to(device)
-        self.dev = setup.task.dataset(setup.valid_subset)
         flags = split_flags(spec.generate, "nmt.generate")
         self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
         self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
         self.measure_name = self.measure.name
         self.source = CANDIDATES.get(spec.candidates)
-        self.references = self._references()
+        limits = setup.longest(self.module)
+        self.dev = Split(setup.valid_subset, setup, data, self.form, limits, device)
+        self.measured = self.dev
+        if spec.measure_subset not in ("", setup.valid_subset):
+            self.measured = Split(spec.measure_subset, setup, data, self.form, limits, device)
         self._dev_batches = [pack(b) for b in setup.valid_batches(self.module)]
         self._seed = 1
         self._updates: Iterator[tuple[list[Any], bool]] = iter(())
@@ -141,23 +145,30 @@ class NmtStudent:
         return self.spec.dev_interval
 
     def smoothed_measure(self, seed: int) -> Tensor:
-        """Return M-tilde on ``dev_sentences`` dev sources drawn by ``seed``."""
+        """Return M-tilde on ``dev_sentences`` sources of ``measure_subset`` drawn by ``seed``."""
         self.module.eval()
-        generator = torch.Generator().manual_seed(seed)
-        count = min(self.spec.dev_sentences, len(self.dev))
-        chosen = torch.randperm(len(self.dev), generator=generator)[:count].tolist()
-        collated = self._collate(chosen)
+        chosen = self.measured.draw(self.spec.dev_sentences, seed, self._learnt_from())
+        collated = self.measured.collate(chosen)
         with true_gradients():
             if self.spec.measure == LIKELIHOOD:
                 return log_likelihood(*self._tokens(collated))
             return self._expected_measure(collated, seed)
+
+    def _learnt_from(self) -> set[int]:
+        """Return the sentences of the measured split that are in the batches of this life."""
+        if self.measured.name != self.setup.train_subset:
+            return set()
+        self._reach(self.total_steps - 1)
+        return {
+            i for group in self._batches for part in group for i in unpack(part["id"]).tolist()
+        }
 
     def _expected_measure(self, collated: Any, seed: int) -> Tensor:
         net_input, words, spec = collated["net_input"], self.dictionary, self.spec
         candidates = self.source.draw(
             spec, self.module, net_input, length_limit(self.module, net_input), seed, words
         )
-        references = [self.references[i] for i in collated["id"].tolist()]
+        references = self.measured.references(collated)
         texts = [[self.text(c) for c in of] for of in candidates]
         scores = torch.tensor(self.measure.scores(texts, references))
         log_probs = candidate_log_probs(
@@ -175,31 +186,20 @@ class NmtStudent:
         count = self.spec.true_measure_sentences or len(self.dev)
         ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
         # Sorted by length, so that a batch ends together.
-        order = sorted(range(min(count, len(self.dev))), key=lambda i: int(self.dev.src_sizes[i]))
+        sizes = self.dev.dataset.src_sizes
+        order = sorted(range(min(count, len(self.dev))), key=lambda i: int(sizes[i]))
         hypotheses, references = [], []
         for start in range(0, len(order), _DECODE_BATCH):
-            collated = self._collate(order[start : start + _DECODE_BATCH])
+            collated = self.dev.collate(order[start : start + _DECODE_BATCH])
             net_input = collated["net_input"]
             found = greedy(self.module, net_input, length_limit(self.module, net_input), **ends)
             hypotheses += [self.text(c) for c in found]
-            references += [self.references[i] for i in collated["id"].tolist()]
+            references += self.dev.references(collated)
         return self.measure.corpus(hypotheses, references)
-
-    def _collate(self, indices: list[int]) -> Any:
-        return unpack(self.dev.collater([self.dev[i] for i in indices]), self.device)
 
     def text(self, candidate: Candidate) -> str:
         """Return a candidate's text, as a checkpoint's output becomes text."""
         return self.form.of_candidate(candidate.tokens, self.dictionary)
-
-    def _references(self) -> list[str]:
-        """Return the raw text of dev, or its target side where there is no raw text."""
-        language = self.setup.task.cfg.target_lang
-        raw = self.data.references(self.setup.valid_subset, language, self.form)
-        if raw is not None:
-            return raw
-        targets = (self.dev[i]["target"] for i in range(len(self.dev)))
-        return [self.form.of_target(target, self.dictionary) for target in targets]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the target dictionary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_another_runs_folder_is_refused(l2t: Run, digits: Path, trained: Path) -
     line = l2t("train-teacher", digits, "training.lr=0.5", "--out", trained).error()
     assert "training.lr is 0.003 there, 0.5 here" in line
     assert "--out" in l2t("train-teacher", digits, "--no-resume", "--out", trained).error()
+
+
+def test_a_finished_run_goes_on_for_longer(l2t: Run, digits: Path, trained: Path) -> None:
+    copied = shutil.copytree(trained, "longer")
+    outcome = l2t("train-teacher", digits, "training.episodes=3", "--out", copied)
+    assert outcome.code == 0 and "continuing longer after 3 episodes" in outcome.out
+    assert l2t("train-teacher", digits, "training.episodes=3", "--out", "whole").code == 0
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert Path("longer", name).read_bytes() == Path("whole", name).read_bytes()
+    assert "3 there, 2 here" in l2t("train-teacher", digits, "--out", copied).error()
 
 
 def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:

@@ -119,6 +119,41 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
     assert events == []
 
 
+@pytest.mark.parametrize("last_dies", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"finalists": 2}, {"patience": 9}])
+def test_a_finished_run_goes_on_when_asked_for_more(student, tmp_path, changes, last_dies):
+    """With the bits of a run that was asked for as many at once."""
+    measure, measured = student.true_measure, []
+
+    def true_measure():
+        measured.append(measure())
+        return float("nan") if last_dies and len(measured) == 3 else measured[-1]
+
+    student.true_measure = true_measure
+    run(student, tmp_path / "whole", episodes=4, **changes)
+    del measured[:]
+    run(student, tmp_path / "grown", episodes=2, **changes)
+    measured[:] = measured[:3] if last_dies else measured[:2]
+    events = []
+    run(student, tmp_path / "grown", episodes=4, on_event=events.append, **changes)
+    made = [e["episode"] for e in events if e["event"] == "episode"]
+    assert made == ([3, 4] if last_dies else [2, 3, 4])
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "grown" / name).read_bytes()
+    del events[:]
+    run(student, tmp_path / "grown", episodes=4, on_event=events.append, **changes)
+    assert events == []
+
+
+def test_a_run_that_patience_ended_stays_ended(student, tmp_path):
+    student.true_measure = lambda: 0.5
+    settings = {"patience": 3, "finalists": 2}
+    run(student, tmp_path / "run", episodes=50, **settings)
+    events = []
+    result = run(student, tmp_path / "run", episodes=60, on_event=events.append, **settings)
+    assert events == [] and len(result.history) == 4
+
+
 @pytest.mark.parametrize(("factor", "reason"), [(float("nan"), "not finite"), (0.0, "flat there")])
 def test_unusable_hypergradients_are_skipped_and_counted(student, tmp_path, factor, reason):
     smoothed = student.smoothed_measure
@@ -368,6 +403,18 @@ def test_another_runs_folder_is_refused(tmp_path):
         open_run(tmp_path / "mine", {})
     with pytest.raises(UserError, match="is a file"):
         open_run(tmp_path / "mine/notes.txt", {})
+
+
+def test_one_number_of_a_run_may_grow(tmp_path):
+    path = tmp_path / "run"
+    open_run(path, {"training": {"episodes": 4, "lr": 0.1}}, may_grow="training.episodes")
+    open_run(path, {"training": {"episodes": 9, "lr": 0.1}}, may_grow="training.episodes")
+    assert json.loads((path / "config.yaml").read_text())["training"]["episodes"] == 9
+    for changed in ({"episodes": 4, "lr": 0.1}, {"episodes": 10, "lr": 0.2}):
+        with pytest.raises(UserError, match="another run"):
+            open_run(path, {"training": changed}, may_grow="training.episodes")
+    with pytest.raises(UserError, match="another run"):
+        open_run(path, {"training": {"episodes": 10, "lr": 0.1}})
 
 
 def test_a_damaged_state_is_one_line(student, tmp_path):

@@ -151,9 +151,10 @@ def test_teacher_and_checkpoint_are_scored_on_the_same_text(
         tokens = tuple(index(symbol) for symbol in line.split())
         # A start symbol within a sample is no text.
         assert student.text(Candidate((*tokens, start), True)) == hypotheses[number]
-    bleu, signature = corpus_bleu(hypotheses, student.references, tokenize)
+    references = [student.dev.reference(i) for i in range(len(student.dev))]
+    bleu, signature = corpus_bleu(hypotheses, references, tokenize)
     assert (scored.bleu, scored.signature) == (bleu, signature)
-    assert student.measure.corpus(hypotheses, student.references) == scored.bleu / 100
+    assert student.measure.corpus(hypotheses, references) == scored.bleu / 100
     if tokenizer:  # where fairseq itself joins the subwords and undoes the tokeniser
         flags = f"{tokenizer} --remove-bpe"
         by_fairseq, texts, _ = score_dev(checkpoints, name, flags, tmp_path / "fairseq")
@@ -165,10 +166,10 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
     """Of a hypothesis that is the reference: all measures are perfect, detokenised or not."""
     for generate, shown in (("", "&apos;s"), ("--tokenizer moses", "'s")):
         student = make_student(tokenised, generate=generate)
-        assert any(shown in line for line in student.references)
+        assert any(shown in student.dev.reference(i) for i in range(len(student.dev)))
         for i in range(len(student.dev)):
-            tokens = tuple(student.dev[i]["target"].tolist()[:-1])
-            assert student.text(Candidate(tokens, True)) == student.references[i]
+            tokens = tuple(student.dev.dataset[i]["target"].tolist()[:-1])
+            assert student.text(Candidate(tokens, True)) == student.dev.reference(i)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fairseq import utils
 
 from l2t_fairseq.batches import pack, unpack
 from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.sampling import Candidate
 from l2t_fairseq.student import build_student
 
 TRANSFORMER = (
@@ -128,14 +129,49 @@ def test_measures_are_measures(prepared_toy):
     assert 0.0 < statistics.nll < float(uniform)
 
 
+@pytest.mark.parametrize(("subset", "steps"), [("train", 2), ("train", 30), ("test", 2)])
+def test_the_measures_sentences_may_come_from_another_split(prepared_toy, subset, steps):
+    """From train they are those that the life leaves out, as long as there are any."""
+    student = build_student(
+        make_spec(prepared_toy, measure_subset=subset, steps=steps, measure="log_likelihood")
+    )
+    drawn = []
+    student.measured.collate = lambda chosen, collate=student.measured.collate: (
+        drawn.append(chosen) or collate(chosen)
+    )
+    train_student(student, 1, None)
+    before = student.smoothed_measure(3)
+    assert float(before.detach()) == float(student.smoothed_measure(3).detach())
+    student.smoothed_measure(4)
+    assert drawn[0] == drawn[1] != drawn[2]
+    learnt_from = {
+        i for step in range(steps) for part in student.batch(step) for i in part["id"].tolist()
+    }
+    everything = set(range(len(student.measured)))
+    if subset == "train":
+        left = everything - learnt_from
+        assert (len(left) < 6) == (steps == 30)
+        assert all(len(left & set(chosen)) == min(6, len(left)) for chosen in drawn)
+    assert all(len(set(chosen)) == 6 and set(chosen) <= everything for chosen in drawn)
+    sample = student.measured.collate(drawn[0])
+    student.module.eval()
+    log_probs, targets = student._tokens(sample)
+    assert float(before.detach()) == pytest.approx(
+        float(log_probs.gather(1, targets.unsqueeze(1)).mean().detach()), rel=1e-6
+    )
+    references = student.measured.references(sample)
+    assert references == [
+        student.text(Candidate(tuple(t for t in row.tolist()[:-1] if t > 3), True))
+        for row in sample["target"]
+    ]
+
+
 def test_text_is_detokenised(prepared_toy):
     """References decoded from their own token ids are the raw references."""
-    from l2t_fairseq.sampling import Candidate
-
     student = build_student(make_spec(prepared_toy))
     for i in range(len(student.dev)):
-        tokens = tuple(student.dev[i]["target"].tolist()[:-1])
-        assert student.text(Candidate(tokens, True)) == student.references[i]
+        tokens = tuple(student.dev.dataset[i]["target"].tolist()[:-1])
+        assert student.text(Candidate(tokens, True)) == student.dev.reference(i)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +246,7 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"samples": 1}, "at least 2"),
         ({"candidates": "beam", "beam": 600}, "a beam of 600 is too wide"),
         ({"data": "nowhere"}, "no data folder nowhere"),
+        ({"measure_subset": "valid1"}, "no split 'valid1' in .*use one of test, train, valid or"),
     ],
 )
 def test_refusals_are_one_line(prepared_toy, changes, message):
