@@ -60,7 +60,7 @@ class Application(Protocol):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ApplicationResult:
     """All scores of one application, by arm (``taught``, ``cross_entropy``) and seed."""
 
     name: str
@@ -159,7 +159,7 @@ def apply(
     *,
     baseline: bool,
     log_format: LogFormat,
-) -> Comparison:
+) -> ApplicationResult:
     """Train and score a student for each seed and arm; finished ones are reused.
 
     Raises:
@@ -188,11 +188,11 @@ def apply(
             if (place / "score.json").exists() or application.begun(seed, used, place):
                 raise
         raise _taken_back(before, error) from None
-    comparison = Comparison(
+    result = ApplicationResult(
         application.name, application.measure, application.lower_is_better, scores, folder
     )
-    _write_result(comparison, teacher, config)
-    return comparison
+    _write_result(result, teacher, config)
+    return result
 
 
 def _taken_back(before: FreshFolder, error: Exception) -> Exception:
@@ -208,26 +208,26 @@ def _taken_back(before: FreshFolder, error: Exception) -> Exception:
     return error
 
 
-def report(comparison: Comparison, log_format: LogFormat) -> None:
+def report(result: ApplicationResult, log_format: LogFormat) -> None:
     """Print the table, the signature and what was written."""
     if log_format is LogFormat.json:
-        print((comparison.folder / "result.json").read_text(encoding="utf-8").rstrip())
+        print((result.folder / "result.json").read_text(encoding="utf-8").rstrip())
         return
     if log_format is LogFormat.none:
         return
-    columns = ["student", "seeds", f"test {comparison.measure}", "difference", "time each"]
+    columns = ["student", "seeds", f"test {result.measure}", "difference", "time each"]
     console.table(
-        f"{comparison.name}: same steps, batches and seeds"
-        if len(comparison.scores) > 1
-        else comparison.name,
+        f"{result.name}: same steps, batches and seeds"
+        if len(result.scores) > 1
+        else result.name,
         columns,
-        comparison.rows(),
+        result.rows(),
         numbers=(2, 3, 4),
     )
-    console.line(f"signature: {comparison.signature()}")
-    if verdict := comparison.verdict():
+    console.line(f"signature: {result.signature()}")
+    if verdict := result.verdict():
         console.line(verdict)
-    console.files([("result", comparison.folder / "result.json"), ("students", comparison.folder)])
+    console.files([("result", result.folder / "result.json"), ("students", result.folder)])
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
@@ -289,17 +289,17 @@ def _finished_or_run(
     return score
 
 
-def _write_result(comparison: Comparison, teacher: Path, config: dict[str, Any]) -> None:
+def _write_result(result: ApplicationResult, teacher: Path, config: dict[str, Any]) -> None:
     content = {
-        "name": comparison.name,
+        "name": result.name,
         "teacher": str(teacher),
         "teacher_sha256": config["teacher"],
-        "measure": comparison.measure,
-        "lower_is_better": comparison.lower_is_better,
-        "signature": comparison.signature(),
+        "measure": result.measure,
+        "lower_is_better": result.lower_is_better,
+        "signature": result.signature(),
         "scores": {
             arm: [{"seed": seed, **asdict(score)} for seed, score in sorted(by_seed.items())]
-            for arm, by_seed in comparison.scores.items()
+            for arm, by_seed in result.scores.items()
         },
     }
-    atomic_write(comparison.folder / "result.json", json.dumps(content, indent=2) + "\n")
+    atomic_write(result.folder / "result.json", json.dumps(content, indent=2) + "\n")

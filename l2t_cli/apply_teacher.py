@@ -79,7 +79,7 @@ def run(
     *,
     baseline: bool,
     log_format: LogFormat,
-) -> applying.Comparison:
+) -> applying.ApplicationResult:
     """Apply ``teacher`` and report.
 
     Raises:

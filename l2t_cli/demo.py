@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from l2t_cli import application as applying
 from l2t_cli import apply_teacher, console, data, train_teacher
-from l2t_cli.application import CROSS_ENTROPY, TAUGHT, Comparison
+from l2t_cli.application import CROSS_ENTROPY, TAUGHT, ApplicationResult
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, output_folder
 from l2t_cli.recipe_loading import load_recipe
@@ -57,7 +57,7 @@ def command(
         show_summary(finished, out, time.monotonic() - began)
 
 
-def run_part(part: Part, out: Path, log_format: LogFormat) -> Comparison:
+def run_part(part: Part, out: Path, log_format: LogFormat) -> ApplicationResult:
     """Prepare the data of a part, train its teacher and apply it beside cross-entropy."""
     teacher_folder, taught_folder = out / f"{part.recipe}-teacher", out / f"{part.recipe}-taught"
     if log_format.wordy:
@@ -86,7 +86,7 @@ def run_part(part: Part, out: Path, log_format: LogFormat) -> Comparison:
     )
 
 
-def show_summary(finished: list[tuple[Part, Comparison]], out: Path, seconds: float) -> None:
+def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seconds: float) -> None:
     """Print the one table of the demo."""
     console.line()
     rows = []
@@ -124,7 +124,7 @@ def show_summary(finished: list[tuple[Part, Comparison]], out: Path, seconds: fl
     console.line(f"time: {console.duration(seconds)}")
 
 
-def write_summary(finished: list[tuple[Part, Comparison]], out: Path) -> None:
+def write_summary(finished: list[tuple[Part, ApplicationResult]], out: Path) -> None:
     """Write ``demo.json`` and ``demo.png``."""
     from l2t_cli.plots import plot_comparison
 

@@ -192,7 +192,11 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         form, words = self.form, self.words
         texts = [[form.of_candidate(c.tokens, words) for c in of] for of in candidates]
         targets = [utils.strip_pad(row, self.padding_idx) for row in sample["target"]]
-        return self.measure.scores(texts, [form.of_target(target, words) for target in targets])
+        references = [form.of_target(target, words) for target in targets]
+        try:
+            return self.measure.scores(texts, references)
+        except UserError as error:  # a measure of the user's own; fairseq would show a trace
+            raise end_with(error) from None
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:

@@ -107,6 +107,19 @@ def test_gradient_equals_central_differences(
     assert found == pytest.approx(numeric, rel=1e-5)
 
 
+def test_a_measure_of_ones_own_that_fails_ends_the_run_in_one_line(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "failing_measure.py").write_text("def share(h, r):\n    return {}[h]\n")
+    monkeypatch.chdir(tmp_path)
+    bench = Bench(toy_data, tmp_path, "--l2t-measure", "failing_measure:share")
+    with pytest.raises(SystemExit) as ended:
+        loss_of(bench, bench.batches[0])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2
+    assert line.startswith("l2t: error: nmt.measure failing_measure:share fails on")
+
+
 def test_the_loss_is_shen_et_als(toy_data: Path, tmp_path: Path) -> None:
     """Computed anew: one candidate at a time through the whole model, weights from equation 9."""
     bench = Bench(toy_data, tmp_path, "--dropout", "0", "--l2t-ce-mix", "0.25",
