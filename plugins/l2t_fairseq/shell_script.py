@@ -1,9 +1,9 @@
 """Reading the simple commands of a shell script without running it.
 
 Understands what training scripts are written in: comments, line continuations, quoting, variables
-set in the script or the environment, environment prefixes, several commands, redirections. What
-only a shell can know (command substitution, arguments of the script, arrays) is an error, but only
-where the command that is looked for depends on it.
+set in the script or the environment, environment prefixes, several commands, redirections,
+here-documents. What only a shell can know (command substitution, arguments of the script, arrays)
+is an error, but only where the command that is looked for depends on it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class SimpleCommand:
 _OPERATORS = re.compile(r"&&|\|\||;;|\||;|&(?!>)|\n|\(|\)")
 _PIPE_END = re.compile(r"(?<!\\)\n|;|&&|\|\|")
 _REDIRECTION = re.compile(r"(?:\d|&)?(?:>>|>&|<<<|>\||>|<)")
+_HERE_DOCUMENT = re.compile(r"<<(?!<)-?[ \t]*(['\"]?)([\w.!-]+)\1")
+# What is fed to these is a script, too.
+_SHELLS = re.compile(r"(?:^|[\s|/])(?:bash|sh|zsh|ssh|sbatch|srun|qsub|bsub)(?:\s|$)")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\}|(?P<other>\S))")
 _WHICH = re.compile(r"\$\(\s*which\s+([\w./-]+)\s*\)|`\s*which\s+([\w./-]+)\s*`")
@@ -103,6 +106,7 @@ def _statements(text: str) -> list[list[Word | str]]:
     """Split a script into statements of words and redirections (plain strings)."""
     text = text.replace("\r\n", "\n")
     statements: list[list[Word | str]] = [[]]
+    awaited: list[str] = []  # the ends of the here-documents that begin with the next line
     at = 0
     while at < len(text):
         if text.startswith("\\\n", at):
@@ -112,6 +116,10 @@ def _statements(text: str) -> list[list[Word | str]]:
         elif text[at] == "#":
             end = text.find("\n", at)
             at = len(text) if end < 0 else end
+        elif match := _HERE_DOCUMENT.match(text, at):
+            awaited.append(match[2])
+            statements[-1].append(match.group())
+            at = match.end()
         elif match := _REDIRECTION.match(text, at):
             at = match.end()
             while at < len(text) and text[at] in " \t":
@@ -122,17 +130,33 @@ def _statements(text: str) -> list[list[Word | str]]:
             if match.group() == "|" and statements[-1]:
                 ending = _PIPE_END.search(text, match.end())
                 end = ending.start() if ending else len(text)
-                statements[-1].append(f"| {text[match.end() : end].strip()}")
+                piped = text[match.end() : end]
+                statements[-1].append(f"| {piped.strip()}")
+                awaited += [found[2] for found in _HERE_DOCUMENT.finditer(piped)]
                 at = end
                 continue
             statements.append([])
             at = match.end()
+            if match.group() == "\n":
+                line = text[text.rfind("\n", 0, at - 1) + 1 : at - 1]
+                if not _SHELLS.search(line):
+                    at = _after_documents(text, at, awaited)
+                awaited = []
         else:
             word, end = _word_end(text, at)
             statements[-1].append(word)
             # A character that begins nothing known must not stop the reading.
             at = max(end, at + 1)
     return [statement for statement in statements if statement]
+
+
+def _after_documents(text: str, start: int, ends: list[str]) -> int:
+    """Return where the here-documents that begin at ``start`` are over; each has its end's line."""
+    for name in ends:
+        # With <<- the end may be indented by tabs.
+        found = re.compile(rf"^\t*{re.escape(name)}(?:\n|\Z)", re.MULTILINE).search(text, start)
+        start = found.end() if found else len(text)
+    return start
 
 
 class _Variables:

@@ -246,6 +246,24 @@ def test_scripts_that_cannot_be_read_are_refused(script: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+TRAIN = "fairseq-train data --arch transformer --max-update 9"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"cat > notes <<EOF\nDon't run fairseq-train other\nEOF\n{TRAIN}\n",
+        f"cat <<-END <<'B' | tee log\nit's\n\t\"END\n\tEND\n\"\nB\n{TRAIN} <<< word\n",
+        f"python - <<'PY' > out && {TRAIN}\nprint(\"it's\")\nPY\n",
+        f"N=3\nsbatch --gpus $N <<EOF\n#!/bin/bash\n#SBATCH -t 9\n{TRAIN}\nEOF\n",
+        f"cat <<EOF | ssh host\n{TRAIN}\nEOF\n",
+    ],
+)  # fmt: skip
+def test_here_documents_are_text_unless_a_shell_reads_them(script: str) -> None:
+    command = parse_script(script, {})
+    assert command.arguments == TRAIN.split()[1:]
+
+
 def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
     script = "N=$(nproc)\nmkdir $UNSET\nfairseq-train d --lr 1; rm -r $ALSO_UNSET"
     assert parse_script(script, {}).arguments == ["d", "--lr", "1"]
