@@ -10,7 +10,7 @@ from typing import Any
 from l2t_cli.application import Score, checksum, student_title
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import run_logged, this_python
-from l2t_cli.fairseq_scoring import TestSet, data_folder
+from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -32,6 +32,7 @@ from l2t_fairseq.command import (
 )
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
+from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
 from l2t_fairseq.start import FLAG, start_content
 
 _MARK = "command.sh"
@@ -41,9 +42,11 @@ class FairseqApplication:
     """A fairseq-train command that a teacher is applied to.
 
     ``generate`` are flags for fairseq-generate, ``reference`` a raw text of the test set; both may
-    be left to :class:`~l2t_cli.fairseq_scoring.TestSet`.
+    be left to :class:`~l2t_cli.fairseq_scoring.TestSet`. ``scored_by`` is the measure's name in a
+    recipe, ``measure`` its title.
     """
 
+    scored_by = BLEU
     measure = "BLEU"
     lower_is_better = False
 
@@ -85,7 +88,9 @@ class FairseqApplication:
     def config(self) -> dict[str, Any]:
         """Return what identifies the student: the command without its seed, and its data."""
         command = without(self.command, "--seed", takes_value=True)
+        measure = {} if self.scored_by == BLEU else {"measure": self.scored_by}
         return {
+            **measure,
             "command": shell_text(command),
             "generate": self.generate,
             "reference": str(self.reference) if self.reference else None,
@@ -95,7 +100,7 @@ class FairseqApplication:
     def content(self) -> dict[str, str]:
         """Return digests of what the command names without holding it."""
         found = {"data_sha256": data_digest(self.test_set().data_bin)}
-        found |= start_content(value_of(self.command, FLAG))
+        found |= start_content(value_of(self.command, FLAG)) | measure_content(self.scored_by)
         if self.reference:
             found["reference_sha256"] = checksum(self.reference)
         return found
@@ -124,7 +129,7 @@ class FairseqApplication:
 
     def test_set(self) -> TestSet:
         """Return what the student is scored on."""
-        return TestSet.of(self.command, self.generate, self.reference)
+        return TestSet.of(self.command, self.generate, self.reference, self.scored_by)
 
     def taught(self, teacher: Path) -> FairseqCommand:
         """Return the command with the teacher in it."""
@@ -184,7 +189,7 @@ class FairseqApplication:
 
 
 class RecipeApplication(FairseqApplication):
-    """An NMT recipe's fairseq command."""
+    """An NMT recipe's fairseq command, scored by the measure that its teacher climbs."""
 
     def __init__(self, recipe: Recipe) -> None:
         spec = recipe.student
@@ -193,6 +198,9 @@ class RecipeApplication(FairseqApplication):
         split_flags(spec.generate, "nmt.generate")
         command = parse_command(["fairseq-train", str(data_bin_of(self.data)), *flags])
         super().__init__(recipe.short_name, command, spec.generate)
+        if spec.measure != LIKELIHOOD:
+            self.scored_by = spec.measure
+        self.measure = build_measure(self.scored_by).title
 
     def check(self, teacher: Path) -> None:
         """Refuse data that is missing or cut short, too."""

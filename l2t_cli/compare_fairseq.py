@@ -15,7 +15,7 @@ from typing import Any
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, run_logged, this_python
-from l2t_cli.fairseq_scoring import data_folder
+from l2t_cli.fairseq_scoring import BLEU, data_folder
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.baselines import complete_settings
@@ -48,16 +48,15 @@ _DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
 class FairseqTrials:
     """Trains and measures a translation recipe's students; see ``FieldTrials``."""
 
-    measure = "BLEU"
     lower_is_better = False
     worst = 0.0
-    dev_measure = "BLEU"
     curve = "dev nll (nats a token)"
 
     def __init__(self, recipe: Recipe) -> None:
         import torch
 
         self.application = RecipeApplication(recipe)
+        self.measure = self.dev_measure = self.application.measure
         self.steps = total_steps(self.application.command)
         command = self.application.command
         if value_of(command, "--validate-interval-updates") is None:
@@ -105,6 +104,7 @@ class FairseqTrials:
             "field": "nmt",
             "command": shell_text(replace(command, arguments=words)),
             "generate": self.application.generate,
+            **self._scored_by(),
             "content": self.application.content(),
             "versions": {
                 "l2t": __version__,
@@ -113,6 +113,10 @@ class FairseqTrials:
                 "fairseq": str(getattr(import_module("fairseq"), "__version__", "unknown")),
             },
         }
+
+    def _scored_by(self) -> dict[str, str]:
+        name = self.application.scored_by
+        return {} if name == BLEU else {"measure": name}
 
     def command(self, trial: Trial, folder: Path) -> FairseqCommand:
         """Return exactly what is run for one student."""
@@ -153,6 +157,7 @@ class FairseqTrials:
             "--l2t-samples": f"{own['samples']:g}",
             "--l2t-alpha": f"{own['alpha']:g}",
             "--l2t-tokenizer": form.tokenizer,
+            **{f"--l2t-{key}": value for key, value in self._scored_by().items()},
         }
         for flag, value in values.items():
             command = with_value(command, flag, value)
@@ -179,8 +184,8 @@ class FairseqTrials:
             return Result(time.monotonic() - began, made, diverged="fairseq-train lost its numbers")
         curve = _curve(log)
         splits = (value_of(command, "--valid-subset") or "valid").split(",")
-        dev, _ = self._bleu(folder, splits[0])
-        test, signature = self._bleu(folder, "test") if trial.final else (None, "")
+        dev, _ = self._score(folder, splits[0])
+        test, signature = self._score(folder, "test") if trial.final else (None, "")
         return Result(
             seconds=time.monotonic() - began,
             steps=self.steps,
@@ -191,7 +196,7 @@ class FairseqTrials:
             curve=curve,
         )
 
-    def _bleu(self, folder: Path, split: str) -> tuple[float, str]:
+    def _score(self, folder: Path, split: str) -> tuple[float, str]:
         checkpoint = checkpoint_of(folder / "checkpoints")
         return self.application.test_set().score(checkpoint, folder, split)
 

@@ -14,6 +14,7 @@ from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.scoring import language_pair, score_checkpoint
 
 DEFAULT_GENERATE = "--beam 5"
+BLEU = "expected_bleu"
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,21 @@ class TestSet:
 
     ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
-    that, the data-bin's own target side with its subwords joined.
+    that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's.
     """
 
     data_bin: Path
     generate: str = DEFAULT_GENERATE
     reference: Path | None = None
+    measure: str = BLEU
 
     @classmethod
     def of(
-        cls, command: FairseqCommand, generate: str = "", reference: Path | None = None
+        cls,
+        command: FairseqCommand,
+        generate: str = "",
+        reference: Path | None = None,
+        measure: str = BLEU,
     ) -> TestSet:
         """Return the test set in the data folder that ``command`` names.
 
@@ -50,7 +56,7 @@ class TestSet:
         language_pair(found, "test")
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference)
+        return cls(found, generate or DEFAULT_GENERATE, reference, measure)
 
     @property
     def target(self) -> str:
@@ -69,15 +75,17 @@ class TestSet:
     def score(
         self, checkpoint: Path, folder: Path, split: str = "test"
     ) -> tuple[float, str]:
-        """Generate with ``checkpoint``, write hypotheses into ``folder``; return BLEU, signature.
+        """Generate with ``checkpoint``, write hypotheses into ``folder``; return score, signature.
 
         Raises:
             UserError: if fairseq-generate fails or leaves sentences out.
         """
         flags = split_flags(self.generate, "--generate")
         reference = self.reference if split == "test" else None
-        result = score_checkpoint(self.data_bin, checkpoint, flags, split, folder, reference)
-        return result.bleu, result.signature
+        result = score_checkpoint(
+            self.data_bin, checkpoint, flags, split, folder, reference, self.measure
+        )
+        return result.score, result.signature
 
 
 def data_folder(command: FairseqCommand) -> Path | None:

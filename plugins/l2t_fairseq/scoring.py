@@ -1,4 +1,4 @@
-"""A checkpoint's BLEU: fairseq-generate in a process of its own, sacreBLEU on its output.
+"""A checkpoint's score: fairseq-generate in a process of its own, sacreBLEU on its output.
 
 Where the corpus has raw text, the score is of detokenised output against that, so that it compares
 with other people's; fairseq-generate's own "BLEU" line does not. Corpora that come tokenised are
@@ -21,6 +21,7 @@ from l2t_core.files import atomic_write
 from l2t_fairseq.command import split_flags
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
+from l2t_fairseq.sentence_scores import build_measure
 from l2t_fairseq.text_form import TextForm
 
 # Symbols as the dictionary has them, the text that fairseq makes of them, and the targets.
@@ -34,9 +35,9 @@ _NOISE = re.compile(r"\s|.*(Warning:|warnings\.warn)|.*\| (INFO|WARNING) \|")
 
 @dataclass(frozen=True)
 class ScoredOutput:
-    """BLEU in [0, 100], sacreBLEU's signature, and the files written."""
+    """The score out of 100, its signature, and the files written."""
 
-    bleu: float
+    score: float
     signature: str
     hypotheses: Path
     log: Path
@@ -49,6 +50,7 @@ def score_checkpoint(
     split: str = "test",
     out: Path = Path(),
     reference: Path | None = None,
+    measure: str = "expected_bleu",
 ) -> ScoredOutput:
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
@@ -57,7 +59,8 @@ def score_checkpoint(
     text as the candidates of teacher training do, unless the flags join the subwords themselves
     (``--remove-bpe``, ``--bpe``); ``--tokenizer moses`` undoes that tokeniser. The reference is
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
-    side with its subwords joined; the signature says so (``ref:data-bin``). Writes
+    side with its subwords joined; the signature says so (``ref:data-bin``). ``measure`` is named
+    as a teacher's (:mod:`~l2t_fairseq.sentence_scores`) and taken of the whole split. Writes
     ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
 
     Raises:
@@ -92,28 +95,8 @@ def score_checkpoint(
     atomic_write(path, "".join(f"{line}\n" for line in hypotheses))
     # A text that the user names is raw, whatever the data are.
     tokenize = "13a" if reference is not None else form.bleu_tokenize
-    bleu, signature = corpus_bleu(hypotheses, references, tokenize)
-    return ScoredOutput(bleu, signature + ("|ref:data-bin" if raw is None else ""), path, log)
-
-
-def corpus_bleu(
-    hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a"
-) -> tuple[float, str]:
-    """Return sacreBLEU's corpus BLEU in [0, 100] and its signature.
-
-    ``tokenize`` is sacreBLEU's: ``none`` for text that is tokenised already.
-
-    Raises:
-        UserError: if there is nothing to score.
-    """
-    if not references:
-        raise UserError("the reference is empty: nothing to score; prepare the data again")
-    from sacrebleu.metrics import BLEU
-
-    # force: sacreBLEU warns of text that looks tokenised, and this may well be.
-    metric = BLEU(tokenize=tokenize, force=tokenize == "none")
-    score = metric.corpus_score(list(hypotheses), [list(references)]).score
-    return float(score), str(metric.get_signature())
+    score, signature = build_measure(measure, tokenize).judge(hypotheses, references)
+    return ScoredOutput(score, signature + ("|ref:data-bin" if raw is None else ""), path, log)
 
 
 def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) -> None:

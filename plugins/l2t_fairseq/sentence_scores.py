@@ -1,12 +1,13 @@
 """Measures M(y', y) of a translation against its reference, by name or of the user's own.
 
-The same object scores single sentences, for the expectation that a teacher climbs, and the whole
-dev set, for the measure that is reported, and both see text as :class:`~l2t_fairseq.text_form.
-TextForm` makes it. All but the smoothing of a sentence's BLEU is sacreBLEU's own default.
+The same object scores single sentences, for the expectation that a teacher climbs, and whole sets,
+for what is reported of dev and test, and both see text as :class:`~l2t_fairseq.text_form.TextForm`
+makes it. All but the smoothing of a sentence's BLEU is sacreBLEU's own default.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,8 +17,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 
 from l2t_core.errors import UserError, suggestion
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
-from l2t_fairseq.scoring import corpus_bleu
+from l2t_core.user_code import imported, is_import_path, source_of
 
 # The reference's n-grams are counted once for all candidates and all episodes.
 _REFERENCES = 4096
@@ -26,13 +26,18 @@ EXPECTED = "expected_"
 
 # From a reference to the function that scores hypotheses against it.
 Against = Callable[[str], Callable[[str], float]]
-Corpus = Callable[[Sequence[str], Sequence[str]], float]
+# From hypotheses and references to a score out of 100 and its signature.
+Judge = Callable[[Sequence[str], Sequence[str]], tuple[float, str]]
 
 
 class Measure(Protocol):
-    """A measure of translations, higher is better. ``name`` is what reports call it."""
+    """A measure of translations, higher is better.
+
+    ``name`` is what teacher training's log calls it, ``title`` what tables of scores do.
+    """
 
     name: str
+    title: str
 
     def scores(
         self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
@@ -40,13 +45,28 @@ class Measure(Protocol):
         """Return the score of each of a reference's hypotheses, [B][n]."""
 
     def corpus(self, hypotheses: Sequence[str], references: Sequence[str]) -> float:
-        """Return the score of a whole set, one hypothesis per reference."""
+        """Return the score of a whole set, one hypothesis per reference; 1 is perfect."""
+
+    def judge(self, hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+        """Return 100 times :meth:`corpus`, and the signature that tells how it was made.
+
+        Raises:
+            UserError: if there is nothing to score.
+        """
 
 
 class _Measure:
-    def __init__(self, name: str, against: Against, corpus: Corpus) -> None:
-        self.name, self.corpus = name, corpus
+    def __init__(self, name: str, title: str, against: Against, judge: Judge) -> None:
+        self.name, self.title, self._judge = name, title, judge
         self._against = lru_cache(_REFERENCES)(against)
+
+    def judge(self, hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+        if not references:
+            raise UserError("the reference is empty: nothing to score; prepare the data again")
+        return self._judge(hypotheses, references)
+
+    def corpus(self, hypotheses: Sequence[str], references: Sequence[str]) -> float:
+        return self.judge(hypotheses, references)[0] / 100.0
 
     def scores(
         self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
@@ -59,22 +79,33 @@ class _Measure:
         return found
 
 
-def _by_sacrebleu(metric: Callable[..., Any], scale: Callable[[float], float]) -> Against:
+def _by_sacrebleu(metric: Callable[..., Any], turned: Callable[[float], float]) -> Against:
     """Return sentence scores of a sacreBLEU metric; one that holds its references keeps counts."""
 
     def against(reference: str) -> Callable[[str], float]:
         prepared = metric(references=[[reference]])
-        return lambda hypothesis: scale(float(prepared.corpus_score([hypothesis], None).score))
+        return lambda text: turned(float(prepared.corpus_score([text], None).score)) / 100.0
 
     return against
 
 
-def _percent(score: float) -> float:
-    return score / 100.0
+def _judged(metric: Callable[..., Any], turned: Callable[[float], float]) -> Judge:
+    """Return the score of sets by a sacreBLEU metric."""
+
+    def judge(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+        made = metric()
+        score = float(made.corpus_score(list(hypotheses), [list(references)]).score)
+        return turned(score), str(made.get_signature())
+
+    return judge
 
 
-def _one_minus(score: float) -> float:
-    return 1.0 - score / 100.0
+def _as_it_is(score: float) -> float:
+    return score
+
+
+def _rest(score: float) -> float:
+    return 100.0 - score
 
 
 # From sacreBLEU's ``tokenize`` (``none`` for text that is tokenised already) to the measure.
@@ -94,29 +125,33 @@ def bleu(tokenize: str) -> Measure:
             smooth_method="add-k", smooth_value=1, effective_order=True, tokenize=tokenize, **more
         )
 
-    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-        return corpus_bleu(hypotheses, references, tokenize)[0] / 100.0
+    def plain() -> Any:
+        # force: sacreBLEU warns of text that looks tokenised, and this may well be.
+        return BLEU(tokenize=tokenize, force=tokenize == "none")
 
-    return _Measure("bleu", _by_sacrebleu(smoothed, _percent), corpus)
+    return _Measure(
+        "bleu", "BLEU", _by_sacrebleu(smoothed, _as_it_is), _judged(plain, _as_it_is)
+    )
 
 
-def _plain(name: str, metric: Callable[..., Any], scale: Callable[[float], float]) -> Measure:
-    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-        return scale(float(metric().corpus_score(list(hypotheses), [list(references)]).score))
-
-    return _Measure(name, _by_sacrebleu(metric, scale), corpus)
+def _plain(
+    name: str, title: str, metric: Callable[..., Any], turned: Callable[[float], float]
+) -> Measure:
+    return _Measure(name, title, _by_sacrebleu(metric, turned), _judged(metric, turned))
 
 
 @MEASURES.register("chrf")
 def chrf(tokenize: str) -> Measure:
     """chrF2 in [0, 1]: character n-grams up to 6 (Popovic 2015)."""
-    return _plain("chrf", CHRF, _percent)
+    return _plain("chrf", "chrF2", CHRF, _as_it_is)
 
 
 @MEASURES.register("chrf++")
 def chrf_plus_plus(tokenize: str) -> Measure:
     """chrF2++ in [0, 1]: chrF2 with words and pairs of words (Popovic 2017)."""
-    return _plain("chrf++", lambda **settings: CHRF(word_order=2, **settings), _percent)
+    return _plain(
+        "chrf++", "chrF2++", lambda **settings: CHRF(word_order=2, **settings), _as_it_is
+    )
 
 
 @MEASURES.register("ter")
@@ -125,7 +160,7 @@ def ter(tokenize: str) -> Measure:
 
     At most 1; negative where a hypothesis needs more edits than its reference has words.
     """
-    return _plain("1-ter", TER, _one_minus)
+    return _plain("1-ter", "1-TER", TER, _rest)
 
 
 def own_measure(path: str) -> Measure:
@@ -154,11 +189,23 @@ def own_measure(path: str) -> Measure:
             )
         return number
 
-    def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    def judge(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
         pairs = zip(hypotheses, references, strict=True)
-        return math.fsum(score(h, r) for h, r in pairs) / len(references)
+        mean = math.fsum(score(h, r) for h, r in pairs) / len(references)
+        return 100.0 * mean, f"mean:{path}"
 
-    return _Measure(path, lambda reference: lambda text: score(text, reference), corpus)
+    return _Measure(path, path, lambda reference: lambda text: score(text, reference), judge)
+
+
+def measure_content(name: str) -> dict[str, str]:
+    """Return the digest of the code behind a measure of the user's own, nothing for ours.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    if not is_import_path(name):
+        return {}
+    return {"code_sha256": hashlib.sha256(source_of(name, "nmt.measure")).hexdigest()}
 
 
 def measure_names() -> list[str]:

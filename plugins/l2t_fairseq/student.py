@@ -6,7 +6,6 @@ of seed s is the student of ``fairseq-train --seed s`` with the same flags.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
-from l2t_core.user_code import is_import_path, source_of
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
@@ -31,7 +29,7 @@ from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
-from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
+from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
 from l2t_fairseq.split import Split
 from l2t_fairseq.start import start_content
 
@@ -209,10 +207,7 @@ class NmtStudent:
         """Return digests of what the recipe's section names without holding it."""
         found = {"data_sha256": data_digest(self.data.data_bin)}
         found |= start_content(self.setup.starts_from)
-        if is_import_path(self.spec.measure):
-            code = source_of(self.spec.measure, "nmt.measure")
-            found["code_sha256"] = hashlib.sha256(code).hexdigest()
-        return found
+        return found | measure_content(self.spec.measure)
 
 
 def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:

@@ -11,6 +11,7 @@ from in_process import Run, write_teacher  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
 
+from l2t_cli.apply_fairseq import FairseqApplication
 from l2t_cli.compare import load_for_comparison
 from l2t_cli.compare_fairseq import FairseqTrials, _curve
 from l2t_cli.compare_trials import Trial, TrialStore
@@ -109,6 +110,30 @@ def test_minimum_risk_scores_the_text_that_is_scored(tmp_path: Path) -> None:
     change = "nmt.generate=--beam 1 --tokenizer moses"
     made = FairseqTrials(load_for_comparison(str(path), [change]))
     assert value_of(made.command(trial("mrt"), tmp_path), "--l2t-tokenizer") == "moses"
+
+
+def test_students_are_judged_by_what_the_teacher_climbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is minimum risk training; a likelihood is climbed, and BLEU is what counts."""
+    monkeypatch.setattr(FairseqApplication, "content", lambda self: {})
+
+    def made(measure: str) -> FairseqTrials:
+        path = tmp_path / "nmt.yaml"
+        path.write_text(RECIPE.format(data="data/none", more=""))
+        return FairseqTrials(load_for_comparison(str(path), [f"nmt.measure={measure}"]))
+
+    for measure, title in (("expected_chrf", "chrF2"), ("expected_ter", "1-TER")):
+        judged = made(measure)
+        assert (judged.measure, judged.dev_measure) == (title, title)
+        assert judged.identity()["measure"] == measure
+        risk = judged.command(trial("mrt"), tmp_path)
+        assert value_of(risk, "--l2t-measure") == measure
+    for measure in ("expected_bleu", "log_likelihood"):
+        judged = made(measure)
+        assert (judged.measure, judged.dev_measure) == ("BLEU", "BLEU")
+        assert "measure" not in judged.identity()
+        assert value_of(judged.command(trial("mrt"), tmp_path), "--l2t-measure") is None
 
 
 def test_what_the_recipe_asks_for_is_kept(tmp_path: Path) -> None:

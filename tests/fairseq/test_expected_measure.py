@@ -20,7 +20,8 @@ from l2t_fairseq.checks import problems
 from l2t_fairseq.prepare import prepare_corpus, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate
-from l2t_fairseq.scoring import SYMBOLS, corpus_bleu, read_output, score_checkpoint
+from l2t_fairseq.scoring import SYMBOLS, read_output, score_checkpoint
+from l2t_fairseq.sentence_scores import build_measure
 from l2t_fairseq.student import build_student
 
 FLAGS = " ".join(TINY_MODEL)
@@ -152,14 +153,14 @@ def test_teacher_and_checkpoint_are_scored_on_the_same_text(
         # A start symbol within a sample is no text.
         assert student.text(Candidate((*tokens, start), True)) == hypotheses[number]
     references = [student.dev.reference(i) for i in range(len(student.dev))]
-    bleu, signature = corpus_bleu(hypotheses, references, tokenize)
-    assert (scored.bleu, scored.signature) == (bleu, signature)
-    assert student.measure.corpus(hypotheses, references) == scored.bleu / 100
+    bleu, signature = build_measure("expected_bleu", tokenize).judge(hypotheses, references)
+    assert (scored.score, scored.signature) == (bleu, signature)
+    assert student.measure.corpus(hypotheses, references) == scored.score / 100
     if tokenizer:  # where fairseq itself joins the subwords and undoes the tokeniser
         flags = f"{tokenizer} --remove-bpe"
         by_fairseq, texts, _ = score_dev(checkpoints, name, flags, tmp_path / "fairseq")
         assert texts == hypotheses
-        assert by_fairseq.bleu == scored.bleu
+        assert by_fairseq.score == scored.score
 
 
 def test_references_lose_what_the_tokenizer_did(tokenised):

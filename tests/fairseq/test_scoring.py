@@ -14,13 +14,15 @@ from l2t_fairseq.scoring import (
     TARGETS,
     TEXT,
     ScoredOutput,
-    corpus_bleu,
     in_order,
     language_pair,
     read_lines,
     read_output,
     score_checkpoint,
 )
+from l2t_fairseq.sentence_scores import build_measure
+
+BLEU = build_measure("expected_bleu")
 
 
 def test_hypotheses_are_the_best_detokenised_lines_by_id(tmp_path: Path) -> None:
@@ -48,13 +50,13 @@ def test_missing_or_foreign_sentences_are_refused(found: dict[int, str]) -> None
 def test_the_score_is_sacrebleus_own() -> None:
     hypotheses = ["The cat sat on the mat .", "there is a dog in the garden"]
     references = ["The cat sat on the mat.", "There is a dog in the garden."]
-    bleu, signature = corpus_bleu(hypotheses, references)
+    bleu, signature = BLEU.judge(hypotheses, references)
     assert bleu == sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert f"version:{sacrebleu.__version__}" in signature
     assert "tok:13a" in signature
-    assert corpus_bleu(references, references)[0] == pytest.approx(100)
+    assert BLEU.judge(references, references)[0] == pytest.approx(100)
     with pytest.raises(UserError, match="reference is empty"):
-        corpus_bleu([], [])
+        BLEU.judge([], [])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,21 @@ def test_a_checkpoint_is_scored_against_the_raw_reference(
     hypotheses = read_lines(scored.hypotheses)
     assert len(hypotheses) == len(references) == 12
     assert not any("▁" in line for line in hypotheses)
-    assert (scored.bleu, scored.signature) == corpus_bleu(hypotheses, references)
+    assert (scored.score, scored.signature) == BLEU.judge(hypotheses, references)
+
+
+def test_the_score_is_of_the_measure_that_is_asked_for(
+    prepared: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, checkpoint = prepared
+    scored = score_checkpoint(
+        folder, checkpoint, "--cpu --beam 1 --max-len-b 9", out=tmp_path, measure="expected_ter"
+    )
+    metric = sacrebleu.metrics.TER()
+    references = read_lines(folder / "raw" / "test.en")
+    wanted = metric.corpus_score(read_lines(scored.hypotheses), [references]).score
+    assert scored.score == pytest.approx(100.0 - wanted)
+    assert scored.signature == str(metric.get_signature())
 
 
 def test_failures_name_reason_and_log(prepared: tuple[Path, Path], tmp_path: Path) -> None:

@@ -68,8 +68,12 @@ def test_scores_are_sacrebleus_own(name):
                 score = sentence().sentence_score(text, [reference]).score
                 assert value == pytest.approx(base + sign * score / 100, abs=1e-12)
     first = [texts[0] for texts in HYPOTHESES]
-    score = corpus().corpus_score(first, [REFERENCES]).score
+    metric = corpus()
+    score = metric.corpus_score(first, [REFERENCES]).score
     assert measure.corpus(first, REFERENCES) == pytest.approx(base + sign * score / 100)
+    judged, signature = measure.judge(first, REFERENCES)
+    assert judged == 100 * base + sign * score
+    assert signature == str(metric.get_signature())
 
 
 def test_tokenised_text_is_not_tokenised_again():
@@ -114,6 +118,8 @@ def test_a_measure_of_the_users_own():
     assert measure.name == "own_scores_here:same_words"
     # A set's score is the mean of its sentences'.
     assert measure.corpus(["b c", "y"], ["a b", "y"]) == pytest.approx((1 / 3 + 1) / 2)
+    judged, signature = measure.judge(["b c", "y"], ["a b", "y"])
+    assert judged == pytest.approx(200 / 3) and signature == "mean:own_scores_here:same_words"
 
 
 @pytest.mark.usefixtures("own_scores")
