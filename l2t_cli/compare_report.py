@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,11 @@ def _row(
         "tuned_settings": [name for name, values in arm.own.items() if point and len(values) > 1],
         "tuning": tuned,
         "tuning_diverged": sum(row["score"] is None for row in tuned),
-        # A student that diverged counts as the worst there can be.
-        "dev": [0.0 if r.dev is None else r.dev for r in last],
-        "test": [field_trials.worst if r.test is None else r.test for r in last],
+        "dev": _with_the_dead([r.dev for r in last], 0.0, min),
+        "test": _with_the_dead(
+            [r.test for r in last], field_trials.worst,
+            max if field_trials.lower_is_better else min,
+        ),
         "diverged": sum(bool(r.diverged) for r in last),
         "students_seconds": sum(r.seconds for r in spent),
         "students_steps": sum(r.steps for r in spent),
@@ -109,6 +111,15 @@ def _row(
         "against_cross_entropy": None,
         "warnings": _warnings(arm, point, tuning, last, cost[0]),
     }
+
+
+def _with_the_dead(
+    scores: list[float | None], worst: float, worse: Callable[[list[float]], float]
+) -> list[float]:
+    """Return ``scores`` where a student that diverged counts as the worst there can be, or is."""
+    alive = [score for score in scores if score is not None]
+    floor = worse([worst, *alive])  # 1 - TER has no least value
+    return [floor if score is None else score for score in scores]
 
 
 def teacher_cost(path: Path) -> tuple[float | None, int]:

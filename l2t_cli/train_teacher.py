@@ -109,6 +109,8 @@ def run(
     before = FreshFolder.before(folder)
     config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
     opened = _open(config, folder, resume, processes)
+    if opened.grown:
+        (folder / PICTURE).unlink(missing_ok=True)  # the sign of a run that is over
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format.wordy:
@@ -164,7 +166,7 @@ def _tidy(opened: Any, before: FreshFolder) -> Iterator[None]:
 
 def _say_where_it_stands(opened: Any, done: int) -> None:
     # The teachers are written after each episode, the picture once the last one is over.
-    if done and not opened.grown and (opened.path / PICTURE).exists():
+    if done and (opened.path / PICTURE).exists():
         console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")
     elif done:
         console.line(f"continuing {console.shown(opened.path)} after {done} episodes")

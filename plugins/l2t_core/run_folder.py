@@ -1,7 +1,7 @@
 """A run's folder: its configuration, its log, its state and what it made.
 
 =========================  =======================================================================
-config.yaml                the configuration as resolved (JSON is YAML); written once
+config.yaml                the configuration as resolved (JSON is YAML)
 metrics.jsonl              one JSON object per finished episode or event
 state.safetensors          everything needed to go on, replaced whole after every episode
 teacher_best.safetensors   the teacher with the best true dev measure

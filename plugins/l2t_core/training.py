@@ -167,7 +167,7 @@ class TeacherTraining:
 
     def _finished(self) -> bool:
         p, spec = self.state.progress, self.spec
-        stale = p.episode - 1 - self.state.leaders[0].episode
+        stale = p.episode - 1 - p.best_episode()
         # The last update's teacher still has to be measured, hence one more episode than updates.
         return p.episode > spec.episodes or bool(spec.patience and stale >= spec.patience)
 
@@ -177,7 +177,7 @@ class TeacherTraining:
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
         for outcomes in self._outcomes(on_event):
             row |= self._learn(outcomes)
-        row |= {"seconds": round(time.monotonic() - began, 3), "skipped_total": p.skipped}
+        row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
         if warning := advice(row, self.spec):
             row["warning"] = warning
         p.episode += 1
@@ -272,7 +272,8 @@ class TeacherTraining:
         if not usable:
             p.skipped += 1
             p.skipped_in_a_row += 1
-            self._retreat()
+            if p.episode < spec.episodes:
+                self._retreat()
             return row | {"reason": next(o.failure for o in outcomes if o.failure)}
         p.skipped_in_a_row = 0
         if row["dev_measure"] is not None:

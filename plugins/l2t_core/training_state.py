@@ -20,8 +20,7 @@ Theta = dict[str, Tensor]
 class Progress:
     """The part of a run that is numbers.
 
-    ``ended``: as many episodes were made as were asked for; the last one's hypergradient was not
-    followed.
+    ``ended``: as many episodes were made as were asked for; the last one changed no theta.
     """
 
     episode: int = 0
@@ -29,6 +28,23 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def best_episode(self) -> int:
+        """Return the last episode that was the best so far, -1 if there is none."""
+        return max((row["episode"] for row in self.history if row["best"]), default=-1)
+
+    def skips(self) -> dict[str, int]:
+        """Return the counts of skipped hypergradients, as an episode's row holds them."""
+        return {"skipped_total": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def take_back(self) -> None:
+        """Forget the last episode."""
+        self.ended = False
+        self.episode -= 1
+        self.history.pop()
+        last = self.history[-1] if self.history else {}
+        self.skipped = last.get("skipped_total", 0)
+        self.skipped_in_a_row = last.get("skipped_in_a_row", 0)
 
 
 @dataclass
@@ -126,7 +142,7 @@ class TrainingState:
 
         If that was the end of a run of fewer than ``episodes`` updates, the run goes on as if it
         had been asked for them at once: its last episode is taken back, to be made again and
-        followed (unless it was skipped; then theta went back at once), and so are final students.
+        followed, and so are the final students.
 
         torch computes on as many threads again as when it was packed: a sum that other threads
         share out has other last bits.
@@ -154,12 +170,10 @@ class TrainingState:
 
     def _reopen(self) -> None:
         p = self.progress
-        p.ended = False
-        if not p.history[-1]["skipped"]:
-            p.episode -= 1
-            p.history.pop()
-            first = [Leader(-1, -math.inf, self.sound)]
-            self.leaders = [x for x in self.leaders if x.episode != p.episode] or first
+        p.take_back()
+        # Until it is made again, some theta has to stand where its own was the only leader.
+        known = [x for x in self.leaders if x.episode != p.episode]
+        self.leaders = known or [Leader(-1, -math.inf, self.sound)]
         for leader in self.leaders:
             leader.scores, leader.seconds = [], 0.0
 

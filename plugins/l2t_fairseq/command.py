@@ -5,6 +5,7 @@ Pure functions over argument lists; nothing here runs a command, and fairseq is 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,9 @@ def parse_script(text: str, environment: Mapping[str, str] | None = None) -> Fai
             only a running shell knows.
     """
     commands = simple_commands(text, environment)
+    if "<<" in text and not any(map(_is_training, commands)):
+        with contextlib.suppress(UserError):  # a document that is no script may be anything
+            commands = simple_commands(text, environment, documents=True)
     found = [i for i, command in enumerate(commands) if _is_training(command)]
     if not found:
         raise UserError(

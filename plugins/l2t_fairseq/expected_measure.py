@@ -196,7 +196,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         try:
             return self.measure.scores(texts, references)
         except UserError as error:  # a measure of the user's own; fairseq would show a trace
-            raise end_with(error) from None
+            raise end_with(error, mine=True) from None
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:

@@ -89,7 +89,9 @@ def _refuse(namespace: Any, config: Any) -> None:
         raise UserError("nmt.train: give --max-tokens or --batch-size")
 
 
-def refuse_empty_split(data_bin: Path, split: str, name: str = "the dev set") -> None:
+def refuse_empty_split(
+    data_bin: Path, split: str, name: str = "the dev set", flag: str = "a --validpref"
+) -> None:
     """Refuse a split without sentences; fairseq would die on it without saying so.
 
     Raises:
@@ -99,7 +101,7 @@ def refuse_empty_split(data_bin: Path, split: str, name: str = "the dev set") ->
         if path.stat().st_size == 0:
             raise UserError(
                 f"{name} is empty ({path}), and the teacher learns from it; run "
-                "fairseq-preprocess with a --validpref that has sentences"
+                f"fairseq-preprocess with {flag} that has sentences"
             )
 
 
@@ -143,7 +145,7 @@ class FairseqSetup:
                     f"there is no split {split!r} in {self._data_bin}; use one of "
                     f"{', '.join(found)} or run fairseq-preprocess with a further --validpref"
                 )
-            refuse_empty_split(self._data_bin, split, f"the split {split!r}")
+            refuse_empty_split(self._data_bin, split, f"the split {split!r}", "text for it")
             with self._loading():
                 self.task.load_dataset(split)
         return self.task.dataset(split)

@@ -51,8 +51,11 @@ def refuse_differences(fingerprint: int, update: int) -> None:
         )
 
 
-def end_with(error: UserError) -> SystemExit:
-    """Say what is wrong in one line, from the first process only; return what ends this one."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+def end_with(error: UserError, mine: bool = False) -> SystemExit:
+    """Say what is wrong in one line; return what ends this process.
+
+    From the first process only, unless it is about this process's part (``mine``).
+    """
+    if mine or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(f"l2t: error: {error}", file=sys.stderr, flush=True)
     return SystemExit(2)

@@ -42,9 +42,7 @@ class SimpleCommand:
 _OPERATORS = re.compile(r"&&|\|\||;;|\||;|&(?!>)|\n|\(|\)")
 _PIPE_END = re.compile(r"(?<!\\)\n|;|&&|\|\|")
 _REDIRECTION = re.compile(r"(?:\d|&)?(?:>>|>&|<<<|>\||>|<)")
-_HERE_DOCUMENT = re.compile(r"<<(?!<)-?[ \t]*(['\"]?)([\w.!-]+)\1")
-# What is fed to these is a script, too.
-_SHELLS = re.compile(r"(?:^|[\s|/])(?:bash|sh|zsh|ssh|sbatch|srun|qsub|bsub)(?:\s|$)")
+_HERE_DOCUMENT = re.compile(r"(?<!<)<<(?!<)-?[ \t]*\\?(['\"]?)([\w.!-]+)\1")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\}|(?P<other>\S))")
 _WHICH = re.compile(r"\$\(\s*which\s+([\w./-]+)\s*\)|`\s*which\s+([\w./-]+)\s*`")
@@ -102,7 +100,7 @@ def _quoted(text: str, start: int) -> tuple[str, int]:
     return piece, at + 1
 
 
-def _statements(text: str) -> list[list[Word | str]]:
+def _statements(text: str, documents: bool) -> list[list[Word | str]]:
     """Split a script into statements of words and redirections (plain strings)."""
     text = text.replace("\r\n", "\n")
     statements: list[list[Word | str]] = [[]]
@@ -138,9 +136,7 @@ def _statements(text: str) -> list[list[Word | str]]:
             statements.append([])
             at = match.end()
             if match.group() == "\n":
-                line = text[text.rfind("\n", 0, at - 1) + 1 : at - 1]
-                if not _SHELLS.search(line):
-                    at = _after_documents(text, at, awaited)
+                at = at if documents else _after_documents(text, at, awaited)
                 awaited = []
         else:
             word, end = _word_end(text, at)
@@ -155,7 +151,7 @@ def _after_documents(text: str, start: int, ends: list[str]) -> int:
     for name in ends:
         # With <<- the end may be indented by tabs.
         found = re.compile(rf"^\t*{re.escape(name)}(?:\n|\Z)", re.MULTILINE).search(text, start)
-        start = found.end() if found else len(text)
+        start = found.end() if found else start  # without an end it is none: 1 << 3
     return start
 
 
@@ -272,15 +268,18 @@ def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
     return command
 
 
-def simple_commands(text: str, environment: Mapping[str, str] | None = None) -> list[SimpleCommand]:
+def simple_commands(
+    text: str, environment: Mapping[str, str] | None = None, documents: bool = False
+) -> list[SimpleCommand]:
     """Return the commands of the shell script ``text`` in order, variables expanded.
 
     ``environment`` supplies variables that the script does not set (default: the process's).
-    A command that cannot be expanded carries the :class:`UserError` that says why.
+    A command that cannot be expanded carries the :class:`UserError` that says why. With
+    ``documents`` here-documents are read as commands, too: some are given to a shell.
 
     Raises:
         UserError: if a quotation is never closed.
     """
     variables = _Variables(os.environ if environment is None else environment)
-    commands = [_read(statement, variables) for statement in _statements(text)]
+    commands = [_read(statement, variables) for statement in _statements(text, documents)]
     return [command for command in commands if command.words]

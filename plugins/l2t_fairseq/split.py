@@ -22,7 +22,8 @@ class Split:
     lengths, allow.
 
     Raises:
-        UserError: if the split is missing, empty, or holds no such sentence.
+        UserError: if the split is missing, empty, or holds no such sentence, or if its text needs
+            sacremoses and that is not installed.
     """
 
     def __init__(
@@ -37,15 +38,21 @@ class Split:
         self._usable: list[int] = kept.tolist()
         if not self._usable:
             raise UserError(f"every sentence of the split {name!r} is longer than the model allows")
+        self._references: dict[int, str] = {}
+        self.reference(self._usable[0])  # what detokenising needs is missed at once
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def reference(self, index: int) -> str:
         """Return the text that a translation of sentence ``index`` is scored against."""
-        if self._raw is not None:
-            return self.form.detokenised(self._raw[index])
-        return self.form.of_target(self.dataset[index]["target"], self._dictionary)
+        if index not in self._references:
+            if self._raw is not None:
+                text = self.form.detokenised(self._raw[index])
+            else:
+                text = self.form.of_target(self.dataset[index]["target"], self._dictionary)
+            self._references[index] = text
+        return self._references[index]
 
     def collate(self, indices: list[int]) -> Any:
         """Return fairseq's batch of the sentences at ``indices``, its tensors on ``device``."""

@@ -119,30 +119,55 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
     assert events == []
 
 
-@pytest.mark.parametrize("last_dies", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"finalists": 2}, {"patience": 9}])
-def test_a_finished_run_goes_on_when_asked_for_more(student, tmp_path, changes, last_dies):
-    """With the bits of a run that was asked for as many at once."""
-    measure, measured = student.true_measure, []
+def same_teachers(one, other):
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
-    def true_measure():
-        measured.append(measure())
-        return float("nan") if last_dies and len(measured) == 3 else measured[-1]
 
-    student.true_measure = true_measure
+@pytest.mark.parametrize("dies", [None, 1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"finalists": 2},
+        {"differentiation": "windows", "window": 2},
+        {"differentiation": "persistent-es", "window": 3, "perturbation": 0.1},
+        {"differentiation": "antithetic-es", "perturbation": 0.1},
+    ],
+)
+def test_a_finished_run_goes_on_when_asked_for_more(student, tmp_path, changes, dies):
+    """With the bits of a run that was asked for as many at once; a student may have died."""
+    seed = 1 * 1_000_003 + (dies or 0)
+    reset, rate = student.reset, student.learning_rate
+    student.reset = lambda seed: (setattr(student, "life", seed), reset(seed))
+    # In its fourth step: after the first window, which then has changed theta.
+    student.learning_rate = lambda step: (
+        1e38 if dies is not None and (student.life, step) == (seed, 3) else rate(step)
+    )
     run(student, tmp_path / "whole", episodes=4, **changes)
-    del measured[:]
     run(student, tmp_path / "grown", episodes=2, **changes)
-    measured[:] = measured[:3] if last_dies else measured[:2]
     events = []
     run(student, tmp_path / "grown", episodes=4, on_event=events.append, **changes)
-    made = [e["episode"] for e in events if e["event"] == "episode"]
-    assert made == ([3, 4] if last_dies else [2, 3, 4])
-    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "grown" / name).read_bytes()
+    assert [e["episode"] for e in events if e["event"] == "episode"] == [2, 3, 4]
+    same_teachers(tmp_path / "whole", tmp_path / "grown")
+    skips = [
+        [json.loads(x).get("skipped_total") for x in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "grown")
+    ]
+    assert skips[0] == skips[1] and (skips[0][4] == 1) == (dies is not None)
     del events[:]
     run(student, tmp_path / "grown", episodes=4, on_event=events.append, **changes)
     assert events == []
+
+
+def test_a_grown_run_keeps_its_patience(student, tmp_path):
+    """Where the episode that is made again was the best, and the only leader."""
+    scores = iter([0.5, 0.4, 0.3, 0.9, 0.9, 0.6, 0.5, 0.4])
+    student.true_measure = lambda: next(scores)
+    run(student, tmp_path / "run", episodes=3, patience=3)
+    result = run(student, tmp_path / "run", episodes=9, patience=3)
+    assert [row["dev_measure"] for row in result.history] == [0.5, 0.4, 0.3, 0.9, 0.6, 0.5, 0.4]
+    assert (result.best_episode, result.best_measure) == (3, 0.9)
 
 
 def test_a_run_that_patience_ended_stays_ended(student, tmp_path):

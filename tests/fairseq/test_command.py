@@ -254,12 +254,15 @@ TRAIN = "fairseq-train data --arch transformer --max-update 9"
     [
         f"cat > notes <<EOF\nDon't run fairseq-train other\nEOF\n{TRAIN}\n",
         f"cat <<-END <<'B' | tee log\nit's\n\t\"END\n\tEND\n\"\nB\n{TRAIN} <<< word\n",
-        f"python - <<'PY' > out && {TRAIN}\nprint(\"it's\")\nPY\n",
-        f"N=3\nsbatch --gpus $N <<EOF\n#!/bin/bash\n#SBATCH -t 9\n{TRAIN}\nEOF\n",
-        f"cat <<EOF | ssh host\n{TRAIN}\nEOF\n",
+        f"srun python - <<'PY' > out && {TRAIN}\nprint(\"it's\")\nPY\n",
+        f"cat <<\\EOF\nfairseq-train other\nEOF\n{TRAIN}\n",
+        f"echo word | tee <<< EOF\n(( N = 1 << 3 ))\n{TRAIN}\n",
+        f"N=3\nsbatch --gpus $N \\\n --time 9 <<EOF\n#!/bin/bash\n#SBATCH -t 9\n{TRAIN}\nEOF\n",
+        f"cat > job.sh <<EOF\n{TRAIN}\nEOF\nsbatch job.sh\n",
+        f"bash<<EOF\n{TRAIN}\nEOF\n",
     ],
 )  # fmt: skip
-def test_here_documents_are_text_unless_a_shell_reads_them(script: str) -> None:
+def test_here_documents_are_text_unless_the_command_is_in_one(script: str) -> None:
     command = parse_script(script, {})
     assert command.arguments == TRAIN.split()[1:]
 

@@ -29,14 +29,16 @@ GLOO = ["--distributed-world-size", "2", "--distributed-init-method", "env://",
         "--ddp-backend", "legacy_ddp"]  # fmt: skip
 
 
-def together(arguments: list[str], *own: list[str]) -> list[Result]:
-    """Run fairseq-train on two processes over gloo; ``own`` are the flags of each."""
+def together(
+    arguments: list[str], *own: list[str], module: str = "fairseq_cli.train"
+) -> list[Result]:
+    """Run ``module`` on two processes over gloo; ``own`` are the flags of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     running = [
         start_module(
-            "fairseq_cli.train",
+            module,
             [*arguments, *GLOO, "--distributed-rank", str(rank), *own[rank]],
             RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port,
             LOCAL_RANK=str(rank),
@@ -209,23 +211,3 @@ def test_flags_do_not_break_it(
     valid = [json.loads(line[line.index("{") :]) for line in done.stdout.splitlines()
              if "| valid |" in line]  # fmt: skip
     assert valid and float(valid[-1]["valid_loss"]) > 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision in fairseq needs a GPU")
-@pytest.mark.parametrize("flags", [["--fp16"], ["--bf16"], ["--amp"],
-                                   ["--fp16", "--memory-efficient-fp16"],
-                                   ["--ddp-backend", "pytorch_ddp"]])  # fmt: skip
-def test_half_precision(
-    toy_data: Path, write_teacher: WriteTeacher, tmp_path: Path, flags: list[str]
-) -> None:
-    teacher = write_teacher(tmp_path / "t.safetensors", toy_data, form="lowrank", warmup_steps=1)
-    run = [flag for flag in TINY_RUN if flag != "--cpu"]
-    done = run_module(
-        "fairseq_cli.train",
-        [str(toy_data), *TINY_MODEL, *run, *SHARED, "--l2t-teacher", str(teacher), "--l2t-debug",
-         "--max-update", "12", "--save-dir", str(tmp_path), *flags],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True, map_location="cpu")
-    assert saved["optimizer_history"][-1]["num_updates"] == state(saved)["step"] == 12
-    assert all(isinstance(v, float) for v in state(saved)["state"]["train"].values())
