@@ -130,6 +130,8 @@ def _check_same_run(folder: RunFolder, config: dict[str, Any], may_grow: str) ->
     for key in sorted(before.keys() | now.keys()):
         if key == may_grow and before.get(key, 0) < now.get(key, 0):
             grown = True
+        elif key not in before and not now[key]:
+            continue  # a setting that is younger than the run, and off
         elif before.get(key) != now.get(key):
             raise UserError(
                 f"{folder.path} holds another run ({key} is {before.get(key)!r} there, "

@@ -442,6 +442,15 @@ def test_one_number_of_a_run_may_grow(tmp_path):
         open_run(path, {"training": {"episodes": 10, "lr": 0.1}})
 
 
+def test_a_younger_setting_that_is_off_makes_no_other_run(tmp_path):
+    open_run(tmp_path / "run", {"nmt": {"steps": 4}})
+    open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "", "more": []}})
+    with pytest.raises(UserError, match=r"nmt.measure_subset is None there, 'train' here"):
+        open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "train"}})
+    with pytest.raises(UserError, match=r"nmt.steps is 4 there, None here"):
+        open_run(tmp_path / "run", {"nmt": {}})
+
+
 def test_a_damaged_state_is_one_line(student, tmp_path):
     run(student, tmp_path / "run")
     state = tmp_path / "run/state.safetensors"
