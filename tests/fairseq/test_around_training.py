@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from toy_fairseq import USER_DIR, run_module
-from toy_runs import STEPS, Result, Runs, same_parameters
+from toy_runs import STEPS, Result, Runs, hydra_run, same_parameters
 
 from l2t_fairseq.checkpoints import export_checkpoint
 from l2t_fairseq.command import FairseqCommand, with_value
@@ -142,35 +142,11 @@ def test_training_goes_on_from_an_export(runs: Runs, exported: Path, tmp_path: P
     assert float(first["loss"]) < float(fresh["loss"]) - 0.3
 
 
-HYDRA = """\
-# @package _global_
-common: {{user_dir: {user_dir}, cpu: true, log_format: json, log_interval: 1, seed: 3}}
-task: {{_name: {task}, data: {data}}}
-criterion: {{_name: l2t_dynamic, l2t_teacher: {teacher}}}
-model:
-  _name: transformer
-  encoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
-  decoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
-  dropout: 0.1
-  base_layers: 0
-dataset: {{batch_size: 8, num_workers: 0, validate_interval_updates: 4}}
-optimization: {{max_update: 20, lr: [0.003]}}
-optimizer: {{_name: adam}}
-lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 4}}
-checkpoint: {{save_dir: {save_dir}}}
-hydra: {{run: {{dir: {save_dir}}}}}
-"""
-
-
 @pytest.mark.parametrize("task", ["translation", "l2t_translation"])
 def test_hydra_trains_the_same_student(runs: Runs, tmp_path: Path, task: str) -> None:
-    settings = {"user_dir": USER_DIR, "data": runs.data, "teacher": runs.teachers["real"],
-                "save_dir": tmp_path / "run", "task": task}  # fmt: skip
-    (tmp_path / "student.yaml").write_text(HYDRA.format(**settings))
-    done = run_module(
-        "fairseq_cli.hydra_train", ["--config-dir", str(tmp_path), "--config-name", "student"]
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    criterion = f"_name: l2t_dynamic, l2t_teacher: {runs.teachers['real']}"
+    common = f"user_dir: {USER_DIR}, log_format: json, log_interval: 1"
+    hydra_run(tmp_path / "run", f"_name: {task}, data: {runs.data}", criterion, common, STEPS)
     by_hydra = torch.load(tmp_path / "run/checkpoint_last.pt", weights_only=True)
     by_flags = runs.checkpoint("real")
     assert by_hydra["optimizer_history"][-1]["num_updates"] == STEPS

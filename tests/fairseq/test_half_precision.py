@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_parallel import SGD, SHARED, nearly_same, same_state, state, together
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
-from toy_runs import Result, same_parameters
+from toy_runs import Result, hydra_run, same_parameters
 
 pytest.importorskip("fairseq")
 
@@ -70,43 +70,17 @@ def test_the_neutral_teacher_is_cross_entropy_to_the_bit(
     assert same_parameters(ours, stock)
 
 
-HYDRA = """\
-# @package _global_
-common: {{cpu: true, bf16: true, fp16_no_flatten_grads: true, seed: 3{common}}}
-task: {{data: {data}, {task}}}
-criterion: {{{criterion}}}
-model:
-  _name: transformer
-  encoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
-  decoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
-  dropout: 0.1
-  base_layers: 0
-dataset: {{batch_size: 8, validate_interval_updates: 4, num_workers: 0, required_batch_size_multiple: 1}}
-optimization: {{max_update: 12, lr: [0.003]}}
-optimizer: {{_name: adam}}
-lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 4}}
-checkpoint: {{save_dir: {out}}}
-hydra: {{run: {{dir: {out}}}}}
-"""  # noqa: E501
-
-
 def test_bfloat16_by_hydra_is_cross_entropy_to_the_bit(
     toy_data: Path, write_teacher: WriteTeacher, tmp_path: Path
 ) -> None:
     teacher = write_teacher(tmp_path / "t.safetensors", toy_data, neutral=True)
-    settings = {
-        "ours": {"common": f", user_dir: {USER_DIR}", "task": "_name: l2t_translation",
-                 "criterion": f"_name: l2t_dynamic, l2t_teacher: {teacher}, l2t_debug: true"},
-        "stock": {"common": "", "task": "_name: translation", "criterion": "_name: cross_entropy"},
-    }  # fmt: skip
-    for name, own in settings.items():
-        text = HYDRA.format(data=toy_data, out=tmp_path / name, **own)
-        (tmp_path / f"{name}.yaml").write_text(text)
-        done = run_module(
-            "fairseq_cli.hydra_train", ["--config-dir", str(tmp_path), "--config-name", name]
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    ours, stock = (last(tmp_path / name) for name in settings)
+    half = "bf16: true, fp16_no_flatten_grads: true"
+    criterion = f"_name: l2t_dynamic, l2t_teacher: {teacher}, l2t_debug: true"
+    hydra_run(tmp_path / "ours", f"_name: l2t_translation, data: {toy_data}", criterion,
+              f"{half}, user_dir: {USER_DIR}", 12)  # fmt: skip
+    hydra_run(tmp_path / "stock", f"_name: translation, data: {toy_data}", "_name: cross_entropy",
+              half, 12)  # fmt: skip
+    ours, stock = last(tmp_path / "ours"), last(tmp_path / "stock")
     assert updates(ours) == state(ours)["step"] == 12
     assert learnt_in(torch.bfloat16, ours)
     assert same_parameters(ours, stock)

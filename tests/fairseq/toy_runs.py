@@ -111,6 +111,38 @@ def train_all(root: Path, data: Path, write_teacher: Callable[..., Path]) -> Run
     return runs
 
 
+# The model and the run of TINY_MODEL and TINY_RUN.
+_HYDRA = """\
+# @package _global_
+common: {{cpu: true, seed: 3, {common}}}
+task: {{{task}}}
+criterion: {{{criterion}}}
+model:
+  _name: transformer
+  encoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
+  decoder: {{layers: 1, embed_dim: 16, ffn_embed_dim: 32, attention_heads: 2}}
+  dropout: 0.1
+  base_layers: 0
+dataset: {{batch_size: 8, num_workers: 0, validate_interval_updates: 4}}
+optimization: {{max_update: {updates}, lr: [0.003]}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 4}}
+checkpoint: {{save_dir: {folder}}}
+hydra: {{run: {{dir: {folder}}}}}
+"""
+
+
+def hydra_run(folder: Path, task: str, criterion: str, common: str, updates: int) -> None:
+    """Run fairseq-hydra-train with these sections' settings; checkpoints go to ``folder``."""
+    settings = {"task": task, "criterion": criterion, "common": common, "updates": updates}
+    name = f"{folder.name}-by-hydra"
+    (folder.parent / f"{name}.yaml").write_text(_HYDRA.format(folder=folder, **settings))
+    done = run_module(
+        "fairseq_cli.hydra_train", ["--config-dir", str(folder.parent), "--config-name", name]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def parameters(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return a model's state without the marker of its device.
 
