@@ -56,7 +56,7 @@ class AppliedTeacher:
         Raises:
             UserError: if the file cannot be used.
         """
-        teacher, header = load_teacher(Path(path))
+        teacher, header = load_teacher(path)
         loss = header.loss_for(total_steps, warmup_steps)
         return cls(
             teacher, loss, header.teacher.features, header.num_classes, total_steps, header

@@ -69,14 +69,14 @@ def save_teacher(path: Path, teacher: Teacher, header: TeacherHeader) -> None:
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
-def _read_content(path: Path) -> dict[str, Any]:
+def _read_content(path: Path | str) -> dict[str, Any]:
     """Return format, version and header as ``path`` holds them, {} if it holds none.
 
     Raises:
         UserError: if the file is missing, unreadable, cut short or no safetensors file.
     """
     try:
-        with path.open("rb") as handle:
+        with Path(path).open("rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]
             if length > 100_000_000:
                 raise ValueError("header too long")
@@ -96,7 +96,7 @@ def _read_content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
+def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     """Return the teacher in ``path``, frozen, with its header.
 
     Raises:
@@ -106,7 +106,7 @@ def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
     header = load_header(path)
     features = feature_count(header.teacher.features, header.num_classes)
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        tensors = safetensors.torch.load(Path(path).read_bytes())
     except (SafetensorError, ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); copy it again") from error
     # Without memory until its shapes are known to be those of the file: a header may claim any.
@@ -127,7 +127,7 @@ def load_teacher(path: Path) -> tuple[Teacher, TeacherHeader]:
     return teacher.requires_grad_(False), header
 
 
-def load_header(path: Path) -> TeacherHeader:
+def load_header(path: Path | str) -> TeacherHeader:
     """Return the header of the teacher file ``path`` without reading its tensors.
 
     Raises:

@@ -36,7 +36,7 @@ def saved(tmp_path):
 
 def test_round_trip(saved):
     path, teacher, header = saved
-    loaded, found = load_teacher(path)
+    loaded, found = load_teacher(str(path))
     assert found == header
     features = torch.linspace(-1, 1, 6)
     for name, value in teacher(features).items():
