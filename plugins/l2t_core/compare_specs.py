@@ -17,7 +17,7 @@ class LargeMarginGrid:
     """Values to try for L-Softmax's ``margin`` m and its smallest annealing ``lambda_min``."""
 
     margin: list[int] = field(default_factory=lambda: [2, 3, 4])
-    lambda_min: list[float] = field(default_factory=lambda: [0.0, 5.0, 20.0])
+    lambda_min: list[float] = field(default_factory=lambda: [5.0])
 
 
 @dataclass
