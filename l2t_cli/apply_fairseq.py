@@ -88,14 +88,17 @@ class FairseqApplication:
     def config(self) -> dict[str, Any]:
         """Return what identifies the student: the command without its seed, and its data."""
         command = without(self.command, "--seed", takes_value=True)
-        measure = {} if self.scored_by == BLEU else {"measure": self.scored_by}
         return {
-            **measure,
+            **self.other_measure(),
             "command": shell_text(command),
             "generate": self.generate,
             "reference": str(self.reference) if self.reference else None,
             "content": self.content(),
         }
+
+    def other_measure(self) -> dict[str, str]:
+        """Return ``scored_by`` as a setting, nothing for BLEU."""
+        return {} if self.scored_by == BLEU else {"measure": self.scored_by}
 
     def content(self) -> dict[str, str]:
         """Return digests of what the command names without holding it."""

@@ -15,7 +15,7 @@ from typing import Any
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, run_logged, this_python
-from l2t_cli.fairseq_scoring import BLEU, data_folder
+from l2t_cli.fairseq_scoring import data_folder
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.baselines import complete_settings
@@ -104,7 +104,7 @@ class FairseqTrials:
             "field": "nmt",
             "command": shell_text(replace(command, arguments=words)),
             "generate": self.application.generate,
-            **self._scored_by(),
+            **self.application.other_measure(),
             "content": self.application.content(),
             "versions": {
                 "l2t": __version__,
@@ -113,10 +113,6 @@ class FairseqTrials:
                 "fairseq": str(getattr(import_module("fairseq"), "__version__", "unknown")),
             },
         }
-
-    def _scored_by(self) -> dict[str, str]:
-        name = self.application.scored_by
-        return {} if name == BLEU else {"measure": name}
 
     def command(self, trial: Trial, folder: Path) -> FairseqCommand:
         """Return exactly what is run for one student."""
@@ -157,7 +153,7 @@ class FairseqTrials:
             "--l2t-samples": f"{own['samples']:g}",
             "--l2t-alpha": f"{own['alpha']:g}",
             "--l2t-tokenizer": form.tokenizer,
-            **{f"--l2t-{key}": value for key, value in self._scored_by().items()},
+            **{f"--l2t-{k}": v for k, v in self.application.other_measure().items()},
         }
         for flag, value in values.items():
             command = with_value(command, flag, value)
