@@ -104,14 +104,14 @@ def open_run(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
                 "another --out"
             )
-        if folder.grown:
-            _write_config(folder, config)
     elif path.exists() and any(path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
     else:
         _write_config(folder, config)
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
+    if folder.grown:
+        _write_config(folder, config)
     return folder
 
 
