@@ -130,6 +130,11 @@ def _check_same_run(folder: RunFolder, config: dict[str, Any], may_grow: str) ->
     for key in sorted(before.keys() | now.keys()):
         if key == may_grow and before.get(key, 0) < now.get(key, 0):
             grown = True
+        elif key == may_grow and before.get(key, 0) > now.get(key, 0):
+            raise UserError(
+                f"{folder.path} holds this run with {key}={before[key]}, which may only grow; "
+                f"ask for {before[key]} or more, or choose another --out"
+            )
         elif key not in before and not now[key]:
             continue  # a setting that is younger than the run, and off
         elif before.get(key) != now.get(key):

@@ -435,8 +435,12 @@ def test_one_number_of_a_run_may_grow(tmp_path):
     open_run(path, {"training": {"episodes": 4, "lr": 0.1}}, may_grow="training.episodes")
     open_run(path, {"training": {"episodes": 9, "lr": 0.1}}, may_grow="training.episodes")
     assert json.loads((path / "config.yaml").read_text())["training"]["episodes"] == 9
-    for changed in ({"episodes": 4, "lr": 0.1}, {"episodes": 10, "lr": 0.2}):
-        with pytest.raises(UserError, match="another run"):
+    refused = [
+        ({"episodes": 4, "lr": 0.1}, "training.episodes=9, which may only grow; ask for 9 or more"),
+        ({"episodes": 10, "lr": 0.2}, r"another run \(training.lr"),
+    ]
+    for changed, words in refused:
+        with pytest.raises(UserError, match=words):
             open_run(path, {"training": changed}, may_grow="training.episodes")
     with pytest.raises(UserError, match="another run"):
         open_run(path, {"training": {"episodes": 10, "lr": 0.1}})
