@@ -21,7 +21,6 @@ class ImageTrials:
     worst = 100.0
     dev_measure = "accuracy"
     curve = "dev accuracy"
-    one_a_core = True
 
     def __init__(self, recipe: Recipe) -> None:
         from l2t_vision.identity import signature
@@ -29,6 +28,7 @@ class ImageTrials:
         self.recipe = recipe
         self.student = recipe.field.build_student(recipe.student, 1)
         self.rate = float(recipe.student.optimiser.lr)
+        self.one_a_core = self.student.data.train_x.device.type == "cpu"
         self.content = self.student.content()
         self.signature = signature(
             recipe.student, self.content["data_sha256"], {"optimiser.lr": "tuned"}

@@ -95,8 +95,8 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
     if number("largest") > EXPLODED or row.get("reason") == NOT_FINITE:
         said = f"grew {number('largest'):.0f}-fold" if number("largest") else "left all bounds"
         mend = (
-            "let the student's rate end at zero (schedule: linear; in fairseq --lr-scheduler "
-            "polynomial_decay), lower its peak"
+            "let the student's rate end at zero (image.schedule.name=linear; in fairseq "
+            "--lr-scheduler polynomial_decay), lower its peak"
         )
         if spec.discount == 1.0:
             mend += ", or set training.discount below 1 (0.99)"

@@ -51,7 +51,7 @@ class ImageSpec:
     steps: int = 1000
     optimiser: OptimiserSpec = field(default_factory=OptimiserSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
-    measure: str = "log_likelihood"
+    measure: str = "smoothed_accuracy"
     dev_batch: int = 0
     dev_interval: int = 100
     device: str = "auto"

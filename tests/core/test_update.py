@@ -73,7 +73,7 @@ def test_advice_names_the_remedy():
     assert advice({"largest": None, "signal_to_noise": None}, spec) == ""
     assert "training.discount" in advice({"largest": 1e4}, spec)
     calm = advice({"largest": 1e4}, TrainingSpec(discount=0.9))
-    assert "schedule: linear" in calm and "discount" not in calm
+    assert "image.schedule.name=linear" in calm and "discount" not in calm
     lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec)
     assert "left all bounds" in lost and "schedule: linear" in lost
     assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)
