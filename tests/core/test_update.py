@@ -75,5 +75,5 @@ def test_advice_names_the_remedy():
     calm = advice({"largest": 1e4}, TrainingSpec(discount=0.9))
     assert "image.schedule.name=linear" in calm and "discount" not in calm
     lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec)
-    assert "left all bounds" in lost and "schedule: linear" in lost
+    assert "left all bounds" in lost and "image.schedule.name=linear" in lost
     assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)
