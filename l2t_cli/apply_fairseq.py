@@ -142,7 +142,7 @@ class FairseqApplication:
     def baseline(self, teacher: Path) -> FairseqCommand:
         """Return the same command on cross-entropy, validating as often as the taught one."""
         # The task stays, so that this student, too, goes on exactly where it was killed.
-        command = without(self.taught(teacher), "--l2t-teacher", takes_value=True)
+        command = without_own_flags(self.taught(teacher))
         command = with_value(command, "--criterion", "cross_entropy")
         if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
             # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.

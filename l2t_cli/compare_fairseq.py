@@ -121,7 +121,7 @@ class FairseqTrials:
             command = self.application.taught(trial.teacher)
             command = _judged_by(command, "nll_loss", "l2t_accuracy")
         else:
-            command = resumable(command, plugin_folder())
+            command = without_own_flags(resumable(command, plugin_folder()))
             for flag, takes_value in CRITERION_FLAGS.items():
                 command = without(command, flag, takes_value)
             eps = dict(trial.settings).get("eps")

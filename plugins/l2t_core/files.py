@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from l2t_core.errors import UserError
+
+_LONG_AGO = 3600.0  # seconds; another process may be writing what is younger
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -53,3 +56,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path, of: Path) -> bool:
+    """Tell whether ``path`` is what a write of the file ``of`` makes before it is whole."""
+    return path.name.startswith(f".{of.name}.")
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writes of ``path`` left: unfinished files that no one has touched lately.
+    """
+    if not path.parent.is_dir():
+        return
+    for left in path.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if is_unfinished(left, path) and time.time() - left.stat().st_mtime > _LONG_AGO:
+                left.unlink()

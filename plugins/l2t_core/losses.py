@@ -20,6 +20,7 @@ label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``di
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,17 +72,24 @@ class _PickAndProject(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         column = targets.unsqueeze(1)
         ctx.save_for_backward(log_probs, column, factors)
-        return log_probs.gather(1, column).squeeze(1), log_probs @ factors
+        with _no_autocast(log_probs):
+            return log_probs.gather(1, column).squeeze(1), log_probs @ factors
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         picked, projected = gradients
         log_probs, column, factors = ctx.saved_tensors
         back = None
-        if ctx.needs_input_grad[0]:
-            back = projected @ factors.t()
-            back.scatter_add_(1, column, picked.unsqueeze(1))
-        return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
+        with _no_autocast(log_probs):
+            if ctx.needs_input_grad[0]:
+                back = projected @ factors.t()
+                back.scatter_add_(1, column, picked.unsqueeze(1))
+            return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Leave products at their operands' precision: in half a sum of log-probabilities overflows."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _lowrank_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -172,9 +180,13 @@ def bilinear_loss(
 ) -> Tensor:
     """Return l_phi [N] for log-probabilities [N, K] and targets [N] (L2T-DLF, section 3.1).
 
+    Computed in float32 where the log-probabilities are in half: they are added up over classes.
+
     Raises:
         UserError: if the form or sigma is unknown.
     """
+    if log_probs.dtype in (torch.float16, torch.bfloat16):
+        log_probs = log_probs.float()
     logit = FORMS.get(spec.form).logit(log_probs, targets, phi)
     return SIGMAS.get(spec.sigma)(logit)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, is_unfinished, sweep
 
 
 class RunFolder:
@@ -38,6 +38,12 @@ class RunFolder:
         self.state = path / "state.safetensors"
         self.teacher_best = path / "teacher_best.safetensors"
         self.teacher_last = path / "teacher_last.safetensors"
+
+    def files(self) -> list[Path]:
+        """Return the files that a run writes, there or not."""
+        return [
+            self.config, self.metrics, self.state, self.teacher_best, self.teacher_last
+        ]
 
     def save_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Replace the run's state by ``tensors`` and the JSON-compatible ``record``."""
@@ -104,7 +110,7 @@ def open_run(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
                 "another --out"
             )
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and not all(is_unfinished(p, folder.config) for p in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
     else:
         _write_config(folder, config)
@@ -112,6 +118,8 @@ def open_run(
         raise UserError(f"cannot write to {path}; choose another --out")
     if folder.grown:
         _write_config(folder, config)
+    for file in folder.files():
+        sweep(file)
     return folder
 
 

@@ -7,6 +7,7 @@ is a class with the method ``at(step, phi, direction)``, under a name in :data:`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -208,8 +209,17 @@ class FiniteDifference:
         size = sum(float(b.square().sum()) for _, b in pairs if b is not None)
         return (off / size) ** 0.5 if size > 0.0 else None
 
+    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Choose the kernels: on a GPU those of the student's step, for others draw other masks.
+
+        On a CPU fused ones are as good and faster: they are taken there without dropout only.
+        """
+        if self.life.flat.vector.is_cuda:
+            return twice_differentiable(self.life.student.module)
+        return contextlib.nullcontext()
+
     def _first(self, step: int, phi: Coefficients) -> Parts:
-        with torch.enable_grad():
+        with torch.enable_grad(), self._kernels():
             leaves = {name: part.detach().requires_grad_() for name, part in phi.items()}
             log_probs, targets = self.life.outputs(step)
             value = step_loss(self.loss, log_probs, targets, leaves, step).mean()

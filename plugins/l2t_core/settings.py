@@ -48,6 +48,11 @@ def check_settings(
         if word not in names:
             hint = suggestion(word, names) or f"; use {', '.join(names)}"
             raise UserError(f"unknown training.{name} {word!r}{hint}")
+    if spec.hvp == "finite-difference" and spec.precision != "float32":
+        raise UserError(
+            f"training.precision={spec.precision} leaves nothing of the small differences that "
+            "training.hvp=finite-difference takes; use float32 or training.hvp=exact"
+        )
 
 
 def _limits(

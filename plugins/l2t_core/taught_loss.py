@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
-from l2t_core.student_state import TrainStatistics, dev_statistics, train_statistics
+from l2t_core.student_state import (
+    DevStatistics,
+    TrainStatistics,
+    dev_statistics,
+    train_statistics,
+)
+
+_IGNORED = -100  # the ignore_index of nn.CrossEntropyLoss
 
 
 class TaughtLoss(nn.Module):
@@ -26,7 +34,12 @@ class TaughtLoss(nn.Module):
     and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
     after each validation. Without ``step`` the teacher would keep writing its first loss. The
     module has no parameters; ``state_dict`` carries the student's state for a resume. In
-    evaluation mode it is plain cross-entropy.
+    evaluation mode it is plain cross-entropy. Targets of -100 are left out, as there.
+
+    Where a process group is initialised (DistributedDataParallel) every process has to call
+    ``step`` at every step: the statistics of all are put together there, so that the teacher
+    writes the same loss for all. What any of them gave to ``observe_dev``, the first one that did,
+    is then seen by all, from the next step on.
 
     Args:
         teacher: path of a teacher file.
@@ -35,7 +48,8 @@ class TaughtLoss(nn.Module):
         warmup_steps: steps on cross-entropy; None scales the teacher's own.
 
     Raises:
-        UserError: if the file cannot be used or ``total_steps`` is not positive.
+        UserError: if the file cannot be used, ``total_steps`` is not positive, or the teacher looks
+            at the learning rate and there is no ``optimizer``.
     """
 
     def __init__(
@@ -50,9 +64,16 @@ class TaughtLoss(nn.Module):
             raise UserError(f"TaughtLoss: total_steps is {total_steps}; it must be at least 1")
         # A list hides the teacher from the module tree: it must not become a parameter.
         self._applied = [AppliedTeacher.from_file(teacher, total_steps, warmup_steps=warmup_steps)]
+        if optimizer is None and "log_learning_rate" in self.applied.state.feature_names:
+            raise UserError(
+                f"TaughtLoss: the teacher {teacher} looks at the learning rate; give the student's "
+                "optimizer"
+            )
         self._optimizer = optimizer
         # Sums over the step's batches: nll in nats, right answers, examples.
         self._seen = (0.0, 0.0, 0)
+        self._dev: DevStatistics | None = None  # to be shared with the other processes
+        self._device = torch.device("cpu")
 
     @property
     def applied(self) -> AppliedTeacher:
@@ -65,16 +86,18 @@ class TaughtLoss(nn.Module):
         Raises:
             UserError: if the teacher was trained for another number of classes.
         """
+        logits, targets = _without_ignored(logits, targets)
         log_probs = torch.log_softmax(logits, 1)
         if not self.training:
             return -log_probs.gather(1, targets.unsqueeze(1)).mean()
         self._check_classes(log_probs)
+        self._device = logits.device
         # Read now: a scheduler may have moved the rate since the last step.
         rate = float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
         self.applied.begin_step(rate)
-        new, count = train_statistics(log_probs, targets), len(targets)
-        nll, right, examples = self._seen
-        self._seen = (nll + count * new.nll, right + count * new.accuracy, examples + count)
+        if count := len(targets):
+            new, (nll, right, examples) = train_statistics(log_probs, targets), self._seen
+            self._seen = (nll + count * new.nll, right + count * new.accuracy, examples + count)
         return self.applied.loss(log_probs, targets).mean()
 
     def step(self) -> None:
@@ -82,7 +105,7 @@ class TaughtLoss(nn.Module):
 
         All batches since the last call count as this step's (gradient accumulation).
         """
-        nll, right, examples = self._seen
+        nll, right, examples = self._of_all_processes() if _several() else self._seen
         if examples:
             self.applied.commit(TrainStatistics(nll / examples, right / examples))
         self._seen = (0.0, 0.0, 0)
@@ -94,8 +117,26 @@ class TaughtLoss(nn.Module):
             UserError: if the teacher was trained for another number of classes.
         """
         self._check_classes(logits)
-        log_probs = torch.log_softmax(logits.detach(), 1)
-        self.applied.observe_dev(dev_statistics(log_probs, targets, logits.shape[1]))
+        logits, targets = _without_ignored(logits.detach(), targets)
+        found = dev_statistics(torch.log_softmax(logits, 1), targets, logits.shape[1])
+        if _several():
+            self._dev = found
+        else:
+            self.applied.observe_dev(found)
+
+    def _of_all_processes(self) -> tuple[float, float, float]:
+        """Return the step's sums over all processes, and take over the first one's look at dev."""
+        sums = torch.tensor(
+            [*self._seen, float(self._dev is not None)], dtype=torch.float64, device=self._device
+        )
+        dist.all_reduce(sums)
+        nll, right, examples, looked = sums.tolist()
+        if looked:
+            looks: list[DevStatistics | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(looks, self._dev)
+            self.applied.observe_dev(next(look for look in looks if look is not None))
+            self._dev = None
+        return nll, right, examples
 
     def _check_classes(self, logits: Tensor) -> None:
         found, wanted = logits.shape[1], self.applied.state.num_classes
@@ -112,3 +153,12 @@ class TaughtLoss(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over the student's state, from ``load_state_dict``."""
         self.applied.load_state_dict(state)
+
+
+def _without_ignored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    kept = targets != _IGNORED
+    return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -127,5 +127,6 @@ def build_teacher(
     kind = TEACHERS.get(spec.name)
     coefficient_shapes(loss, num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which would seed the GPUs of the user's process, too.
+        torch.default_generator.manual_seed(seed)
         return kind(spec, loss, num_classes, num_features)

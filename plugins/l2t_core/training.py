@@ -34,7 +34,7 @@ from l2t_core.student import Student
 from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import Teacher, build_teacher
-from l2t_core.training_state import Leader, Theta, TrainingState
+from l2t_core.training_state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.update import advice, combine, phi_penalty, signal_to_noise, unusable
 
 # A dense W beyond this many classes takes more memory than any student of that size.
@@ -250,6 +250,11 @@ class TeacherTraining:
     def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """Take outcomes in: remember the best theta, then make one Adam step of ascent."""
         p, spec = self.state.progress, self.spec
+        # A student that is lost for its hypergradient has lived, and tells of its teacher.
+        scores = [
+            o.true if not o.failure and math.isfinite(o.smoothed + (o.true or 0.0)) else None
+            for o in outcomes if o.failure or o.true is not None
+        ]
         for outcome in outcomes:
             outcome.failure = outcome.failure or unusable(outcome, spec.max_growth)
         alive = [o for o in outcomes if not o.failure]
@@ -259,7 +264,7 @@ class TeacherTraining:
         back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
         row: dict[str, Any] = {
             "smoothed": mean([o.smoothed for o in alive]),
-            "dev_measure": mean([o.true for o in alive if o.true is not None]),
+            "dev_measure": mean([s for s in scores if s is not None]),
             "measure": self.student.measure_name,
             "students": len(outcomes),
             "students_lost": len(outcomes) - len(alive),
@@ -269,6 +274,8 @@ class TeacherTraining:
             "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
             "skipped": not usable, "best": False, "hypergradient_norm": None,
         }
+        if row["dev_measure"] is not None:
+            row["best"] = self.state.offer(chosen_by(scores))
         if not usable:
             p.skipped += 1
             p.skipped_in_a_row += 1
@@ -276,8 +283,6 @@ class TeacherTraining:
                 self._retreat()
             return row | {"reason": next(o.failure for o in outcomes if o.failure)}
         p.skipped_in_a_row = 0
-        if row["dev_measure"] is not None:
-            row["best"] = self.state.offer(row["dev_measure"])
         return row | self._ascend(alive)
 
     def _ascend(self, alive: list[Outcome]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,20 +63,31 @@ class Leader:
     seconds: float = 0.0
 
     def mark(self) -> float:
-        """Return what it is chosen by: its final students' mean if it has any; the dead are worst.
-        """
+        """Return what it is chosen by: its final students' mean if it has any."""
         if not self.scores:
             return self.measure
-        return math.fsum(-math.inf if s is None else s for s in self.scores) / len(self.scores)
+        return chosen_by(self.scores)
 
     def row(self) -> dict[str, Any]:
         """Return the log's row on its final students."""
-        alive = [s for s in self.scores if s is not None]
         return {
-            "event": "final", "episode": self.episode, "dev_measure": mean(alive),
+            "event": "final", "episode": self.episode,
+            "dev_measure": mean([s for s in self.scores if s is not None]),
             "scores": self.scores, "students": len(self.scores),
-            "students_lost": len(self.scores) - len(alive), "seconds": self.seconds,
+            "students_lost": self.scores.count(None), "seconds": self.seconds,
         }
+
+
+def chosen_by(scores: Sequence[float | None]) -> float:
+    """Return what a teacher is chosen by: its students' mean true dev measure.
+
+    Each student that died (None) costs 1: of teachers with measures in [0, 1] the one that loses
+    fewer students wins. Where no student lived, it is minus infinity.
+    """
+    alive = [s for s in scores if s is not None]
+    if not alive:
+        return -math.inf
+    return math.fsum(alive) / len(alive) - (len(scores) - len(alive))
 
 
 class TrainingState:

@@ -11,6 +11,8 @@ from typing import Any
 
 from l2t_core.errors import UserError
 
+_ADDED: list[str] = []  # the folder that is on sys.path for the user's modules, if any
+
 
 def is_import_path(name: str) -> bool:
     """Tell whether ``name`` is an import path rather than an entry of ours."""
@@ -27,7 +29,12 @@ def imported(path: str, key: str) -> Callable[..., Any]:
     """
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
-    sys.path.append(here)
+    if here not in sys.path:
+        # It stays: what is named may import its neighbours when it is called.
+        while _ADDED:
+            sys.path.remove(_ADDED.pop())
+        sys.path.append(here)
+        _ADDED.append(here)
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
@@ -38,8 +45,6 @@ def imported(path: str, key: str) -> Callable[..., Any]:
             f"{key} {path} cannot be imported ({reason}); write module:function, with the module "
             "installed or in the folder where you are"
         ) from error
-    finally:
-        sys.path.remove(here)
     if not callable(found):
         raise UserError(f"{key} {path} is no function; write module:function")
     return found

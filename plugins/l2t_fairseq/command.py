@@ -27,6 +27,13 @@ CRITERION_FLAGS = {
     "--ignore-prefix-size": True,
     "--report-accuracy": False,
 }
+# Those of the criterion l2t_dynamic.
+OWN_FLAGS = {
+    "--l2t-teacher": True,
+    "--l2t-total-steps": True,
+    "--l2t-warmup-steps": True,
+    "--l2t-debug": False,
+}
 # Other spellings that fairseq accepts for the same setting.
 _ALIASES = {"--arch": ("-a",)}
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
@@ -246,6 +253,13 @@ def teach_command(
             command = with_value(command, flag, value)
             changes.append(f"{flag} {value}")
     return TaughtCommand(command, changes)
+
+
+def without_own_flags(command: FairseqCommand) -> FairseqCommand:
+    """Return a command without the flags of the criterion ``l2t_dynamic``, for another one."""
+    for flag, takes_value in OWN_FLAGS.items():
+        command = without(command, flag, takes_value)
+    return command
 
 
 def resumable(command: FairseqCommand, user_dir: Path) -> FairseqCommand:

@@ -119,7 +119,8 @@ class FairseqSetup:
         self._data_bin = data_bin
         with self._loading():
             self.task = tasks.setup_task(self.config.task)
-            self.task.load_dataset(self.train_subset)
+            # With its further parts (train1, ...), as fairseq-train does.
+            self.task.load_dataset(self.train_subset, combine=True)
             self.task.load_dataset(self.valid_subset)
 
     @contextlib.contextmanager
@@ -200,6 +201,11 @@ class FairseqSetup:
                 frequencies[min(epoch, len(frequencies)) - 1],
                 skip_remainder_batch=config.optimization.skip_remainder_batch,
             )
+            if not len(updates):
+                raise UserError(
+                    f"nmt.train: an epoch has {len(batches)} batches, too few for one update; lower "
+                    "--update-freq, or leave out --skip-remainder-batch"
+                )
             # One at a time: collating a whole epoch may take longer than the student's life.
             for index, group in enumerate(updates):
                 yield group, index == len(updates) - 1
@@ -220,7 +226,7 @@ class FairseqSetup:
             max_positions=self.longest(model, data.max_tokens),
             ignore_invalid_inputs=True,
             required_batch_size_multiple=data.required_batch_size_multiple,
-            seed=seed,
+            seed=seed + epoch if getattr(data, "update_ordered_indices_seed", False) else seed,
             num_workers=0,
             epoch=epoch,
             data_buffer_size=0,
@@ -312,11 +318,20 @@ class RateSchedule:
                 "inverse_sqrt, cosine, polynomial_decay, tri_stage or fixed"
             )
         self.optimizer = _dummy_optimizer(config)
-        self.scheduler = lr_scheduler.build_lr_scheduler(config.lr_scheduler, self.optimizer)
-        self.scheduler.step_update(0)
         self.rates: list[float] = []
         self._epoch = 1
-        self._begin_epoch()
+        try:
+            self.scheduler = lr_scheduler.build_lr_scheduler(
+                config.lr_scheduler, self.optimizer
+            )
+            self.scheduler.step_update(0)
+            self._begin_epoch()
+        except (ValueError, AssertionError, TypeError, AttributeError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"nmt.train: fairseq refuses the settings of --lr-scheduler "
+                f"{config.lr_scheduler._name} ({reason})"
+            ) from error
 
     def _begin_epoch(self) -> None:
         self.scheduler.step_begin_epoch(self._epoch)

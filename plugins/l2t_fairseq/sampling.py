@@ -169,6 +169,13 @@ def candidate_log_probs(
     return computed[index].view(len(candidates), -1)
 
 
+def _copied(encoder_out: Any) -> Any:
+    """Return the same tensors in dictionaries of their own: fconv's encoders reorder in place."""
+    if not isinstance(encoder_out, dict):
+        return encoder_out
+    return {key: _copied(value) for key, value in encoder_out.items()}
+
+
 def _chunk_log_probs(
     model: Any, encoder_out: Any, chunk: list[tuple[int, Candidate]], eos: int, pad: int
 ) -> Tensor:
@@ -185,7 +192,7 @@ def _chunk_log_probs(
     inputs, targets = inputs.to(device), targets.to(device)
     sources = torch.tensor([source for source, _ in chunk], device=device)
     output = model.decoder(
-        inputs, encoder_out=model.encoder.reorder_encoder_out(encoder_out, sources)
+        inputs, encoder_out=model.encoder.reorder_encoder_out(_copied(encoder_out), sources)
     )
     log_probs = model.get_normalized_probs(output, log_probs=True)
     picked = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)

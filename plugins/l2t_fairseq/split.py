@@ -18,8 +18,8 @@ class Split:
     """The sentences of split ``name``, and the texts that their translations are scored against.
 
     A reference is the raw text of the target side, or the target side itself where there is no raw
-    text, as ``form`` has it. Sentences are drawn from those that ``limits``, the model's greatest
-    lengths, allow.
+    text, as ``form`` has it. ``usable`` are the sentences that ``limits``, the model's greatest
+    lengths, allow, in order: those that may be drawn or decoded.
 
     Raises:
         UserError: if the split is missing, empty, or holds no such sentence, or if its text needs
@@ -35,11 +35,11 @@ class Split:
         self._dictionary = setup.task.target_dictionary
         self._raw = data.raw_lines(name, setup.task.cfg.target_lang)
         kept, _ = self.dataset.filter_indices_by_size(numpy.arange(len(self)), limits)
-        self._usable: list[int] = kept.tolist()
-        if not self._usable:
+        self.usable: list[int] = kept.tolist()
+        if not self.usable:
             raise UserError(f"every sentence of the split {name!r} is longer than the model allows")
         self._references: dict[int, str] = {}
-        self.reference(self._usable[0])  # what detokenising needs is missed at once
+        self.reference(self.usable[0])  # what detokenising needs is missed at once
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,6 +68,6 @@ class Split:
         Those in ``last`` come only when there are no others.
         """
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self._usable), generator=generator).tolist()
-        chosen = [self._usable[i] for i in order]
+        order = torch.randperm(len(self.usable), generator=generator).tolist()
+        chosen = [self.usable[i] for i in order]
         return sorted(chosen, key=last.__contains__)[:count] if last else chosen[:count]

@@ -181,11 +181,11 @@ class NmtStudent:
     def true_measure(self) -> float:
         """Return the measure of greedy output on dev: BLEU over 100, or what is expected."""
         self.module.eval()
-        count = self.spec.true_measure_sentences or len(self.dev)
+        chosen = self.dev.usable[: self.spec.true_measure_sentences or None]
         ends = {"eos": self.dictionary.eos(), "pad": self.dictionary.pad()}
         # Sorted by length, so that a batch ends together.
         sizes = self.dev.dataset.src_sizes
-        order = sorted(range(min(count, len(self.dev))), key=lambda i: int(sizes[i]))
+        order = sorted(chosen, key=lambda i: int(sizes[i]))
         hypotheses, references = [], []
         for start in range(0, len(order), _DECODE_BATCH):
             collated = self.dev.collate(order[start : start + _DECODE_BATCH])

@@ -174,3 +174,30 @@ def test_structured_forms_are_twice_differentiable(form, constant):
 
     assert torch.autograd.gradcheck(losses, (logits, *phi))
     assert torch.autograd.gradgradcheck(losses, (logits, *phi))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_touch_the_loss(form, low):
+    """fairseq's --amp and torch's loops compute the loss inside autocast, from float32."""
+    classes, spec = 20_000 if form != "dense" else 50, LossSpec(form, "identity", rank=2)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, classes, generator=generator)
+    targets = torch.randint(classes, (4,), generator=generator)
+    phi = {
+        name: part + 0.1 * torch.randn(part.shape, generator=generator)
+        for name, part in neutral_coefficients(spec, classes).items()
+    }
+
+    def loss_and_gradient():
+        log_probs = torch.log_softmax(logits.float(), 1).requires_grad_()
+        loss = bilinear_loss(spec, log_probs, targets, phi).mean()
+        return loss, *torch.autograd.grad(loss, log_probs)
+
+    plain = loss_and_gradient()
+    with torch.autocast("cpu", low):
+        cast = loss_and_gradient()
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+    halved = bilinear_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)
+    assert bool(halved.isfinite().all()) and halved.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import socket
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from toy_students import STUDENTS, ToyStudent  # type: ignore[import-not-found]
 
+from l2t_core import TaughtLoss
 from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.errors import PeerLost, UserError
@@ -23,6 +25,7 @@ from l2t_core.run_folder import RunFolder
 from l2t_core.settings import check_processes
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
+from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import build_teacher
 from l2t_core.training import train_teacher
 
@@ -68,6 +71,53 @@ def in_two_processes(folder, work):
         port = probe.getsockname()[1]
     mp.spawn(together, (port, folder, work), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def taught_loop(path, processes):
+    """Six steps of data-parallel training under TaughtLoss; the first process looks at dev."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    criterion = TaughtLoss(path, 6, optimizer)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)).double()
+    y = torch.arange(16) % 4
+    mine = slice(processes.rank, None, processes.world)
+    written, look = [], None
+    for step in range(6):
+        optimizer.zero_grad()
+        criterion(model(x[mine]), y[mine]).backward()
+        for parameter in model.parameters():
+            processes.add_up(parameter.grad).div_(processes.world)
+        optimizer.step()
+        criterion.step()
+        if look is not None:
+            criterion.observe_dev(*look)
+            look = None
+        if step in (1, 3) and processes.rank == 0:
+            seen = model(x).detach(), y
+            # Of several processes all see it after the step that comes.
+            if processes.world > 1:
+                criterion.observe_dev(*seen)
+            else:
+                look = seen
+        written.append(criterion.applied.begin_step(0.5)["W"])
+    return torch.stack(written), criterion.applied.state_dict()
+
+
+def test_taught_loss_writes_one_loss_for_all_processes(tmp_path):
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll", "dev_nll"])
+    loss = LossSpec("dense", "softplus", warmup_steps=1)
+    header = TeacherHeader(spec, loss, 4, 6, 2, {"kind": "classes", "num_classes": 4})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 4, 3, seed=2), header)
+    (first, state), (second, other) = in_two_processes(
+        tmp_path, functools.partial(taught_loop, path)
+    )
+    assert torch.equal(first, second) and state == other
+    alone, expected = taught_loop(path, ALONE)
+    torch.testing.assert_close(first, alone)
+    assert state["state"]["dev"]["nll"] == pytest.approx(expected["state"]["dev"]["nll"])
+    assert float((first[-1] - first[1]).abs().max()) > 1e-3
 
 
 def share_batches(processes):

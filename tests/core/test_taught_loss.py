@@ -62,7 +62,7 @@ def test_drop_in_loop_and_resume(teacher_path):
 
 
 def test_warmup_is_cross_entropy_and_evaluation_too(teacher_path):
-    criterion = TaughtLoss(teacher_path, total_steps=10)
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
     targets = torch.tensor([0, 1, 2, 3, 0])
     plain = nn.functional.cross_entropy(logits, targets)
@@ -96,23 +96,51 @@ def test_the_teacher_sees_the_rate_of_the_step_that_comes(teacher_path):
 
 
 def test_a_thrown_away_batch_changes_nothing(teacher_path):
-    criterion = TaughtLoss(teacher_path, total_steps=10)
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
     before = criterion.applied.state_dict()
     criterion(torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]))
     assert criterion.applied.state_dict() == before
 
 
 def test_dev_logits_of_another_size_are_refused(teacher_path):
-    criterion = TaughtLoss(teacher_path, 10)
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
     with pytest.raises(UserError, match="4 classes, the logits have 3"):
         criterion.observe_dev(torch.zeros(2, 3), torch.tensor([0, 1]))
 
 
 def test_wrong_sizes(teacher_path):
     with pytest.raises(UserError, match="4 classes, the logits have 5"):
-        TaughtLoss(teacher_path, total_steps=10)(torch.randn(2, 5), torch.tensor([0, 1]))
+        TaughtLoss(teacher_path, 10, fresh()[1])(torch.randn(2, 5), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="at least 1"):
         TaughtLoss(teacher_path, total_steps=0)
+
+
+def test_a_teacher_that_looks_at_the_rate_wants_the_optimizer(teacher_path):
+    with pytest.raises(UserError, match="looks at the learning rate; give the student's optimizer"):
+        TaughtLoss(teacher_path, 10)
+
+
+def test_ignored_targets_are_left_out_as_in_cross_entropy(teacher_path):
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    targets = torch.tensor([0, -100, 2, 3, -100, 0])
+    criterion, kept = (TaughtLoss(teacher_path, 10, fresh()[1]) for _ in range(2))
+    plain = nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(criterion(logits, targets), plain)  # in its warm-up
+    torch.testing.assert_close(criterion.eval()(logits, targets), plain)
+    criterion.train()
+    rows = targets >= 0
+    for _ in range(4):
+        taught = criterion(logits, targets)
+        torch.testing.assert_close(taught, kept(logits[rows], targets[rows]))
+        criterion.step()
+        kept.step()
+        criterion.observe_dev(logits, targets)
+        kept.observe_dev(logits[rows], targets[rows])
+    assert criterion.applied.state_dict() == kept.applied.state_dict()
+    assert abs(float(taught) - float(plain)) > 1e-3
+    criterion(logits, torch.full_like(targets, -100))
+    criterion.step()
+    assert criterion.applied.state_dict()["state"] == kept.applied.state_dict()["state"]
 
 
 class OnceOnly(torch.autograd.Function):

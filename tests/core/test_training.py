@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -305,6 +306,31 @@ def test_a_lost_student_leaves_the_others(student, tmp_path):
     assert [row["students_lost"] for row in result.history] == [1, 1]
 
 
+def test_a_teacher_that_loses_students_is_not_the_best(student, tmp_path):
+    """Three of the first four students die, and the fourth does better than all later ones."""
+    reset, predict, numbers = student.reset, student.predict, []
+    student.reset = lambda seed: (numbers.append(seed % 1_000_003), reset(seed))
+
+    def dies(batch):
+        log_probs, targets = predict(batch)
+        return (log_probs * float("nan") if numbers[-1] < 3 else log_probs), targets
+
+    student.predict = dies
+    student.true_measure = lambda: 0.9 if numbers[-1] == 3 else 0.8
+    result = run(student, tmp_path / "run", episodes=1, students=4)
+    assert [row["students_lost"] for row in result.history] == [3, 0]
+    assert [row["dev_measure"] for row in result.history] == pytest.approx([0.9, 0.8])
+    assert (result.best_episode, result.best_measure) == (1, pytest.approx(0.8))
+
+
+def test_a_student_that_is_lost_on_the_way_back_tells_of_its_teacher(student, tmp_path):
+    scores = iter([0.5, 0.9, 0.8, 0.1, 0.1, 0.1])
+    student.true_measure = lambda: next(scores)
+    result = run(student, tmp_path / "run", max_growth=1e-3)
+    assert result.skipped == len(result.history)
+    assert (result.best_episode, result.best_measure) == (1, 0.9)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -444,6 +470,21 @@ def test_one_number_of_a_run_may_grow(tmp_path):
             open_run(path, {"training": changed}, may_grow="training.episodes")
     with pytest.raises(UserError, match="another run"):
         open_run(path, {"training": {"episodes": 10, "lr": 0.1}})
+
+
+def test_a_kill_while_writing_leaves_nothing_in_the_way(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    first, old = path / ".config.yaml.abc", path / ".state.safetensors.abc"
+    first.write_text("{")
+    open_run(path, {"run": 1})
+    old.write_text("half")
+    os.utime(old, (0, 0))
+    (path / ".notes").write_text("the user's")
+    os.utime(path / ".notes", (0, 0))
+    open_run(path, {"run": 1})
+    # A young one may be another process's.
+    assert {p.name for p in path.iterdir()} == {"config.yaml", first.name, ".notes"}
 
 
 def test_a_younger_setting_that_is_off_makes_no_other_run(tmp_path):
