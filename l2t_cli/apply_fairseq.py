@@ -29,6 +29,7 @@ from l2t_fairseq.command import (
     value_of,
     with_value,
     without,
+    without_own_flags,
 )
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest

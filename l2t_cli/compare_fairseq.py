@@ -32,6 +32,7 @@ from l2t_fairseq.command import (
     value_of,
     with_value,
     without,
+    without_own_flags,
 )
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.text_form import TextForm

@@ -203,8 +203,8 @@ class FairseqSetup:
             )
             if not len(updates):
                 raise UserError(
-                    f"nmt.train: an epoch has {len(batches)} batches, too few for one update; lower "
-                    "--update-freq, or leave out --skip-remainder-batch"
+                    f"nmt.train: an epoch has {len(batches)} batches, too few for one update; "
+                    "lower --update-freq, or leave out --skip-remainder-batch"
                 )
             # One at a time: collating a whole epoch may take longer than the student's life.
             for index, group in enumerate(updates):

@@ -23,6 +23,7 @@ from l2t_core.specs import LossSpec
 pytest.importorskip("fairseq")
 from fairseq import utils
 
+from l2t_fairseq import sampling
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.student import NmtStudent, build_student
 
@@ -86,6 +87,24 @@ def taught_loss(student: NmtStudent) -> Tensor:
            (("d", ()), ("b", ()), ("U", (2,)), ("V", (2,)))}  # fmt: skip
     log_probs, targets = student.predict(student.batch(0))
     return step_loss(LossSpec("lowrank", "softplus", rank=2), log_probs, targets, phi, 0).mean()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_candidates_have_the_same_probabilities_in_chunks_of_any_size(
+    prepared_toy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Some encoders (fconv) reorder what they are given in place."""
+    student = make_student(prepared_toy, ARCHITECTURES[name])
+    student.reset(1)
+    student.module.eval()
+    ends = {"eos": student.dictionary.eos(), "pad": student.dictionary.pad()}
+    net_input = student.dev.collate(student.dev.usable[:4])["net_input"]
+    with torch.no_grad():
+        candidates = sampling.sample(student.module, net_input, 3, 8, 5, **ends)
+        whole = sampling.candidate_log_probs(student.module, net_input, candidates, **ends)
+        monkeypatch.setattr(sampling, "_CHUNK", 2)
+        parts = sampling.candidate_log_probs(student.module, net_input, candidates, **ends)
+    torch.testing.assert_close(parts, whole)
 
 
 @pytest.mark.usefixtures("in_float64")

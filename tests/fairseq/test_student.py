@@ -41,6 +41,8 @@ RUN = (
     "--lr-scheduler inverse_sqrt --warmup-updates 2 --batch-size 6 --update-freq 2"
 )
 
+ADAM = " --optimizer adam --lr 0.1 --batch-size 6"
+
 
 def make_spec(prepared_toy, **changes):
     defaults = {"data": str(prepared_toy), "train": TRANSFORMER + RUN, "steps": 4,
@@ -236,6 +238,11 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
          "adagrad has no differentiable"),
         ({"train": TRANSFORMER + RUN + " --lr-scheduler reduce_lr_on_plateau"}, "plateau"),
+        ({"train": TRANSFORMER + RUN + " --lr 0.1,0.05"}, "settings of --lr-scheduler inverse"),
+        ({"train": TRANSFORMER + RUN + " --lr-scheduler cosine"}, "settings of --lr-sch.* cosine"),
+        ({"train": TRANSFORMER + ADAM + " --lr-scheduler tri_stage"}, "--lr-scheduler tri_stage"),
+        ({"train": TRANSFORMER + RUN + " --update-freq 64 --skip-remainder-batch"},
+         "batches, too few for one update; lower --update-freq"),
         ({"train": TRANSFORMER + RUN + " --user-dir 'x"}, "close the quotes"),
         ({"train": "--task language_modeling --arch transformer_lm"}, "cannot be taught"),
         ({"train": RUN}, "does not accept the flags"),
@@ -251,8 +258,33 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
 )
 def test_refusals_are_one_line(prepared_toy, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        build_student(make_spec(prepared_toy, **changes))
+        student = build_student(make_spec(prepared_toy, **changes))
+        student.reset(1)
+        student.batch(0)
     assert "\n" not in str(error.value)
+
+
+def test_dev_sentences_that_the_model_cannot_hold_are_not_decoded(prepared_toy):
+    """A learned position beyond the last would be an IndexError after a whole life."""
+    flags = " --encoder-learned-pos --max-source-positions 12 --skip-invalid-size-inputs-valid-test"
+    student = build_student(make_spec(prepared_toy, train=TRANSFORMER + RUN + flags))
+    assert 0 < len(student.dev.usable) < len(student.dev)
+    student.reset(1)
+    assert 0.0 <= student.true_measure() <= 1.0
+
+
+def test_training_data_in_several_parts_is_learnt_from_whole(prepared_toy, tmp_path):
+    import shutil
+
+    from l2t_fairseq.fairseq_setup import FairseqSetup
+
+    folder = tmp_path / "data-bin"
+    shutil.copytree(prepared_toy / "data-bin", folder)
+    alone = FairseqSetup(folder, TRANSFORMER + RUN)
+    for path in list(folder.glob("train.de-en.*")):
+        shutil.copy(path, folder / path.name.replace("train.", "train1."))
+    both = FairseqSetup(folder, TRANSFORMER + RUN + " --upsample-primary 2")
+    assert len(both.dataset("train")) == 3 * len(alone.dataset("train"))
 
 
 def test_an_empty_dev_set_is_one_line(prepared_toy, tmp_path):
