@@ -21,7 +21,7 @@ from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, is_unfinished
 
 
 def command(
@@ -186,8 +186,14 @@ def _order(arms: Sequence[compare_plan.Arm], trial: Any) -> tuple[Any, ...]:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
-    ours = (folder / "config.json").exists()
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    config = folder / "config.json"
+    if not folder.is_dir() or all(is_unfinished(path, config) for path in folder.iterdir()):
+        return
+    try:
+        ours = set(json.loads(config.read_text("utf-8"))) >= {"recipe", "compare", "teachers"}
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
         raise UserError(
             f"{folder} is not empty and holds no comparison of ours; choose another --out"
         )

@@ -20,6 +20,9 @@ from l2t_cli.recipe_values import impossible_settings, wrong_names
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 
+# How a run is made, or where its data lie: the same teacher comes out, to the bit.
+_MAY_CHANGE = ("training.memory", "training.spill", "image.folder", "nmt.data")
+
 PICTURE = "dev_measure.png"
 
 
@@ -147,7 +150,9 @@ def _open(config: dict[str, Any], folder: Path, resume: bool, processes: Any) ->
 
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank
-        else open_run(folder, config, resume=resume, may_grow="training.episodes")
+        else open_run(
+            folder, config, resume=resume, may_grow="training.episodes", may_change=_MAY_CHANGE
+        )
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,24 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def open_run(
-    path: Path, config: dict[str, Any], resume: bool = True, may_grow: str = ""
+    path: Path, config: dict[str, Any], resume: bool = True, may_grow: str = "",
+    may_change: Collection[str] = (),
 ) -> RunFolder:
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
 
     The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
+    The keys in ``may_change`` say how a run is made and not what comes out; they may differ.
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
             ``resume`` is false, or if it cannot be written.
     """
-    folder = RunFolder(path)
+    folder, changed = RunFolder(path), set[str]()
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     if folder.config.exists():
-        folder.grown = _check_same_run(folder, config, may_grow)
+        changed = _check_same_run(folder, config, may_grow, may_change)
+        folder.grown = may_grow in changed
         if not resume and folder.state.exists():
             raise UserError(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
@@ -116,7 +120,7 @@ def open_run(
         _write_config(folder, config)
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
-    if folder.grown:
+    if changed:
         _write_config(folder, config)
     for file in folder.files():
         sweep(file)
@@ -127,17 +131,19 @@ def _write_config(folder: RunFolder, config: dict[str, Any]) -> None:
     atomic_write(folder.config, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _check_same_run(folder: RunFolder, config: dict[str, Any], may_grow: str) -> bool:
-    """Tell whether ``config`` differs from the stored one by a greater ``may_grow``."""
+def _check_same_run(
+    folder: RunFolder, config: dict[str, Any], may_grow: str, may_change: Collection[str]
+) -> set[str]:
+    """Return the keys in which ``config`` differs from the stored one, if it may."""
     try:
         stored = json.loads(folder.config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
     before, now = _flattened(stored), _flattened(json.loads(json.dumps(config)))
-    grown = False
+    changed = set()
     for key in sorted(before.keys() | now.keys()):
         if key == may_grow and before.get(key, 0) < now.get(key, 0):
-            grown = True
+            changed.add(key)
         elif key == may_grow and before.get(key, 0) > now.get(key, 0):
             raise UserError(
                 f"{folder.path} holds this run with {key}={before[key]}, which may only grow; "
@@ -145,12 +151,14 @@ def _check_same_run(folder: RunFolder, config: dict[str, Any], may_grow: str) ->
             )
         elif key not in before and not now[key]:
             continue  # a setting that is younger than the run, and off
+        elif key in may_change and before.get(key) != now.get(key):
+            changed.add(key)
         elif before.get(key) != now.get(key):
             raise UserError(
                 f"{folder.path} holds another run ({key} is {before.get(key)!r} there, "
                 f"{now.get(key)!r} here); choose another --out"
             )
-    return grown
+    return changed
 
 
 def _flattened(value: Any, prefix: str = "") -> dict[str, Any]:

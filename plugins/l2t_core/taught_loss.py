@@ -34,7 +34,8 @@ class TaughtLoss(nn.Module):
     and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
     after each validation. Without ``step`` the teacher would keep writing its first loss. The
     module has no parameters; ``state_dict`` carries the student's state for a resume. In
-    evaluation mode it is plain cross-entropy. Targets of -100 are left out, as there.
+    evaluation mode and under ``torch.no_grad`` it is plain cross-entropy, and the teacher learns
+    nothing of it. Targets of -100 are left out, as in ``nn.CrossEntropyLoss``.
 
     Where a process group is initialised (DistributedDataParallel) every process has to call
     ``step`` at every step: the statistics of all are put together there, so that the teacher
@@ -88,7 +89,7 @@ class TaughtLoss(nn.Module):
         """
         logits, targets = _without_ignored(logits, targets)
         log_probs = torch.log_softmax(logits, 1)
-        if not self.training:
+        if not self.training or not torch.is_grad_enabled():
             return -log_probs.gather(1, targets.unsqueeze(1)).mean()
         self._check_classes(log_probs)
         self._device = logits.device

@@ -488,3 +488,16 @@ def test_optuna_that_is_not_installed_is_one_line(
     monkeypatch.setitem(sys.modules, "optuna", None)
     line = l2t("compare", tiny, "compare.search=optuna").error()
     assert 'pip install "l2t[tune]"' in line and not Path("runs").exists()
+
+
+def test_a_folder_of_another_tool_is_left_alone(l2t: Run, tiny: Path) -> None:
+    """Many tools write a config.json; what a killed first write of ours left is no one's."""
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text('{"model_type": "bert"}')
+    outcome = l2t("compare", tiny, "--out", "theirs")
+    assert outcome.code == 2 and "holds no comparison of ours" in outcome.err
+    assert Path("theirs/config.json").read_text() == '{"model_type": "bert"}'
+    assert len(list(Path("theirs").iterdir())) == 1
+    Path("ours").mkdir()
+    Path("ours/.config.json.abc").write_text("{")
+    assert l2t("compare", tiny, "--out", "ours", "--jobs", "1").code == 0

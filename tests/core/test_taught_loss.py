@@ -74,6 +74,23 @@ def test_warmup_is_cross_entropy_and_evaluation_too(teacher_path):
     torch.testing.assert_close(criterion.eval()(logits, targets), plain)
 
 
+def test_validation_is_cross_entropy_and_changes_nothing(teacher_path):
+    """The usual pass over dev, with model.eval() and no_grad: no one tells the criterion."""
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(8) % 4
+    for _ in range(3):
+        criterion(logits, targets)
+        criterion.step()
+    with torch.no_grad():
+        found = criterion(-logits, targets)
+    torch.testing.assert_close(found, nn.functional.cross_entropy(-logits, targets))
+    criterion(logits, targets)
+    criterion.step()
+    nll = float(nn.functional.cross_entropy(logits, targets))
+    assert criterion.applied.state_dict()["state"]["train"]["nll"] == pytest.approx(nll)
+
+
 def test_the_teacher_sees_the_rate_of_the_step_that_comes(teacher_path):
     """Two half batches make one step, with the rate that the scheduler set for it."""
     model, optimizer = fresh()

@@ -472,6 +472,15 @@ def test_one_number_of_a_run_may_grow(tmp_path):
         open_run(path, {"training": {"episodes": 10, "lr": 0.1}})
 
 
+def test_how_a_run_is_made_may_change(tmp_path):
+    first, second = ({"training": {"memory": m, "lr": 0.1}} for m in ("1GiB", "2GiB"))
+    open_run(tmp_path / "run", first)
+    assert not open_run(tmp_path / "run", second, may_change=("training.memory",)).grown
+    assert json.loads((tmp_path / "run/config.yaml").read_text()) == second
+    with pytest.raises(UserError, match="another run"):
+        open_run(tmp_path / "run", first)
+
+
 def test_a_kill_while_writing_leaves_nothing_in_the_way(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
