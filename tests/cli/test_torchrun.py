@@ -13,6 +13,8 @@ import torch
 from checkout import start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
+from l2t_core.teacher_file import load_teacher
+
 SIZE = [
     "training.students=2", "training.episodes=12", "training.finalists=2",
     "training.final_students=3",
@@ -74,3 +76,25 @@ def test_a_mistake_is_told_once(digits: Path, setting: str, message: str) -> Non
     _, err = start(digits.parent, digits, setting).communicate(timeout=120)
     (line,) = our_lines(err)
     assert message in line
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="as above")
+def test_shared_batches_go_on_with_another_number_of_processes(
+    l2t: Run, digits: Path, one_thread: None
+) -> None:
+    folder = digits.parent
+    size = ["training.parallel=data", "training.episodes=5"]
+    assert l2t("train-teacher", digits, *size, "--out", "whole").code == 0
+    process = start(folder, digits, *size, "--out", "parts")
+    log = folder / "parts/metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+    assert "2 processes share the batches" in out
+    assert 2 <= len(log.read_text().splitlines()) < 6
+    assert l2t("train-teacher", digits, *size, "--out", "parts").code == 0
+    whole, parts = (
+        load_teacher(folder / name / "teacher_last.safetensors")[0] for name in ("whole", "parts")
+    )
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
