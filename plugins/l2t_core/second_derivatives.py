@@ -112,7 +112,9 @@ class Exact:
         self, step: int, phi: Coefficients, pieces: list[Tensor], leaves: list[Tensor], layout: Any
     ) -> tuple[Parts, Parts]:
         life, names = self.life, list(phi)
-        key = (taught_at(self.loss, step), layout, *((x.shape, x.dtype) for x in leaves))
+        # As text: before torch 2.3 a layout cannot be hashed.
+        shapes = ((x.shape, x.dtype) for x in leaves)
+        key = (taught_at(self.loss, step), str(layout), *shapes)
         inputs = [*pieces, *phi.values(), *leaves]
 
         def function(*flat: Tensor) -> tuple[Parts, Parts]:
