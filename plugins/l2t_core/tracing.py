@@ -83,8 +83,8 @@ class TracedFunction:
         expected = function(*inputs)
         self._checks += 1
         pairs = zip(
-            [*pytree.tree_leaves(replayed), *after],
-            [*pytree.tree_leaves(expected), *buffers],
+            [*pytree.tree_flatten(replayed)[0], *after],
+            [*pytree.tree_flatten(expected)[0], *buffers],
             strict=True,
         )
         self.sound = all(_same(a, b) for a, b in pairs)
