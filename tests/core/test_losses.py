@@ -195,8 +195,11 @@ def test_autocast_does_not_touch_the_loss(form, low):
         return loss, *torch.autograd.grad(loss, log_probs)
 
     plain = loss_and_gradient()
-    with torch.autocast("cpu", low):
-        cast = loss_and_gradient()
+    try:
+        with torch.autocast("cpu", low):
+            cast = loss_and_gradient()
+    except RuntimeError as error:  # torch before 2.4 on float16
+        pytest.skip(str(error))
     for a, b in zip(plain, cast, strict=True):
         assert torch.equal(a, b)
     halved = bilinear_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)
