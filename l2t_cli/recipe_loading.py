@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -252,13 +253,23 @@ def _apply(
         return f"{key} is a section here, expected {_type_name(expected)}"
     try:
         OmegaConf.update(trees[section], rest, value, merge=False)
-    except (OmegaConfBaseException, ValueError, TypeError):
-        return f"{key} = {value!r} is a {_kind(value)}, expected {_type_name(expected)}"
-    taken = OmegaConf.select(trees[section], rest)
-    # omegaconf 2.0 turns 0.5 into 0 and true into 1 without a word.
-    changed = not isinstance(taken, str) and not isinstance(value, str) and taken != value
-    if changed or (isinstance(value, bool) and not isinstance(taken, bool)):
-        return f"{key} = {value!r} is a {_kind(value)}, expected {_type_name(expected)}"
+        taken = OmegaConf.select(trees[section], rest)
+        if OmegaConf.is_list(taken):
+            taken = OmegaConf.to_container(taken, resolve=True)
+        # omegaconf 2.0 turns 0.5 into 0 and true into 1 without a word.
+        changed = not isinstance(taken, str) and not isinstance(value, str) and taken != value
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        if "${" in str(value):  # omegaconf's reference to another key: ${steps}
+            return (
+                f"{key} = {value!r} refers by ${{...}} to what its section does not hold "
+                f"({_first_line(error)}); write the value itself"
+            )
+        return f"{key} = {value!r} {_mismatch(value, expected)}"
+    if _is_nan(taken):
+        return f"{key} = {value!r} is not a finite number"
+    nan_inside = isinstance(taken, list) and any(map(_is_nan, taken))
+    if changed or nan_inside or (isinstance(value, bool) and not isinstance(taken, bool)):
+        return f"{key} = {value!r} {_mismatch(value, expected)}"
     return ""
 
 
@@ -348,8 +359,25 @@ def _kind(value: Any) -> str:
 def _type_name(kind: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if typing.get_origin(kind) is list:
-        return "a list"
+        (element,) = typing.get_args(kind)
+        return f"a list of {names[element].removeprefix('a ')}{'' if element is str else 's'}"
     return names.get(kind, str(kind))
+
+
+def _mismatch(value: Any, expected: Any) -> str:
+    """Say why ``value`` is not what is ``expected``, of a list by its first wrong element."""
+    if isinstance(value, list) and typing.get_origin(expected) is list:
+        (kind,) = typing.get_args(expected)
+        takes = (int, float) if kind is float else (kind,)
+        for item in value:
+            if type(item) not in takes or _is_nan(item):
+                what = "no finite number" if _is_nan(item) else f"a {_kind(item)}"
+                return f"holds {item!r}, {what}; expected {_type_name(expected)}"
+    return f"is a {_kind(value)}, expected {_type_name(expected)}"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _first_line(error: BaseException) -> str:

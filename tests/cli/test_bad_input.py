@@ -29,6 +29,16 @@ from in_process import Run  # type: ignore[import-not-found]
         (["train-teacher", "digits", "image.optimiser.lr=fast"], "expected a number"),
         (["train-teacher", "digits", "image.optimiser=sgd"], "expected a section"),
         (["train-teacher", "digits", "teacher.features=progress"], "expected a list"),
+        (["train-teacher", "digits", "image.optimiser.lr=.nan"], "is not a finite number"),
+        (["train-teacher", "digits", "teacher.features=[1]"], "1, a whole number; expected a list"),
+        (["compare", "digits", "compare.lr=[a,b]"], "'a', a text; expected a list of numbers"),
+        (["compare", "digits", "compare.lr=[.1,.nan]"], "holds nan, no finite number"),
+        (["compare", "digits", "compare.focal.gamma=[true]"], "a yes/no value; expected a list"),
+        (["train-teacher", "digits", "image.folder=${HOME}/x"], "write the value itself"),
+        (["train-teacher", "digits", "image.folder=${HOME"], "write the value itself"),
+        (["train-teacher", "digits", "image.folder=${folder}"], "write the value itself"),
+        (["train-teacher", "digits", "image.steps=${data}"], "write the value itself"),
+        (["compare", "digits", "compare.losses=['${x}']"], "write the value itself"),
         (["train-teacher", "digits", "episodes"], "write key.sub=value"),
         (["train-teacher", "digits", "training.episodes=0"], "must be at least 1"),
         (["train-teacher", "digits", "loss.form=densee"], "did you mean 'dense'?"),
@@ -87,6 +97,12 @@ def test_validate_lists_all_errors_at_once(l2t: Run, digits: Path, tmp_path: Pat
     assert "image.stepz" in lines[0] and "image.steps" in lines[0] and "bad.yaml" in lines[0]
     assert "training.lr" in lines[1] and "'fast'" in lines[1]
     assert "nonesuch" in lines[2]
+
+
+def test_validate_names_a_reference_to_nothing(l2t: Run, digits: Path) -> None:
+    digits.write_text(digits.read_text().replace("data: digits", 'folder: "${HOME}/x"'))
+    line = l2t("recipes", "validate", digits).error()
+    assert "tiny.yaml: image.folder" in line and "'HOME'" in line
 
 
 def test_validate_looks_names_up(l2t: Run, digits: Path, tmp_path: Path) -> None:
