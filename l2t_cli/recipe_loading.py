@@ -251,6 +251,8 @@ def _apply(
         return f"{key} = {value!r} is a {_kind(value)}, expected a section"
     if isinstance(value, dict):
         return f"{key} is a section here, expected {_type_name(expected)}"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{key} = {value} is too large; whole numbers lie below 2^63"
     try:
         OmegaConf.update(trees[section], rest, value, merge=False)
         taken = OmegaConf.select(trees[section], rest)

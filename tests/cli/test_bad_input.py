@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from in_process import Run  # type: ignore[import-not-found]
 
+from l2t_cli.errors import exit_code_of
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
@@ -39,6 +41,9 @@ from in_process import Run  # type: ignore[import-not-found]
         (["train-teacher", "digits", "image.folder=${folder}"], "write the value itself"),
         (["train-teacher", "digits", "image.steps=${data}"], "write the value itself"),
         (["compare", "digits", "compare.losses=['${x}']"], "write the value itself"),
+        (["train-teacher", "digits", f"image.hidden={10**20}"], "lie below 2^63"),
+        (["train-teacher", "digits", f"image.hidden={10**11}"], "25600000000000 bytes at once"),
+        (["train-teacher", "digits", f"image.hidden={4 * 10**18}"], "a smaller batch or model"),
         (["train-teacher", "digits", "episodes"], "write key.sub=value"),
         (["train-teacher", "digits", "training.episodes=0"], "must be at least 1"),
         (["train-teacher", "digits", "loss.form=densee"], "did you mean 'dense'?"),
@@ -63,6 +68,20 @@ from in_process import Run  # type: ignore[import-not-found]
 def test_one_line_that_names_the_mend(l2t: Run, arguments: list[str], expected: str) -> None:
     assert expected in l2t(*arguments).error()
     assert not Path("runs").exists() and not Path("data").exists()
+
+
+def test_a_gpu_without_room_is_one_line_and_other_failures_of_torch_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+    assert exit_code_of(full) == 2 and exit_code_of(MemoryError()) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "(20.00 GiB at once)" in first and "training.memory" in first and "()" not in second
+    for error in (RuntimeError("shapes cannot be multiplied"), KeyError("memory")):
+        assert exit_code_of(error) is None
+    assert capsys.readouterr().err == ""
 
 
 def write(path: Path, text: str) -> Path:
