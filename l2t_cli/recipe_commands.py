@@ -10,7 +10,13 @@ import typer
 from l2t_cli import console
 from l2t_cli.errors import say
 from l2t_cli.options import Force, RecipeName, help_alone
-from l2t_cli.recipe_loading import check_recipe, find_recipe, read_yaml, shipped_recipes
+from l2t_cli.recipe_loading import (
+    check_recipe,
+    find_recipe,
+    read_yaml,
+    recipe_text,
+    shipped_recipes,
+)
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
@@ -33,7 +39,7 @@ def list_recipes() -> None:
 def show(name: RecipeName) -> None:
     """Print a recipe as it is written."""
     _, path = find_recipe(name)
-    print(path.read_text(encoding="utf-8").rstrip())
+    print(recipe_text(path).rstrip())
 
 
 @app.command()
@@ -54,7 +60,7 @@ def cp(
         return
     if target.exists() and not force:
         raise UserError(f"{target} exists; give --force to overwrite it, or another name")
-    atomic_write(target, path.read_text(encoding="utf-8"))
+    atomic_write(target, recipe_text(path))
     console.line(f"copied {name} to {console.shown(target)}")
 
 

@@ -172,6 +172,20 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     return recipe, []
 
 
+def recipe_text(path: Path) -> str:
+    """Return what the recipe file ``path`` holds, as it is written.
+
+    Raises:
+        UserError: if it cannot be read or is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -180,17 +194,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         # omegaconf's reader refuses duplicate keys and takes 1e-3 for the number that it is.
-        content = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8") or "{}"))
+        content = OmegaConf.to_container(OmegaConf.create(recipe_text(path) or "{}"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" line {mark.line + 1}" if mark else ""
         raise UserError(
             f"{path}{place}: not valid YAML: {error.problem or error.context}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is a {_kind(content)}")
     return {str(key): value for key, value in content.items()}

@@ -95,6 +95,15 @@ def test_a_recipe_that_is_no_yaml_names_the_line(l2t: Run, tmp_path: Path) -> No
     assert "broken.yaml line 4" in line and "not valid YAML" in line
 
 
+def test_a_recipe_that_is_no_utf_8(l2t: Run, tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("field: image\ndescription: größer\n".encode("latin-1"))
+    for words in (["show", latin], ["cp", latin, "copy.yaml"], ["validate", latin]):
+        line = l2t("recipes", *words).error()
+        assert "latin.yaml is no UTF-8 text" in line and "save it as UTF-8" in line
+    assert not Path("copy.yaml").exists()
+
+
 def test_a_key_given_twice_is_an_error(l2t: Run, tmp_path: Path) -> None:
     twice = write(tmp_path / "twice.yaml", "field: image\nfield: image\n")
     assert "twice.yaml" in l2t("train-teacher", twice).error()
