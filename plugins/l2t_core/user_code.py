@@ -39,7 +39,8 @@ def imported(path: str, key: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever the user's module does while it is imported
+    # Whatever the user's module does while it is imported; a script without a guard ends it all.
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{key} {path} cannot be imported ({reason}); write module:function, with the module "

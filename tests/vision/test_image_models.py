@@ -249,6 +249,7 @@ def number(num_classes):
 @pytest.fixture
 def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_models_here.py").write_text(OWN)
+    (tmp_path / "own_script_here.py").write_text("import sys\nsys.exit('usage: script DATA')\n")
     monkeypatch.chdir(tmp_path)
 
 
@@ -272,6 +273,7 @@ def test_an_own_model_that_works_in_place_leaves_the_batch_alone() -> None:
     [
         ("own_models_here:nett", "cannot be imported"),
         ("no_such_module_here:net", "No module named 'no_such_module_here'"),
+        ("own_script_here:net", "cannot be imported .SystemExit: usage: script DATA"),
         ("own_models_here:nn.functional.math", "is no function"),
         ("own_models_here:plain", "does not take images of 1 x 4 x 4"),
         ("own_models_here:wrong", "does not take images of 1 x 4 x 4"),
