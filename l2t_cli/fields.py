@@ -45,7 +45,8 @@ class Field:
     :class:`l2t_cli.application.Application`), ``trials`` trains the students of a comparison (see
     :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses``, ``datasets`` is the registry
     behind ``l2t data prepare``. ``check``, where there is one, lists what is wrong with a section,
-    before any data is read. ``extra`` is what to install where ``needs`` cannot be imported.
+    before any data is read; ``classes`` returns K where files alone tell it. ``extra`` is what to
+    install where ``needs`` cannot be imported.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Field:
     losses: tuple[str, ...]
     datasets: str
     check: str = ""
+    classes: str = ""
     needs: str = ""
     extra: str = ""
 
@@ -87,6 +89,10 @@ class Field:
     def problems(self, spec: Any) -> list[str]:
         """Return a line for everything that is wrong with ``spec`` on its own."""
         return list(self.load("check")(spec)) if self.check else []
+
+    def known_classes(self, spec: Any) -> int | None:
+        """Return the student's number of classes, None where building it alone would tell."""
+        return self.load("classes")(spec) if self.classes else None
 
     def build_student(self, spec: Any, seed: int) -> Any:
         """Return the student that ``spec`` describes.
@@ -124,6 +130,7 @@ FIELDS.register("nmt")(
         losses=("cross_entropy", "label_smoothing", "mrt"),
         datasets="l2t_fairseq.prepare:DATASETS",
         check="l2t_fairseq.checks:problems",
+        classes="l2t_fairseq.data_folder:known_entries",
         needs="fairseq",
         extra="nmt",
     )

@@ -81,7 +81,8 @@ def validate(
         if recipe is not None:
             # The check of settings looks names up, too, but says less about where they are.
             found = [*wrong_names(recipe), *wrong_student(recipe)]
-            found = found or impossible_settings(recipe, recipe.student.steps)
+            classes = recipe.field.known_classes(recipe.student)
+            found = found or impossible_settings(recipe, recipe.student.steps, classes)
             found += compare_plan.problems(recipe)
         if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")

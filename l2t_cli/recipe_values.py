@@ -27,12 +27,15 @@ def wrong_student(recipe: Recipe) -> list[str]:
     return [f"{recipe.source}: {line}" for line in recipe.field.problems(recipe.student)]
 
 
-def impossible_settings(recipe: Recipe, total_steps: int) -> list[str]:
-    """Return a line if no teacher can learn anything with the settings of ``recipe``."""
+def impossible_settings(recipe: Recipe, total_steps: int, classes: int | None) -> list[str]:
+    """Return a line if no teacher can learn anything with the settings of ``recipe``.
+
+    ``classes`` is the student's K; None where it is not known without building the student.
+    """
     from l2t_core.settings import check_settings
 
     try:
-        check_settings(recipe.loss, recipe.teacher, recipe.training, total_steps)
+        check_settings(recipe.loss, recipe.teacher, recipe.training, total_steps, classes)
     except UserError as error:
         return [f"{recipe.source}: {error}"]
     return []

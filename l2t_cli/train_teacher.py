@@ -68,7 +68,7 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     if wrong := wrong_names(recipe):
         raise UserError(wrong[0])
     student = recipe.field.build_student(recipe.student, recipe.training.seed)
-    if wrong := impossible_settings(recipe, student.total_steps):
+    if wrong := impossible_settings(recipe, student.total_steps, student.num_classes):
         raise UserError(wrong[0])
     engine = Engine(Life(student, recipe.training.precision), recipe.loss, recipe.training)
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())

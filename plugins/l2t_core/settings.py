@@ -17,15 +17,24 @@ from l2t_core.specs import (
     TeacherSpec,
     TrainingSpec,
 )
+from l2t_core.student_state import feature_count
 from l2t_core.teachers import TEACHERS
 
 PARALLELS = ("students", "data")
+# A dense W beyond this many classes takes more memory than any student of that size.
+DENSE_LIMIT = 1000
 
 
 def check_settings(
-    loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, total_steps: int
+    loss: LossSpec,
+    teacher: TeacherSpec,
+    spec: TrainingSpec,
+    total_steps: int,
+    num_classes: int | None = None,
 ) -> None:
     """Refuse settings with which no teacher can learn anything.
+
+    ``num_classes`` is the student's K; None where it is not known yet.
 
     Raises:
         UserError: naming the first such setting, its value and what it may be.
@@ -34,6 +43,15 @@ def check_settings(
         if not fine:
             raise UserError(f"{name} is {value}; it {mend}")
     coefficient_shapes(loss, 2)
+    try:
+        feature_count(teacher.features, num_classes or 2)
+    except UserError as error:
+        raise UserError(f"teacher.features: {error}") from None
+    if loss.form == "dense" and num_classes is not None and num_classes > DENSE_LIMIT:
+        raise UserError(
+            f"loss.form=dense would hold {num_classes} x {num_classes} numbers in every slot; use "
+            "diagonal, lowrank or shared"
+        )
     SIGMAS.get(loss.sigma)
     TEACHERS.get(teacher.name)
     DIFFERENTIATIONS.get(spec.differentiation)

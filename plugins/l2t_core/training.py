@@ -37,8 +37,6 @@ from l2t_core.teachers import Teacher, build_teacher
 from l2t_core.training_state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.update import advice, combine, phi_penalty, signal_to_noise, unusable
 
-# A dense W beyond this many classes takes more memory than any student of that size.
-DENSE_LIMIT = 1000
 # So many episodes in a row without a usable hypergradient end a run: more would not help.
 MOST_SKIPPED = 8
 # Beyond the students of any run's episodes.
@@ -91,13 +89,8 @@ class TeacherTraining:
     def _check(
         self, student: Student, loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec
     ) -> None:
-        check_settings(loss, teacher, spec, student.total_steps)
+        check_settings(loss, teacher, spec, student.total_steps, student.num_classes)
         check_processes(spec, self.processes.world)
-        if loss.form == "dense" and student.num_classes > DENSE_LIMIT:
-            raise UserError(
-                f"loss.form=dense would hold {student.num_classes} x {student.num_classes} numbers "
-                "in every slot; use diagonal, lowrank or shared"
-            )
 
     def _new_teacher(self, features: int) -> Teacher:
         return build_teacher(

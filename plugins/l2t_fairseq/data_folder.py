@@ -7,6 +7,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_fairseq.prepare import load_prepared, read_lines
+from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.text_form import TextForm
 
 
@@ -36,6 +37,13 @@ class DataFolder:
 def data_bin_of(path: Path) -> Path:
     """Return the folder that fairseq calls DATA for the recipe's ``nmt.data``, there or not."""
     return path if any(path.glob("dict.*.txt")) else path / "data-bin"
+
+
+def known_entries(spec: NmtSpec) -> int | None:
+    """Return the entries of the smallest dictionary in ``nmt.data``, None if there is no data."""
+    files = data_bin_of(Path(spec.data)).glob("dict.*.txt") if spec.data else ()
+    # The file leaves out beginning, end, padding and unknown.
+    return min((file.read_bytes().count(b"\n") + 4 for file in files), default=None)
 
 
 def open_data(path: Path) -> DataFolder:

@@ -166,6 +166,7 @@ def test_a_folder_of_other_files_is_refused(l2t: Run, digits: Path, tmp_path: Pa
         "training.episodes=-1",
         "image.optimiser.name=sgdd",
         "loss.warmup_steps=24",
+        "teacher.features=[progress, dev_acuracy]",
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(l2t: Run, digits: Path, change: str) -> None:
@@ -175,6 +176,42 @@ def test_a_dry_run_refuses_what_the_run_refuses(l2t: Run, digits: Path, change: 
 def test_validate_refuses_impossible_settings(l2t: Run, digits: Path, tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.yaml", digits.read_text().replace("episodes: 2", "episodes: -1"))
     assert "training.episodes" in l2t("recipes", "validate", bad).error()
+
+
+def test_validate_refuses_an_unknown_feature(l2t: Run, digits: Path) -> None:
+    text = digits.read_text().replace("slots: 2", "slots: 2, features: [progress, dev_acuracy]")
+    line = l2t("recipes", "validate", write(digits, text)).error()
+    assert "teacher.features: " in line and "did you mean 'dev_accuracy'?" in line
+
+
+MANY_CLASSES = """\
+import torch
+
+def load(folder, train):
+    return torch.zeros(1001, 2, 2, dtype=torch.uint8), torch.arange(1001)
+"""
+
+
+def test_a_dry_run_refuses_a_dense_loss_of_too_many_classes(
+    l2t: Run, digits: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "many_classes_here.py", MANY_CLASSES)
+    changes = ["image.data=many_classes_here:load", "image.dev_size=400", "loss.form=dense"]
+    line = l2t("train-teacher", digits, *changes, "--dry-run").error()
+    assert "loss.form=dense would hold 1001 x 1001 numbers" in line
+    assert l2t("train-teacher", digits, *changes[:2], "--dry-run").code == 0
+
+
+def test_validate_refuses_a_dense_loss_over_the_dictionary_that_is_there(
+    l2t: Run, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "words.yaml", "field: nmt\nnmt: {data: words}\nloss: {form: dense}\n")
+    assert l2t("recipes", "validate", recipe).code == 0  # no data yet, so nothing is known of it
+    data = tmp_path / "words" / "data-bin"
+    data.mkdir(parents=True)
+    for language, words in (("de", 2000), ("en", 1096)):
+        write(data / f"dict.{language}.txt", "".join(f"w{i} 1\n" for i in range(words)))
+    assert "would hold 1100 x 1100" in l2t("recipes", "validate", recipe).error()
 
 
 @pytest.mark.parametrize("change", ["loss.form=dense", "teacher.slots=3", "training.lr=1"])
