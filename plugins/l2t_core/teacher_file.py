@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,10 @@ from safetensors import SafetensorError
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
-from l2t_core.losses import SIGMAS
+from l2t_core.losses import FORMS, SIGMAS
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import feature_count
-from l2t_core.teachers import Teacher, build_teacher
+from l2t_core.teachers import TEACHERS, Teacher, build_teacher
 
 FORMAT = "l2t-teacher"
 VERSION = 1
@@ -88,7 +89,7 @@ def _read_content(path: Path | str) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the teacher file {path}: {error.strerror}") from error
-    except (ValueError, struct.error, AttributeError, RecursionError):
+    except (ValueError, TypeError, struct.error, AttributeError, RecursionError):
         raise UserError(
             f"{path} is not a teacher file or is cut short; give a file that "
             "`l2t train-teacher` wrote, or copy it again"
@@ -110,8 +111,13 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     except (SafetensorError, ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); copy it again") from error
     # Without memory until its shapes are known to be those of the file: a header may claim any.
-    with torch.device("meta"):
-        teacher = build_teacher(header.teacher, header.loss, header.num_classes, features, seed=0)
+    try:
+        with torch.device("meta"):
+            teacher = build_teacher(
+                header.teacher, header.loss, header.num_classes, features, seed=0
+            )
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what numbers can count
+        raise UserError(f"{path}: damaged header ({error}); train the teacher again") from error
     expected = {k: tuple(v.shape) for k, v in teacher.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if expected != found:
@@ -173,14 +179,22 @@ def _check_values(header: TeacherHeader) -> None:
         share = getattr(header.loss, name)
         if not isinstance(share, int | float) or not 0.0 <= share < 1.0:
             raise ValueError(f"loss.{name} is {share!r}")
+    scale = header.teacher.init_scale
+    if type(scale) not in (int, float) or not 0.0 <= scale < math.inf:
+        raise ValueError(f"teacher.init_scale is {scale!r}")
     if not isinstance(header.fingerprint, dict) or not isinstance(header.record, dict):
         raise ValueError("fingerprint or record is no table")
+    measured = header.record.get("dev_measure")
+    if measured is not None and type(measured) not in (int, float):
+        raise ValueError(f"record.dev_measure is {measured!r}")
     if not isinstance(header.teacher.features, list) or not header.teacher.features:
         raise ValueError(f"teacher.features is {header.teacher.features!r}")
     names = [header.teacher.name, header.loss.form, header.loss.sigma, *header.teacher.features]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"names are {names!r}")
     feature_count(header.teacher.features, header.num_classes)
+    TEACHERS.get(header.teacher.name)
+    FORMS.get(header.loss.form)
     SIGMAS.get(header.loss.sigma)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import struct
 
 import pytest
@@ -63,6 +64,11 @@ def test_every_truncation_is_one_clear_line(saved, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def content_of_header(path, text):
+    """Write a file of a safetensors header alone, which no library of its would write."""
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+
+
 def test_other_files_are_refused(saved, tmp_path):
     path = saved[0]
     with pytest.raises(UserError, match="no teacher file"):
@@ -100,12 +106,24 @@ def test_other_files_are_refused(saved, tmp_path):
         ("teacher", "features", None), ("teacher", "features", [1]), ("loss", "ce_mix", "a"),
         ("loss", "warmup_smoothing", 1.0), ("loss", "warmup_steps", -2), ("loss", "sigma", "x"),
         ("loss", "form", 3), (None, "fingerprint", None), (None, "teacher", 7),
+        ("loss", "form", "densee"), ("teacher", "name", "attn"), ("teacher", "init_scale", "x"),
+        ("teacher", "init_scale", math.nan), ("record", "dev_measure", "x"),
     ):
         spoilt = copy.deepcopy(bad)
         (spoilt[section] if section else spoilt)[key] = value
         rewrite(header=spoilt)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"other\.safetensors: damaged header \("):
+            load_header(other)
+    for form in ("dense", "lowrank"):
+        beyond = copy.deepcopy(bad)
+        beyond["loss"].update(form=form, rank=2**39)
+        rewrite(header={**beyond, "num_classes": 2**39})
+        with pytest.raises(UserError, match=r"other\.safetensors: damaged header \("):
             load_teacher(other)
+    for metadata in (5, None, [1]):
+        content_of_header(other, json.dumps({"__metadata__": {"l2t": metadata}}))
+        with pytest.raises(UserError, match=r"other\.safetensors is not a teacher file"):
+            load_header(other)
     huge = copy.deepcopy(bad)
     huge["loss"]["form"], huge["num_classes"] = "dense", 10**7
     rewrite(header=huge)
