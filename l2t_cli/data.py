@@ -64,7 +64,11 @@ def prepare_data_set(
         with view:
             run(folder, source, view.receive)
     except KeyboardInterrupt:
-        raise Interrupted("nothing half-made is left; the same command starts again") from None
+        kept = "nothing half-made is left; the same command starts again"
+        if source is None:
+            kept = "what was downloaded is kept, an unfinished file as .part; the same command "
+            kept += "continues"
+        raise Interrupted(kept) from None
     if log_format.wordy:
         console.line(f"{name} is ready in {console.shown(folder)}")
     return folder

@@ -182,3 +182,34 @@ main(sys.argv[1:])
         assert run.stderr.splitlines() == [
             'l2t: error: nmt recipes need fairseq, which is not installed; pip install "l2t[nmt]"'
         ]
+
+
+class Breaking:
+    """An answer of which ten bytes arrive before Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.status, self.headers = 200, {"Content-Length": "100"}
+        self.chunks = iter([b"0123456789"])
+
+    def __enter__(self) -> Breaking:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        for chunk in self.chunks:
+            return chunk
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_download_says_what_is_kept(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Breaking())
+    outcome = l2t("data", "prepare", "mnist", "--log-format", "none")
+    assert outcome.code == 130
+    kept = "what was downloaded is kept, an unfinished file as .part; the same command continues"
+    assert outcome.err == f"l2t: interrupted: {kept}\n"
+    part = Path("data/mnist/train-images-idx3-ubyte.gz.part")
+    assert part.read_bytes() == b"0123456789"
