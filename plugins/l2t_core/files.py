@@ -72,3 +72,14 @@ def sweep(path: Path) -> None:
         with contextlib.suppress(OSError):
             if is_unfinished(left, path) and time.time() - left.stat().st_mtime > _LONG_AGO:
                 left.unlink()
+
+
+def from_home(path: str | Path) -> Path:
+    """Return ``path`` with a ``~`` in front as the home folder, which no shell expands in a recipe.
+
+    Where there is no such user it stays as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

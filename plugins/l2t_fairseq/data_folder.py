@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2t_core.errors import UserError
+from l2t_core.files import from_home
 from l2t_fairseq.prepare import load_prepared, read_lines
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.text_form import TextForm
@@ -36,6 +37,7 @@ class DataFolder:
 
 def data_bin_of(path: Path) -> Path:
     """Return the folder that fairseq calls DATA for the recipe's ``nmt.data``, there or not."""
+    path = from_home(path)
     return path if any(path.glob("dict.*.txt")) else path / "data-bin"
 
 
@@ -52,6 +54,7 @@ def open_data(path: Path) -> DataFolder:
     Raises:
         UserError: if it is missing, neither of the two, or not whole.
     """
+    path = from_home(path)
     data_bin = data_bin_of(path)
     prepared = data_bin.parent
     if data_bin != path or (prepared / "prepared.json").is_file():

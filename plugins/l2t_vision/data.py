@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_core.files import from_home
 from l2t_core.registry import Registry
 from l2t_core.user_code import imported, is_import_path
 from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
@@ -159,7 +160,7 @@ def load_data(spec: ImageSpec) -> ImageData:
         UserError: if the name is unknown, the files unusable or the sizes impossible.
     """
     loader = own_data if is_import_path(spec.data) else LOADERS.get(spec.data)
-    raw = loader(Path(spec.folder or f"data/{spec.data}"), spec)
+    raw = loader(from_home(spec.folder or f"data/{spec.data}"), spec)
     left = len(raw.train_y) - spec.dev_size
     if left < max(1, spec.train_size):
         raise UserError(

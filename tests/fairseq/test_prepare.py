@@ -15,6 +15,7 @@ import pytest
 
 from l2t_core.errors import UserError
 from l2t_fairseq import multi30k, prepare
+from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.demo_corpus import make_demo_corpus
 from l2t_fairseq.prepare import Corpus, load_prepared, prepare_corpus, read_lines
 
@@ -308,3 +309,12 @@ def test_the_demo_reads_no_folder(tmp_path: Path) -> None:
         prepare.DATASETS.get("demo")(tmp_path / "out", tmp_path, lambda event: None)
     with pytest.raises(UserError, match="did you mean 'multi30k'"):
         prepare.DATASETS.get("multi3k")
+
+
+def test_a_folder_at_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data_bin = tmp_path / "words" / "data-bin"
+    data_bin.mkdir(parents=True)
+    (data_bin / "dict.en.txt").write_text("one 1\ntwo@@ 1\n")
+    found = open_data(Path("~/words/data-bin"))
+    assert found.data_bin == data_bin == data_bin_of(Path("~/words"))

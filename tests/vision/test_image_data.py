@@ -39,6 +39,14 @@ def test_a_mnist_folder_gzipped_or_plain(small_mnist: Path) -> None:
     assert data.num_classes == 10 and data.test_y.tolist() == [i % 10 for i in range(20)]
 
 
+def test_a_folder_at_home(small_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small_mnist.parent))
+    data = load(Path("~") / small_mnist.name)
+    assert torch.equal(data.train_x, load(small_mnist).train_x)
+    with pytest.raises(UserError, match="~nobody-here"):
+        load(Path("~nobody-here/mnist"))
+
+
 def test_images_are_standardised_by_the_training_images(small_mnist: Path) -> None:
     data = load(small_mnist)
     x = data.standardised(data.train_x)
