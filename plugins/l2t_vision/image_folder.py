@@ -30,7 +30,8 @@ from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "test")
-_FORMAT = "1"  # of the cached file and of the way to decode
+# Of the cached file and of the way to decode; archives' links were once left out without a word.
+_FOLDER_FORMAT, _ARCHIVE_FORMAT = "1", "2"
 
 
 def load_image_folder(source: Path, size: int = 0) -> RawImages:
@@ -49,7 +50,8 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
         if cached is not None:
             return cached
         raw = _decode_all(source, size)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    # A hard link's missing target is a KeyError.
+    except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"{source} cannot be read or is cut short ({error})") from error
     _save(cache, raw)
     return raw
@@ -58,7 +60,7 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
 def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield every picture's path, down from its split, and its content."""
     if source.is_dir():
-        for found in sorted(p for p in source.rglob("*") if _is_picture(p) and p.is_file()):
+        for found in sorted(_pictures(source)):
             yield PurePosixPath(found.relative_to(source).as_posix()), found.read_bytes()
         return
     if not source.is_file():
@@ -71,10 +73,45 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     with tarfile.open(source) as archive:
         for member in archive:
             path = PurePosixPath(member.name.removeprefix("./"))
-            if member.isfile() and _is_picture(path):
+            inside = path.parts[:1] in [(split,) for split in SPLITS]
+            if member.issym() and inside and not path.name.startswith("."):
+                raise UserError(
+                    f"{source}: {path} is a symbolic link; pack what it points to "
+                    "(tar --dereference)"
+                )
+            # A hard link stands for a file that is packed further up.
+            if (member.isfile() or member.islnk()) and _is_picture(path):
                 handle = archive.extractfile(member)
                 assert handle is not None  # it is a file
                 yield path, handle.read()
+
+
+def _pictures(source: Path) -> Iterator[Path]:
+    """Yield the pictures under the folder ``source``, those behind links too.
+
+    Raises:
+        UserError: if a split, a class or a picture is a link to nothing.
+    """
+    above = {source: {os.path.realpath(source)}}  # of each folder, itself and those it lies in
+    for place, folders, files in os.walk(source, followlinks=True):
+        here = Path(place)
+        around = above.pop(here)
+        for name in list(folders):
+            real = os.path.realpath(here / name)
+            if real in around:
+                folders.remove(name)  # a link back up, which holds nothing new
+            else:
+                above[here / name] = around | {real}
+        for name in files:
+            path = here / name
+            if path.is_file():
+                if _is_picture(path):
+                    yield path
+                continue
+            parts = path.relative_to(source).parts
+            wanted = parts[0] in SPLITS and (len(parts) <= 2 or _is_picture(path))
+            if path.is_symlink() and wanted and not name.startswith("."):
+                raise UserError(f"{path} is a link to nothing; mend or remove it")
 
 
 def _is_picture(path: PurePosixPath | Path) -> bool:
@@ -83,8 +120,10 @@ def _is_picture(path: PurePosixPath | Path) -> bool:
 
 
 def _content_key(source: Path, size: int) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {size} ".encode())
-    if source.is_file():
+    packed = source.is_file()
+    form = _ARCHIVE_FORMAT if packed else _FOLDER_FORMAT
+    digest = hashlib.sha256(f"{form} {size} ".encode())
+    if packed:
         digest.update(file_digest(source, "sha256").encode())
     else:
         for path, content in _files(source):

@@ -196,3 +196,47 @@ def test_neither_folder_nor_archive(pets: Path, tmp_path: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut short"):
         load_image_folder(archive)
+
+
+def test_the_digest_of_a_folder_without_links_stays(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/a.b/1.png", "test/a/2.JPG", "train/a/.3.png", "notes.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(name.encode())
+    # As first published: what is cached is found again.
+    key = image_folder._content_key(tmp_path / "set", 7)
+    assert key == "d12c17d9e307f883e5d85fb6e356f18a74bcbe42942df22c5f32d5369bed9781"
+
+
+def test_classes_and_pictures_behind_links_are_there(pets: Path, tmp_path: Path) -> None:
+    whole = load_image_folder(pets)
+    (pets / "train" / "dog").rename(tmp_path / "dogs")
+    (pets / "train" / "dog").symlink_to(tmp_path / "dogs")
+    (pets / "test" / "cat" / "000.png").rename(tmp_path / "cat.png")
+    (pets / "test" / "cat" / "000.png").symlink_to(tmp_path / "cat.png")
+    (pets / "train" / "cat" / "up").symlink_to(pets)  # a loop
+    (tmp_path / "dogs" / "again").symlink_to(tmp_path / "dogs")
+    linked = load_image_folder(pets)
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(whole, name), getattr(linked, name))
+    assert linked.num_classes == 2
+
+
+@pytest.mark.parametrize("place", ["train/emu", "train/cat/777.png", "test"])
+def test_a_link_to_nothing_is_named(pets: Path, place: str) -> None:
+    if place == "test":
+        (pets / "test").rename(pets.parent / "old")
+    (pets / "README").symlink_to("gone")  # nothing that is looked for
+    (pets / place).symlink_to(pets / "gone")
+    with pytest.raises(UserError, match=f"{place} is a link to nothing"):
+        load_image_folder(pets)
+
+
+def test_an_archive_refuses_symbolic_links_and_follows_hard_ones(pets: Path) -> None:
+    whole = load_image_folder(pets)
+    dogs = pets / "train" / "dog"
+    (dogs / "006.png").hardlink_to(dogs / "000.png")
+    raw = load_image_folder(packed(pets, "gz"))
+    assert len(raw.train_y) == 11 and torch.equal(raw.train_x[10], whole.train_x[4])
+    (pets / "train" / "emu").symlink_to(dogs)
+    with pytest.raises(UserError, match=r"train/emu is a symbolic link; .*--dereference"):
+        load_image_folder(packed(pets, "gz"))
