@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,7 @@ def test_training_on_moved_images_can_be_repeated(make_student: Make) -> None:
 
 OWN = """\
 import random
+import numpy as np
 import torch
 
 def noisy(images):
@@ -120,8 +123,17 @@ class Mirror:
 
 mirror = Mirror()
 
-def forgetful(images):
+def by_python(images):
     return images + random.randrange(1, 200)
+
+def by_numpy(images):
+    return images + np.random.randint(1, 200)
+
+calls = []
+
+def forgetful(images):
+    calls.append(len(images))
+    return images.flip(3) if len(calls) > 4 else images
 
 def cut(images):
     return images[:, :, 1:]
@@ -158,6 +170,21 @@ def test_an_augmentation_of_ones_own_is_replayed(make_student: Make) -> None:
     assert {int(v) for a in added for v in a.round().unique() if v >= 0} == {0, 1, 2}
     assert not torch.equal(added[0], added[5])  # the same images, an epoch later
     assert plain.test_error() == student.test_error()
+
+
+@pytest.mark.usefixtures("own_code")
+@pytest.mark.parametrize("name", ["by_python", "by_numpy"])
+def test_random_numbers_of_python_and_numpy_are_replayed(make_student: Make, name: str) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    student = make_student(augment=f"own_augmentation:{name}")
+    student.reset(5)
+    forward = [student.batch(step)[0].clone() for step in range(12)]
+    assert all(torch.equal(student.batch(s)[0], forward[s]) for s in reversed(range(12)))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    plain = make_student()
+    plain.reset(5)
+    steps = [f - plain.batch(s)[0] for s, f in enumerate(forward)]
+    assert len({round(float(step.max()), 3) for step in steps}) > 2  # not always the same draw
 
 
 @pytest.mark.usefixtures("own_code")
