@@ -15,7 +15,7 @@ from l2t_cli.application import mean_and_deviation
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
-from l2t_core.comparison import Point, at_edge, compare_paired
+from l2t_core.comparison import SIGNIFICANT, Point, at_edge, compare_paired
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
 
@@ -32,8 +32,6 @@ COLUMNS = (
     "loss", "chosen on dev", "dev {dev}", "test {test}", "change", "95 % interval", "p", "time",
     "steps",
 )
-# Below this a paired t-test's p tells two losses apart.
-SIGNIFICANT = 0.05
 
 Summary = dict[str, Any]
 

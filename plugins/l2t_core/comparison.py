@@ -14,6 +14,12 @@ if TYPE_CHECKING:  # the command line reads this module without waiting for nump
 
 Values = Mapping[str, Sequence[float]]
 RESAMPLES = 10_000
+# Below this a paired t-test's p tells two losses apart.
+SIGNIFICANT = 0.05
+# One or two pairs say how far apart two losses are, not whether by chance.
+_FEWEST_PAIRS = 3
+# Differences that spread by less than this share of the scores differ by rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,22 @@ class PairedComparison:
 
     ``difference`` is mean(a - b), ``relative`` the same over \\|mean(b)\\|, None where that is
     zero. ``low`` and ``high`` are the 2.5 and 97.5 % points of the bootstrap's means,
-    ``bootstrap_p`` its two-sided p. ``t_p`` is the paired t-test's two-sided p, None for a single
-    pair.
+    ``bootstrap_p`` its two-sided p, ``t_p`` the paired t-test's. Both are None for fewer than
+    three pairs, and where the differences are all equal but for rounding: neither test has a
+    spread to go by then.
     """
 
     difference: float
     relative: float | None
     low: float
     high: float
-    bootstrap_p: float
+    bootstrap_p: float | None
     t_p: float | None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the t-test tells the two apart, at the level of 5 %."""
+        return self.t_p is not None and self.t_p < SIGNIFICANT
 
 
 def refined(values: Sequence[float], count: int) -> list[float]:
@@ -141,24 +153,29 @@ def compare_paired(ours: Sequence[float], theirs: Sequence[float]) -> PairedComp
     smaller = min(float((means <= 0).mean()), float((means >= 0).mean()))
     reference = mean(theirs)
     difference = mean(differences)
+    testable = _testable(differences, max(map(abs, [*ours, *theirs])))
     return PairedComparison(
         difference=difference,
         relative=difference / abs(reference) if reference else None,
         low=float(low),
         high=float(high),
-        bootstrap_p=min(1.0, 2.0 * smaller),
-        t_p=_t_test(differences),
+        bootstrap_p=min(1.0, 2.0 * smaller) if testable else None,
+        t_p=_t_test(differences) if testable else None,
     )
 
 
-def _t_test(differences: Sequence[float]) -> float | None:
+def _testable(differences: Sequence[float], size: float) -> bool:
+    """Tell whether there are enough differences, of scores up to ``size``, and a spread of them."""
+    spread = deviation(differences)
+    enough = len(differences) >= _FEWEST_PAIRS
+    return enough and spread is not None and spread > _ROUNDING * size
+
+
+def _t_test(differences: Sequence[float]) -> float:
     from scipy.stats import t
 
-    spread = deviation(differences)
-    if spread is None:
-        return None
-    if spread == 0.0:  # all seeds say the same
-        return 1.0 if differences[0] == 0.0 else 0.0
     count = len(differences)
+    spread = deviation(differences)
+    assert spread  # None or zero is not testable
     statistic = mean(differences) / (spread / math.sqrt(count))
     return float(2.0 * t.sf(abs(statistic), count - 1))

@@ -158,7 +158,7 @@ def test_the_report_is_what_the_trial_files_say(watched: Watched) -> None:
         change = (mean(values) - mean(reference)) / mean(reference)
         assert against["relative"] == pytest.approx(change)
         assert f"{100 * change:+.1f} %" in report
-        if against["t_p"] not in (0.0, 1.0):
+        if against["t_p"] is not None:
             p = stats.ttest_rel(values, reference).pvalue
             assert against["t_p"] == pytest.approx(p)
             assert (f"| {p:.3f} |" if p >= 0.0005 else "| <0.001 |") in report

@@ -57,11 +57,21 @@ def test_differences_in_numbers_and_relative_to_the_reference() -> None:
     assert compare_paired([1.0], [2.0]).t_p is None
 
 
-def test_equal_and_constantly_different_scores() -> None:
+def test_without_a_spread_of_the_differences_there_is_no_p() -> None:
     same = compare_paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    assert (same.t_p, same.bootstrap_p, same.low, same.high) == (1.0, 1.0, 0.0, 0.0)
+    assert (same.t_p, same.bootstrap_p, same.low, same.high) == (None, None, 0.0, 0.0)
     apart = compare_paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
-    assert (apart.t_p, apart.bootstrap_p, apart.difference) == (0.0, 0.0, 1.0)
+    assert (apart.t_p, apart.bootstrap_p, apart.difference) == (None, None, 1.0)
+    # 0.1 each, but for rounding; a spread of a tenth of that is one.
+    rounded = compare_paired([3.3, 3.5, 4.1], [3.2, 3.4, 4.0])
+    assert rounded.t_p is None and not rounded.told_apart
+    assert compare_paired([3.3, 3.51, 4.1], [3.2, 3.4, 4.0]).told_apart
+
+
+def test_two_pairs_are_too_few_for_a_p() -> None:
+    for ours in ([2.0, 3.0], [2.0, 3.001]):
+        two = compare_paired(ours, [1.0, 2.0])
+        assert two.t_p is None and two.bootstrap_p is None and not two.told_apart
 
 
 def test_mean_and_deviation_are_numpys() -> None:
