@@ -18,12 +18,17 @@ from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
+_MOST_STUDENTS = 10_000
+_LAST_SEED = 2**31 - 1
 LABELS = {TAUGHT: "taught", CROSS_ENTROPY: "cross-entropy"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one trained student reached on test. ``signature`` makes the number repeatable."""
+    """What one trained student reached on test. ``signature`` makes the number repeatable.
+
+    ``seconds`` are those of an image student's every start, of a fairseq command's last one.
+    """
 
     value: float
     signature: str
@@ -132,9 +137,16 @@ def student_title(teacher: Path | None, seed: int) -> str:
 
 
 def seeds_from(first: int, count: int) -> range:
-    """Return ``count`` seeds from ``first`` on."""
-    if count < 1:
-        raise UserError(f"--seeds is {count}; it must be at least 1")
+    """Return ``count`` seeds from ``first`` on.
+
+    Raises:
+        UserError: if there are none or too many, or one that not every random number generator
+            takes.
+    """
+    if not 1 <= count <= _MOST_STUDENTS:
+        raise UserError(f"--seeds is {count}; it must be at least 1 and at most {_MOST_STUDENTS:,}")
+    if not 0 <= first <= _LAST_SEED - count + 1:
+        raise UserError(f"--seed is {first}; the students' seeds must lie in [0, 2^31)")
     return range(first, first + count)
 
 
@@ -211,7 +223,8 @@ def _taken_back(before: FreshFolder, error: Exception) -> Exception:
 def report(result: ApplicationResult, log_format: LogFormat) -> None:
     """Print the table, the signature and what was written."""
     if log_format is LogFormat.json:
-        print((result.folder / "result.json").read_text(encoding="utf-8").rstrip())
+        content = json.loads((result.folder / "result.json").read_text(encoding="utf-8"))
+        print(json.dumps({"event": "result", **content}), flush=True)
         return
     if log_format is LogFormat.none:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +89,11 @@ class ImageApplication:
         import torch
 
         from l2t_core.apply import train_student
+        from l2t_core.step_losses import FixedLoss, Recorded
 
-        began = time.monotonic()
         student = self.student()
         applied = follow(student, teacher) if teacher else None
+        recorded = Recorded(applied or FixedLoss())
         title = student_title(teacher, seed)
         with bar(title, log_format, quiet=True) as update:
 
@@ -104,7 +104,7 @@ class ImageApplication:
                 train_student(
                     student,
                     seed,
-                    applied,
+                    recorded,
                     snapshot=folder / "snapshot.safetensors",
                     on_event=on_event,
                 )
@@ -114,7 +114,7 @@ class ImageApplication:
         content = io.BytesIO()
         torch.save(student.module.state_dict(), content)
         atomic_write(folder / "student.pt", content.getvalue())
-        return Score(error_rate, self._signature(applied), time.monotonic() - began)
+        return Score(error_rate, self._signature(applied), recorded.seconds())
 
     def _signature(self, applied: Any) -> str:
         from l2t_vision.identity import signature

@@ -6,12 +6,16 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkout import interrupt, start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 from safetensors.torch import load_file
+
+from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
+from l2t_vision.student import ImageStudent
 
 
 @pytest.fixture
@@ -112,6 +116,40 @@ def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> 
     again = l2t(*arguments, "--seeds", "3")
     assert again.out.count("(finished before)") == 4
     assert len(json.loads(Path("applied/result.json").read_text())["scores"]["taught"]) == 3
+
+
+def test_an_applications_json_is_one_line(l2t: Run, digits: Path, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    outcome = l2t("apply-teacher", teacher, digits, "--out", "used", "--log-format", "json")
+    assert outcome.code == 0, outcome.err
+    events = [json.loads(line) for line in outcome.out.splitlines()]
+    assert events[-1].pop("event") == "result"
+    assert events[-1] == json.loads(Path("used/result.json").read_text())
+    assert all(event["event"] == "step" for event in events[:-1])
+
+
+def test_the_time_of_a_stopped_student_counts_every_start(
+    l2t: Run, digits: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, batch = trained / "teacher_best.safetensors", ImageStudent.batch
+
+    def stopped(self: ImageStudent, step: int) -> Any:
+        if step == 501:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    monkeypatch.setattr(ImageStudent, "batch", stopped)
+    command = ("apply-teacher", teacher, digits, "image.steps=502", "--out", "used")
+    assert l2t(*command).code == 130
+    monkeypatch.setattr(ImageStudent, "batch", batch)
+    snapshot = Path("used/taught/seed-1/snapshot.safetensors")
+    stored = load_tensors_and_record(snapshot)
+    assert stored is not None
+    tensors, record = stored
+    record["applied"]["seconds"] += 1000.0
+    save_tensors_and_record(snapshot, tensors, record)
+    assert l2t(*command).code == 0
+    assert json.loads(Path("used/taught/seed-1/score.json").read_text())["seconds"] > 1000.0
 
 
 def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> None:
