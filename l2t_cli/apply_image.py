@@ -90,6 +90,7 @@ class ImageApplication:
 
         from l2t_core.apply import train_student
         from l2t_core.step_losses import FixedLoss, Recorded
+        from l2t_vision.student_file import student_content
 
         student = self.student()
         applied = follow(student, teacher) if teacher else None
@@ -112,7 +113,7 @@ class ImageApplication:
                 raise UserError(f"{title}: {error}; lower image.optimiser.lr") from None
         error_rate = 100.0 * student.test_error()
         content = io.BytesIO()
-        torch.save(student.module.state_dict(), content)
+        torch.save(student_content(student), content)
         atomic_write(folder / "student.pt", content.getvalue())
         return Score(error_rate, self._signature(applied), recorded.seconds())
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import interrupt, start_python, wait_for  # type: ignore[import-not-found]
+from checkout import ROOT, interrupt, start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
+from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
+from l2t_vision.data import load_data
 from l2t_vision.student import ImageStudent
 
 
@@ -110,8 +112,6 @@ def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> 
     mean = sum(values) / 2
     assert f"{mean:.2f} ± " in outcome.out and "signature: " in outcome.out
     assert "better than" in outcome.out or "worse than" in outcome.out or "equal" in outcome.out
-    state = torch.load("applied/taught/seed-1/student.pt", weights_only=True)
-    assert all(isinstance(value, torch.Tensor) for value in state.values())
     # A third seed trains one student more for each arm and leaves the finished ones alone.
     again = l2t(*arguments, "--seeds", "3")
     assert again.out.count("(finished before)") == 4
@@ -157,8 +157,36 @@ def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> Non
     for out in ("first", "second"):
         assert l2t("apply-teacher", teacher, digits, "--out", out).code == 0
     name = "taught/seed-1/student.pt"
-    first, second = (torch.load(Path(o) / name, weights_only=True) for o in ("first", "second"))
+    first, second = (
+        torch.load(Path(o) / name, weights_only=True)["state"] for o in ("first", "second")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnet", "own_used:net"])
+def test_a_student_is_used_as_the_page_says(
+    l2t: Run, digits: Path, trained: Path, model: str
+) -> None:
+    Path("own_used.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    teacher, change = trained / "teacher_best.safetensors", f"image.model={model}"
+    outcome = l2t("apply-teacher", teacher, digits, change, "--out", "runs/digits-taught")
+    assert outcome.code == 0, outcome.err
+    folder = Path("runs/digits-taught/taught/seed-1")
+    page = (ROOT / "docs" / "images.md").read_text()
+    lines = page.partition("## Use the student")[2].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    data = load_data(load_recipe(str(digits)).student)
+    wrong = (names["predict"](data.test_x) != data.test_y).double().mean()
+    score = json.loads((folder / "score.json").read_text())
+    assert 100 * float(wrong) == pytest.approx(score["value"], abs=1e-9)
+    # Nothing of the vector that the parameters were views of.
+    size = sum(v.numel() * v.element_size() for v in names["model"].state_dict().values())
+    assert (folder / "student.pt").stat().st_size < size + 8_000
 
 
 def test_dry_run_of_an_application_writes_nothing(l2t: Run, digits: Path, trained: Path) -> None:
