@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.application import Score, checksum, student_title
+from l2t_cli.application import checksum, student_title
+from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
-from l2t_cli.fairseq_process import run_logged, this_python
+from l2t_cli.fairseq_process import lost_its_numbers, run_logged, this_python
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
@@ -50,6 +51,8 @@ class FairseqApplication:
     scored_by = BLEU
     measure = "BLEU"
     lower_is_better = False
+    worst = 0.0
+    rate = "--lr"
 
     def __init__(
         self,
@@ -173,20 +176,28 @@ class FairseqApplication:
         return (folder / _MARK).exists() and any(checkpoints.glob("checkpoint*.pt"))
 
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
-        """Run fairseq-train, or let it go on from its last checkpoint; generate and score."""
+        """Run fairseq-train, or let it go on from its last checkpoint; generate and score.
+
+        The checkpoints of a student that diverges stay; it is not scored.
+        """
         began = time.monotonic()
         command = self.command_for(seed, teacher, folder)
         checkpoints = self.checkpoints(seed, teacher, folder)
         _claim(checkpoints, folder, shell_text(command))
-        steps = total_steps(command)
-        with bar(student_title(teacher, seed), log_format, quiet=True) as update:
-            update(0, steps)
-            run_logged(
-                [*this_python(command.program), *command.arguments],
-                command.environment,
-                folder / "train.log",
-                lambda updates, note: update(updates, steps, note),
-            )
+        steps, log = total_steps(command), folder / "train.log"
+        try:
+            with bar(student_title(teacher, seed), log_format, quiet=True) as update:
+                update(0, steps)
+                run_logged(
+                    [*this_python(command.program), *command.arguments],
+                    command.environment,
+                    log,
+                    lambda updates, note: update(updates, steps, note),
+                )
+        except UserError as error:
+            if not lost_its_numbers(error, log):
+                raise
+            return Score(None, "", time.monotonic() - began, diverged=str(error))
         with bar("generating and scoring", log_format, quiet=True):
             value, signature = self.test_set().score(checkpoint_of(checkpoints), folder)
         return Score(value, signature, time.monotonic() - began)
@@ -194,6 +205,8 @@ class FairseqApplication:
 
 class RecipeApplication(FairseqApplication):
     """An NMT recipe's fairseq command, scored by the measure that its teacher climbs."""
+
+    rate = "--lr in nmt.train"
 
     def __init__(self, recipe: Recipe) -> None:
         spec = recipe.student

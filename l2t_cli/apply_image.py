@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2t_cli.application import Score, student_title
+from l2t_cli.application import student_title
+from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
-from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
 if TYPE_CHECKING:
     from l2t_core.applied import AppliedTeacher
+
+_SNAPSHOT = "snapshot.safetensors"
 
 
 def build_student(spec: Any, seed: int) -> Any:
@@ -44,6 +46,8 @@ class ImageApplication:
 
     measure = "error %"
     lower_is_better = True
+    worst = 100.0
+    rate = "image.optimiser.lr"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -82,7 +86,7 @@ class ImageApplication:
 
     def begun(self, seed: int, teacher: Path | None, folder: Path) -> bool:
         """Tell whether there is a snapshot to go on from."""
-        return (folder / "snapshot.safetensors").exists()
+        return (folder / _SNAPSHOT).exists()
 
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Train one student and read its error on the test set, once, at the end."""
@@ -95,8 +99,8 @@ class ImageApplication:
         student = self.student()
         applied = follow(student, teacher) if teacher else None
         recorded = Recorded(applied or FixedLoss())
-        title = student_title(teacher, seed)
-        with bar(title, log_format, quiet=True) as update:
+        snapshot = folder / _SNAPSHOT
+        with bar(student_title(teacher, seed), log_format, quiet=True) as update:
 
             def on_event(event: dict[str, Any]) -> None:
                 update(event["step"] + 1, event["of"], f"train nll {event['train_nll']:.3f}")
@@ -106,11 +110,13 @@ class ImageApplication:
                     student,
                     seed,
                     recorded,
-                    snapshot=folder / "snapshot.safetensors",
+                    snapshot=snapshot,
                     on_event=on_event,
                 )
             except FloatingPointError as error:
-                raise UserError(f"{title}: {error}; lower image.optimiser.lr") from None
+                snapshot.unlink(missing_ok=True)
+                signature = self._signature(applied)
+                return Score(None, signature, recorded.seconds(), diverged=str(error))
         error_rate = 100.0 * student.test_error()
         content = io.BytesIO()
         torch.save(student_content(student), content)

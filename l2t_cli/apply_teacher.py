@@ -9,6 +9,7 @@ import typer
 
 from l2t_cli import application as applying
 from l2t_cli import console
+from l2t_cli.application_result import ApplicationResult, report
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
 from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
@@ -79,7 +80,7 @@ def run(
     *,
     baseline: bool,
     log_format: LogFormat,
-) -> applying.ApplicationResult:
+) -> ApplicationResult:
     """Apply ``teacher`` and report.
 
     Raises:
@@ -88,7 +89,7 @@ def run(
     comparison = applying.apply(
         application, teacher, folder, seeds, baseline=baseline, log_format=log_format
     )
-    applying.report(comparison, log_format)
+    report(comparison, log_format)
     return comparison
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
-from l2t_cli.fairseq_process import UPDATES, run_logged, this_python
+from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, run_logged, this_python
 from l2t_cli.fairseq_scoring import data_folder
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
@@ -43,7 +43,6 @@ _BEST = "--best-checkpoint-metric"
 _NLL = re.compile(
     r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 )
-_DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
 
 
 class FairseqTrials:
@@ -173,8 +172,7 @@ class FairseqTrials:
         try:
             run_logged(words, command.environment, log, lambda updates, note: None)
         except UserError as error:
-            # The folders in its path may be called anything.
-            if not _DIVERGED.search(str(error).replace(str(log), "")):
+            if not lost_its_numbers(error, log):
                 raise
             made = int(_curve(log)[-1][0]) if _curve(log) else 0
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from l2t_cli.application import CROSS_ENTROPY, TAUGHT, checksum
+from l2t_cli.application import checksum
+from l2t_cli.application_result import CROSS_ENTROPY, TAUGHT
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.recipe_loading import Recipe
 from l2t_core.compare_specs import CompareSpec

@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
-from l2t_cli.application import mean_and_deviation
+from l2t_cli.application_result import mean_and_deviation
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
-from l2t_core.comparison import SIGNIFICANT, Point, at_edge, compare_paired
+from l2t_core.comparison import SIGNIFICANT, Point, at_edge, compare_paired, counted
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
 
@@ -96,10 +96,9 @@ def _row(
         "tuned_settings": [name for name, values in arm.own.items() if point and len(values) > 1],
         "tuning": tuned,
         "tuning_diverged": sum(row["score"] is None for row in tuned),
-        "dev": _with_the_dead([r.dev for r in last], 0.0, min),
-        "test": _with_the_dead(
-            [r.test for r in last], field_trials.worst,
-            max if field_trials.lower_is_better else min,
+        "dev": counted([r.dev for r in last], 0.0, lower_is_better=False),
+        "test": counted(
+            [r.test for r in last], field_trials.worst, field_trials.lower_is_better
         ),
         "diverged": sum(bool(r.diverged) for r in last),
         "students_seconds": sum(r.seconds for r in spent),
@@ -109,15 +108,6 @@ def _row(
         "against_cross_entropy": None,
         "warnings": _warnings(arm, point, tuning, last, cost[0]),
     }
-
-
-def _with_the_dead(
-    scores: list[float | None], worst: float, worse: Callable[[list[float]], float]
-) -> list[float]:
-    """Return ``scores`` where a student that diverged counts as the worst there can be, or is."""
-    alive = [score for score in scores if score is not None]
-    floor = worse([worst, *alive])  # 1 - TER has no least value
-    return [floor if score is None else score for score in scores]
 
 
 def teacher_cost(path: Path) -> tuple[float | None, int]:

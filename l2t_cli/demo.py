@@ -11,7 +11,12 @@ from typing import Annotated, Any
 
 from l2t_cli import application as applying
 from l2t_cli import apply_teacher, console, data, train_teacher
-from l2t_cli.application import CROSS_ENTROPY, TAUGHT, ApplicationResult
+from l2t_cli.application_result import (
+    CROSS_ENTROPY,
+    TAUGHT,
+    ApplicationResult,
+    mean_and_deviation,
+)
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, output_folder
 from l2t_cli.recipe_loading import load_recipe
@@ -98,8 +103,8 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
             (
                 part.title,
                 f"{result.measure} ({better} is better)",
-                applying.mean_and_deviation(taught),
-                applying.mean_and_deviation(reference),
+                mean_and_deviation(taught),
+                mean_and_deviation(reference),
                 f"{difference:+.2f}",
                 str(len(taught)),
             )
@@ -114,6 +119,8 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
         console.line(f"signature {result.name}: {result.signature()}")
     for _, result in finished:
         console.line(result.verdict())
+        for text in result.warnings():
+            console.line(f"warning: {text}")
     entries = [("summary", out / "demo.json"), ("picture", out / "demo.png")]
     for part, result in finished:
         teacher = out / f"{part.recipe}-teacher"

@@ -17,6 +17,7 @@ from l2t_core.errors import UserError
 UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:?\s*(.*)")
+_DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
 _USAGE = re.compile(r"^\S+: error: (.*)")
 
 
@@ -115,6 +116,12 @@ def failure(log: Path, start: int = 0) -> str:
                 return UNREADABLE
             return text if name == "UserError" and text else f"{name}: {text}".rstrip(": ")
     return lines[-1] if lines else "it printed nothing"
+
+
+def lost_its_numbers(error: UserError, log: Path) -> bool:
+    """Tell whether :func:`run_logged`, writing into ``log``, failed because a student diverged."""
+    # The folders in its path may be called anything.
+    return bool(_DIVERGED.search(str(error).replace(str(log), "")))
 
 
 def this_python(program: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from l2t_cli import console
-from l2t_cli.application import CROSS_ENTROPY
+from l2t_cli.application_result import CROSS_ENTROPY
 from l2t_cli.compare import Comparison, chosen_jobs, load_for_comparison
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, DryRun, Jobs, TeacherFile, output_folder

@@ -130,6 +130,19 @@ def deviation(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
 
 
+def counted(
+    scores: Sequence[float | None], worst: float, lower_is_better: bool
+) -> list[float]:
+    """Return ``scores`` where a student that diverged, None, counts as the worst there can be.
+
+    That is ``worst``, or the worst of the others where that is worse still: 1 - TER has no least
+    value.
+    """
+    alive = [score for score in scores if score is not None]
+    floor = max([worst, *alive]) if lower_is_better else min([worst, *alive])
+    return [floor if score is None else score for score in scores]
+
+
 def bootstrap_means(differences: Sequence[float], seed: int = 0) -> np.ndarray:
     """Return the means [10,000] of resamples, with replacement, of ``differences`` [n]."""
     import numpy as np

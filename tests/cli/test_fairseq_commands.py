@@ -16,6 +16,8 @@ from in_process import Run  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
 
+from l2t_core.errors import UserError
+
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five"}
 TRAIN = (
     "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 "
@@ -162,6 +164,31 @@ def test_a_failing_run_is_told_in_one_line(l2t: Run, data_bin: Path, tmp_path: P
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--dropuot", "0.1"]
     line = l2t("apply-teacher", teacher, "--out", "out", "--", *command).error()
     assert "--dropuot" in line and "out.failed.log" in line and not Path("out").exists()
+
+
+def test_a_command_that_loses_its_numbers_is_a_diverged_student(
+    l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {"1", "2"}
+
+    def training(words: list[str], environment: object, log: Path, on_progress: object) -> None:
+        log.write_text("")
+        if words[words.index("--seed") + 1] in lost:
+            reason = "FloatingPointError: Minimum loss scale reached (0.0001)"
+            raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
+
+    monkeypatch.setattr("l2t_cli.apply_fairseq.run_logged", training)
+    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    line = l2t("apply-teacher", teacher, "--seeds", "2", *command).error()
+    assert "all 2 students diverged" in line and "Minimum loss scale" in line
+    assert line.endswith("out.failed.log); lower --lr") and not Path("out").exists()
+    lost.remove("1")
+    outcome = l2t("apply-teacher", teacher, "--seeds", "2", *command)
+    assert outcome.code == 0, outcome.err
+    assert "1 of 2 students diverged and count as worst (test BLEU 0.00)" in outcome.out
+    assert "10.00 ± 14.14" in outcome.out and "signature: nrefs:1" in outcome.out
 
 
 def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: Path) -> None:

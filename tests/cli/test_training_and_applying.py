@@ -163,6 +163,42 @@ def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> Non
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_diverged_student_counts_as_worst_and_the_others_go_on(
+    l2t: Run, digits: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, batch = trained / "teacher_best.safetensors", ImageStudent.batch
+
+    def lost(self: ImageStudent, step: int) -> Any:
+        images, labels = batch(self, step)
+        return images * float("nan") if self.seed == 2 and step == 5 else images, labels
+
+    monkeypatch.setattr(ImageStudent, "batch", lost)
+    command = ("apply-teacher", teacher, digits, "--out", "used", "--seeds", "3", "--baseline")
+    outcome = l2t(*command)
+    assert outcome.code == 0, outcome.err
+    assert "taught, seed 2: diverged (the student diverged at step 5)" in outcome.out
+    warning = "1 of 3 students diverged and count as worst (test error 100.00 %)"
+    assert outcome.out.count(warning) == 2
+    result = json.loads(Path("used/result.json").read_text())
+    for scores in result["scores"].values():
+        assert [bool(score["diverged"]) for score in scores] == [False, True, False]
+        assert scores[1]["value"] is None
+        mean = (scores[0]["value"] + 100.0 + scores[2]["value"]) / 3
+        assert f" {mean:.2f} ± " in outcome.out
+    assert outcome.out.count(" 1 of 3 ") == 4  # in the table and in words
+    monkeypatch.setattr(ImageStudent, "batch", batch)
+    again = l2t(*command)
+    assert again.out.count("(finished before)") == 6 and "seed 2: diverged" in again.out
+
+
+def test_students_that_all_diverge_are_one_line(l2t: Run, digits: Path, trained: Path) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    command = ("apply-teacher", teacher, digits, "image.optimiser.lr=1e30", "--out", "used")
+    line = l2t(*command, "--baseline", "--seeds", "2").error()
+    assert "all 4 students diverged (the student diverged at step 1); lower" in line
+    assert "image.optimiser.lr" in line and not Path("used").exists()
+
+
 @pytest.mark.parametrize("model", ["mlp", "convnet", "own_used:net"])
 def test_a_student_is_used_as_the_page_says(
     l2t: Run, digits: Path, trained: Path, model: str
