@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
 from l2t_cli.console import LogFormat
-from l2t_core.comparison import counted, deviation, mean
+from l2t_core.comparison import (
+    FEWEST_PAIRS,
+    PairedComparison,
+    compare_paired,
+    counted,
+    deviation,
+    mean,
+)
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
+NOT_TUNED = "Cross-entropy's learning rate was not tuned here; `l2t compare` tunes both."
 LABELS = {TAUGHT: "taught", CROSS_ENTROPY: "cross-entropy"}
 
 
@@ -59,29 +67,33 @@ class ApplicationResult:
         lived = (s for scores in by_arm for s in scores.values() if not s.diverged)
         return next((score.signature for score in lived), "")
 
-    def columns(self) -> list[str]:
-        """Return the table's column names."""
-        dead = ["diverged"] if any(map(self.diverged, self.scores)) else []
-        return ["student", "seeds", f"test {self.measure}", "difference", *dead, "time each"]
-
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield the table's rows, one for each arm."""
+    def against(self) -> PairedComparison | None:
+        """Return the taught students set against cross-entropy's of the same seeds, if any."""
         reference = self.values(CROSS_ENTROPY)
+        return compare_paired(self.values(TAUGHT), reference) if reference else None
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the table's column names and rows; a column that would be empty is left out."""
+        against = self.against()
+        chance = against is not None and len(self.scores[TAUGHT]) >= FEWEST_PAIRS
+        rows: list[dict[str, str]] = []
         for arm, by_seed in self.scores.items():
-            values = self.values(arm)
-            difference = ""
-            if arm == TAUGHT and reference:
-                difference = f"{mean(values) - mean(reference):+.2f}"
-            first, last = min(by_seed), max(by_seed)
-            cells = {
-                "student": LABELS[arm],
-                "seeds": str(first) if first == last else f"{first}-{last}",
-                f"test {self.measure}": mean_and_deviation(values),
-                "difference": difference,
-                "diverged": f"{self.diverged(arm)} of {len(by_seed)}",
-                "time each": console.duration(mean([s.seconds for s in by_seed.values()])),
-            }
-            yield tuple(cells[name] for name in self.columns())
+            first, last, dead = min(by_seed), max(by_seed), self.diverged(arm)
+            found = against if arm == TAUGHT else None
+            rows.append(
+                {
+                    "student": LABELS[arm],
+                    "seeds": str(first) if first == last else f"{first}-{last}",
+                    f"test {self.measure}": mean_and_deviation(self.values(arm)),
+                    "difference": f"{found.difference:+.2f}" if found else "",
+                    "95 % interval": interval(found) if found and chance else "",
+                    "p": p_value(found.t_p) if found else "",
+                    "diverged": f"{dead} of {len(by_seed)}" if dead else "",
+                    "time each": console.duration(mean([s.seconds for s in by_seed.values()])),
+                }
+            )
+        columns = [name for name in rows[0] if any(row[name] for row in rows)]
+        return columns, [[row[name] for name in columns] for row in rows]
 
     def warnings(self) -> list[str]:
         """Return a line for each arm of which students diverged."""
@@ -96,22 +108,26 @@ class ApplicationResult:
         return max(self.values(arm)) if self.lower_is_better else min(self.values(arm))
 
     def verdict(self) -> str:
-        """Return one sentence that says what came out, win or not."""
-        taught, reference = self.values(TAUGHT), self.values(CROSS_ENTROPY)
-        if not reference:
+        """Return one sentence that says what came out, win or not, and whether by chance."""
+        against = self.against()
+        if against is None:
             return ""
-        gain = mean(taught) - mean(reference)
-        better = gain < 0 if self.lower_is_better else gain > 0
-        students = f"{len(taught)} student{'s' if len(taught) > 1 else ''} each"
-        if len(taught) == 1:
-            students += ": how much chance adds is not known"
-        if abs(gain) < 0.005:
-            return f"{self.name}: taught and cross-entropy came out equal ({students})."
-        word = "better" if better else "worse"
-        return (
-            f"{self.name}: taught came out {word} than cross-entropy by {abs(gain):.2f} "
-            f"{'points of error' if self.measure == 'error %' else self.measure} ({students})."
-        )
+        count, p = len(self.scores[TAUGHT]), against.t_p
+        if count >= FEWEST_PAIRS and not against.told_apart:
+            why = f"p {p_value(p)}" if p is not None else "every seed differs by the same: no p"
+            return (
+                f"{self.name}: taught and cross-entropy are not told apart ({count} students each, "
+                f"{why})."
+            )
+        gain, size = against.difference, abs(against.difference)
+        word = "better" if (gain < 0) == self.lower_is_better else "worse"
+        unit = "points of error" if self.measure == "error %" else self.measure
+        by = f"{word} than cross-entropy by {size:.2f} {unit}"
+        if size < 0.005:
+            by = "as cross-entropy did"
+        students = "1 student" if count == 1 else f"{count} students"
+        said = f"p {p_value(p)}" if p is not None else "so few tell nothing about chance"
+        return f"{self.name}: taught came out {by} ({students} each: {said})."
 
     def content(self) -> dict[str, Any]:
         """Return everything but the folder as plain values."""
@@ -124,6 +140,7 @@ class ApplicationResult:
                 arm: [{"seed": seed, **asdict(score)} for seed, score in sorted(by_seed.items())]
                 for arm, by_seed in self.scores.items()
             },
+            "against_cross_entropy": asdict(against) if (against := self.against()) else None,
             "warnings": self.warnings(),
         }
 
@@ -136,17 +153,18 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
         return
     if log_format is LogFormat.none:
         return
-    columns = result.columns()
+    columns, rows = result.table()
     both = len(result.scores) > 1
     console.table(
         f"{result.name}: same steps, batches and seeds" if both else result.name,
         columns,
-        result.rows(),
+        rows,
         numbers=range(2, len(columns)),
     )
     console.line(f"signature: {result.signature()}")
     if verdict := result.verdict():
         console.line(verdict)
+        console.line(NOT_TUNED)
     for text in result.warnings():
         console.line(f"warning: {text}")
     console.files([("result", result.folder / "result.json"), ("students", result.folder)])
@@ -162,3 +180,13 @@ def worded(measure: str, value: float) -> str:
     """Return ``test BLEU 27.31`` or ``test error 3.00 %``."""
     name, _, unit = measure.partition(" ")
     return f"test {name} {value:.2f} {unit}".rstrip()
+
+
+def interval(found: PairedComparison) -> str:
+    """Return ``-0.52 to +0.10``, the middle 95 % of the bootstrap's means."""
+    return f"{found.low:+.2f} to {found.high:+.2f}"
+
+
+def p_value(p: float | None) -> str:
+    """Return ``0.013``, ``<0.001``, or nothing where there is no p."""
+    return "" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"

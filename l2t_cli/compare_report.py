@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
-from l2t_cli.application_result import mean_and_deviation
+from l2t_cli.application_result import mean_and_deviation, p_value
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
@@ -192,16 +192,12 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
                 mean_and_deviation(row["test"]) if row["test"] else "-",
                 _percent(against["relative"]) if against else "",
                 f"{against['low']:+.2f} to {against['high']:+.2f}" if against else "",
-                _p_value(against["t_p"]) if against else "",
+                p_value(against["t_p"]) if against else "",
                 console.duration(seconds) + unknown,
                 f"{row['students_steps'] + row['teacher_steps']:,}",
             )
         )
     return rows
-
-
-def _p_value(p: float | None) -> str:
-    return "" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def _percent(relative: float | None) -> str:

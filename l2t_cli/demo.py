@@ -13,6 +13,7 @@ from l2t_cli import application as applying
 from l2t_cli import apply_teacher, console, data, train_teacher
 from l2t_cli.application_result import (
     CROSS_ENTROPY,
+    NOT_TUNED,
     TAUGHT,
     ApplicationResult,
     mean_and_deviation,
@@ -121,6 +122,7 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
         console.line(result.verdict())
         for text in result.warnings():
             console.line(f"warning: {text}")
+    console.line(NOT_TUNED)
     entries = [("summary", out / "demo.json"), ("picture", out / "demo.png")]
     for part, result in finished:
         teacher = out / f"{part.recipe}-teacher"

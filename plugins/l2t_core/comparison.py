@@ -17,7 +17,7 @@ RESAMPLES = 10_000
 # Below this a paired t-test's p tells two losses apart.
 SIGNIFICANT = 0.05
 # One or two pairs say how far apart two losses are, not whether by chance.
-_FEWEST_PAIRS = 3
+FEWEST_PAIRS = 3
 # Differences that spread by less than this share of the scores differ by rounding.
 _ROUNDING = 1e-9
 
@@ -180,7 +180,7 @@ def compare_paired(ours: Sequence[float], theirs: Sequence[float]) -> PairedComp
 def _testable(differences: Sequence[float], size: float) -> bool:
     """Tell whether there are enough differences, of scores up to ``size``, and a spread of them."""
     spread = deviation(differences)
-    enough = len(differences) >= _FEWEST_PAIRS
+    enough = len(differences) >= FEWEST_PAIRS
     return enough and spread is not None and spread > _ROUNDING * size
 
 

@@ -13,7 +13,10 @@ import torch
 from checkout import ROOT, interrupt, start_python, wait_for  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 from safetensors.torch import load_file
+from scipy import stats
 
+from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
+from l2t_cli.console import LogFormat
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_vision.data import load_data
@@ -111,11 +114,15 @@ def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> 
     values = [score["value"] for score in result["scores"]["taught"]]
     mean = sum(values) / 2
     assert f"{mean:.2f} ± " in outcome.out and "signature: " in outcome.out
-    assert "better than" in outcome.out or "worse than" in outcome.out or "equal" in outcome.out
+    assert "(2 students each: so few tell nothing about chance)" in outcome.out
+    assert "Cross-entropy's learning rate was not tuned here; `l2t compare`" in outcome.out
     # A third seed trains one student more for each arm and leaves the finished ones alone.
     again = l2t(*arguments, "--seeds", "3")
     assert again.out.count("(finished before)") == 4
-    assert len(json.loads(Path("applied/result.json").read_text())["scores"]["taught"]) == 3
+    result = json.loads(Path("applied/result.json").read_text())
+    assert len(result["scores"]["taught"]) == 3
+    against = result["against_cross_entropy"]
+    assert f"{against['low']:+.2f} to {against['high']:+.2f}" in again.out
 
 
 def test_an_applications_json_is_one_line(l2t: Run, digits: Path, trained: Path) -> None:
@@ -161,6 +168,35 @@ def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> Non
         torch.load(Path(o) / name, weights_only=True)["state"] for o in ("first", "second")
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("taught", "others", "said"),
+    [
+        ([3.0, 3.1, 3.3], [4.0, 4.2, 4.1], "taught came out better than cross-entropy by 0.97"),
+        ([4.0, 4.2, 4.1], [3.0, 3.1, 3.3], "taught came out worse than cross-entropy by 0.97"),
+        ([3.0, 3.1, 3.3], [3.1, 3.0, 3.9], "are not told apart (3 students each, p 0.438)"),
+        ([3.0, 3.1, 3.3], [4.0, 4.1, 4.3], "are not told apart (3 students each, every seed"),
+        ([3.0, 3.1], [4.0, 4.3], "better than cross-entropy by 1.10 points of error (2 students"),
+        ([3.0], [3.0], "taught came out as cross-entropy did (1 student each: so few tell"),
+    ],
+)
+def test_what_chance_may_have_done_is_no_difference(
+    taught: list[float], others: list[float], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {
+        arm: {seed: Score(value, "s", 1.0) for seed, value in enumerate(values, 1)}
+        for arm, values in (("taught", taught), ("cross_entropy", others))
+    }
+    result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
+    assert said in result.verdict()
+    report(result, LogFormat.simple)
+    printed = capsys.readouterr().out
+    assert ("95 % interval" in printed) == (len(taught) > 2)
+    p = stats.ttest_rel(taught, others).pvalue
+    tested = "told apart (3 students each, every" not in said and len(taught) > 2
+    assert (f" {p:.3f} │" in printed) == tested
+    assert printed.count(NOT_TUNED) == 1
 
 
 def test_a_diverged_student_counts_as_worst_and_the_others_go_on(
