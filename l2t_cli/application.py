@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from l2t_cli.application_result import (
 )
 from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
+from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
@@ -61,11 +61,6 @@ class Application(Protocol):
         """Train one student, or go on training it, and score it on test unless it diverges."""
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def student_title(teacher: Path | None, seed: int) -> str:
     """Return what a student is called: ``taught, seed 1``."""
     return f"{LABELS[TAUGHT if teacher else CROSS_ENTROPY]}, seed {seed}"
@@ -89,10 +84,13 @@ def show_plan(
     application: Application, teacher: Path, folder: Path, seeds: range, baseline: bool
 ) -> None:
     """Print what :func:`apply` would do, and do nothing."""
-    application.check(teacher)
-    for note in application.notes(teacher, baseline):
+    found = TeacherCopies(folder).take(teacher)
+    application.check(found.readable())
+    for note in application.notes(found.readable(), baseline):
         console.line(f"# changed: {note}")
-    for _, seed, used, place in _jobs(folder, seeds, teacher, baseline):
+    if found.changed:
+        console.line(f"# note: {found.note()}")
+    for _, seed, used, place in _jobs(folder, seeds, found.readable(), baseline):
         console.line(f"# {student_title(used, seed)}")
         for text in application.plan(seed, used, place):
             console.line(text)
@@ -109,6 +107,8 @@ def apply(
 ) -> ApplicationResult:
     """Train and score a student for each seed and arm; finished ones are reused.
 
+    All are taught by one copy of the teacher, which stays in ``folder``.
+
     Raises:
         UserError: if the teacher does not fit, the folder holds another application, or no
             student lives.
@@ -116,16 +116,22 @@ def apply(
     """
     from l2t_core.run_folder import open_run
 
-    application.check(teacher)
-    config = {"teacher": checksum(teacher), "student": application.config()}
+    copies = TeacherCopies(folder)
+    copy = copies.take(teacher)
+    application.check(copy.readable())
+    config = {"teacher": copy.sha256, "student": application.config()}
     if log_format.wordy:
-        for note in application.notes(teacher, baseline):
+        for note in application.notes(copy.readable(), baseline):
             console.line(f"changed: {note}")
+        if copy.changed:
+            console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
     open_run(folder, config)
-    jobs = list(_jobs(folder, seeds, teacher, baseline))
+    jobs = list(_jobs(folder, seeds, copy.path, baseline))
     scores: dict[str, dict[int, Score]] = {}
     try:
+        copies.write()
+        application.check(copy.path)  # the file may have been replaced since it was looked at
         for arm, seed, used, place in jobs:
             score = _finished_or_run(application, seed, used, place, log_format)
             scores.setdefault(arm, {})[seed] = score

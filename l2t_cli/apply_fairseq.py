@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.application import checksum, student_title
+from l2t_cli.application import student_title
 from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.fairseq_process import lost_its_numbers, run_logged, this_python
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
+from l2t_cli.teacher_copies import checksum
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write

@@ -19,6 +19,7 @@ from l2t_cli.errors import Interrupted
 from l2t_cli.options import ChosenFormat, DryRun, Jobs, RecipeName, changes, output_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_sections
+from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write, is_unfinished
@@ -85,8 +86,16 @@ def chosen_jobs(jobs: int | None, comparisons: Iterable[Comparison]) -> int:
 class Comparison:
     """One recipe's losses, tuned and measured."""
 
-    def __init__(self, recipe: Recipe, teachers: Sequence[Path], folder: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        teachers: Sequence[Path],
+        folder: Path,
+        copies: TeacherCopies | None = None,
+    ) -> None:
         """Check all that can be checked before anything is trained.
+
+        ``copies`` are of the teachers, in ``folder`` if None.
 
         Raises:
             UserError: if data, teachers, losses or the folder cannot be used.
@@ -95,10 +104,11 @@ class Comparison:
 
         recipe.field.require()
         self.recipe, self.folder = recipe, folder
-        self.arms = compare_plan.arms(recipe, teachers)
+        self.copies = copies or TeacherCopies(folder)
+        self.arms = compare_plan.arms(recipe, teachers, self.copies)
         self.field: FieldTrials = recipe.field.load("trials")(recipe)
         self.field.check(
-            [arm.teacher for arm in self.arms if arm.teacher],
+            [arm.teacher.readable() for arm in self.arms if arm.teacher],
             [arm.loss for arm in self.arms if not arm.teacher],
         )
         self.seeds = range(recipe.compare.seed, recipe.compare.seed + recipe.compare.seeds)
@@ -161,6 +171,7 @@ class Comparison:
                 results[trial] = result
                 show(trial, result, fresh)
 
+            self.copies.write()
             run_trials(self.tuning, self.store, pool, jobs, receive)
             finals = compare_plan.Finals(self.arms, self.tuning.chosen(), self.seeds)
             run_trials(finals, self.store, pool, jobs, receive)
@@ -205,7 +216,7 @@ def _mark(folder: Path, recipe: Recipe, arms: Sequence[compare_plan.Arm]) -> Non
         "recipe": recipe.name,
         recipe.field.name: recipe.config()[recipe.field.name],
         "compare": asdict(recipe.compare),
-        "teachers": {arm.name: str(arm.teacher) for arm in arms if arm.teacher},
+        "teachers": {arm.name: str(arm.teacher.given) for arm in arms if arm.teacher},
     }
     atomic_write(folder / "config.json", json.dumps(content, indent=2) + "\n")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from l2t_cli.application import checksum
 from l2t_cli.application_result import CROSS_ENTROPY, TAUGHT
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.recipe_loading import Recipe
+from l2t_cli.teacher_copies import TeacherCopies, TeacherCopy
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, suggestion
@@ -31,8 +31,12 @@ class Arm:
     name: str
     loss: str
     own: dict[str, list[float]]
-    teacher: Path | None = None
-    teacher_sha256: str = ""
+    teacher: TeacherCopy | None = None
+
+    @property
+    def teacher_sha256(self) -> str:
+        """The hash of the teacher, nothing for a fixed loss."""
+        return self.teacher.sha256 if self.teacher else ""
 
     def trial(self, point: Point, seed: int, final: bool) -> Trial:
         """Return the trial of ``point`` with ``seed``."""
@@ -40,7 +44,7 @@ class Arm:
             arm=self.name,
             loss=self.loss,
             settings=point.settings,
-            teacher=self.teacher,
+            teacher=self.teacher.path if self.teacher else None,
             teacher_sha256=self.teacher_sha256,
             lr=point.lr,
             seed=seed,
@@ -125,8 +129,10 @@ def _grid(recipe: Recipe, loss: str) -> dict[str, list[float]]:
     return {name: list(values) for name, values in vars(section).items()} if section else {}
 
 
-def arms(recipe: Recipe, teachers: Sequence[Path]) -> list[Arm]:
+def arms(recipe: Recipe, teachers: Sequence[Path], copies: TeacherCopies) -> list[Arm]:
     """Return the losses to compare, cross-entropy first: the others are measured against it.
+
+    The teachers are taken into ``copies``.
 
     Raises:
         UserError: if a teacher file is missing or given twice.
@@ -136,15 +142,11 @@ def arms(recipe: Recipe, teachers: Sequence[Path]) -> list[Arm]:
     files = [*map(Path, recipe.compare.teachers), *teachers]
     seen: dict[str, Path] = {}
     for path in files:
-        if not path.is_file():
-            raise UserError(
-                f"no teacher file at {path}; `l2t train-teacher` writes teacher_best.safetensors"
-            )
-        key = checksum(path)
-        if key in seen:
-            raise UserError(f"{path} and {seen[key]} are the same teacher; give it once")
-        seen[key] = path
-        found.append(Arm(_teacher_name(path, files), TAUGHT, {}, path, key))
+        copy = copies.take(path)
+        if copy.sha256 in seen:
+            raise UserError(f"{path} and {seen[copy.sha256]} are the same teacher; give it once")
+        seen[copy.sha256] = path
+        found.append(Arm(_teacher_name(path, files), TAUGHT, {}, copy))
     return found
 
 

@@ -82,7 +82,9 @@ def _row(
 ) -> dict[str, Any]:
     last = [result for _, result in sorted(finals.results[arm.name].items())]
     spent = [result for trial, result in results.items() if trial.arm == arm.name]
-    cost = teacher_cost(arm.teacher) if arm.teacher else (0.0, 0)
+    cost: tuple[float | None, int] = (0.0, 0)
+    if arm.teacher:
+        cost = teacher_cost(arm.teacher.path, arm.teacher.given.parent)
     tuned = [
         {"lr": p.lr, **dict(p.settings), "score": score[0] if score else None}
         for p, score in tuning.scores[arm.name].items()
@@ -90,7 +92,7 @@ def _row(
     return {
         "name": arm.name,
         "label": LABELS.get(arm.name, arm.name),
-        "teacher": str(arm.teacher) if arm.teacher else None,
+        "teacher": str(arm.teacher.given) if arm.teacher else None,
         "lr": point.lr if point else None,
         "settings": dict(point.settings) if point else {},
         "tuned_settings": [name for name, values in arm.own.items() if point and len(values) > 1],
@@ -110,11 +112,11 @@ def _row(
     }
 
 
-def teacher_cost(path: Path) -> tuple[float | None, int]:
+def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
     """Return the seconds (None: not known) and student steps that training a teacher took.
 
-    The steps are in the file's record; the seconds in the log of the run's folder, where the
-    file still lies in it.
+    The steps are in the file's record; the seconds in the log of the folder ``run``, where its
+    training was, and may have gone on since.
     """
     header = load_header(path)
     training = header.record.get("training")
@@ -123,10 +125,11 @@ def teacher_cost(path: Path) -> tuple[float | None, int]:
     finals = header.record.get("final_students", 0)
     if not all(isinstance(number, int) for number in (episodes, students, finals)):
         return None, 0
-    rows = run_log(path.parent / "metrics.jsonl")
-    made = [row for row in rows if row["event"] == "episode"]
-    judged = sum(row.get("students", 0) for row in rows if row["event"] == "final")
-    known = len(made) == episodes and judged == finals
+    log = run_log(run / "metrics.jsonl")
+    made = [row for row in log if row["event"] == "episode"][:episodes]
+    last = [row for row in log if row["event"] == "final"] if finals else []
+    rows = [*made, *last]
+    known = len(made) == episodes and sum(row.get("students", 0) for row in last) == finals
     known = known and all(isinstance(row.get("seconds"), float) for row in rows)
     seconds = sum(row["seconds"] for row in rows) if known else None
     return seconds, (episodes * students + finals) * header.total_steps
@@ -159,10 +162,12 @@ def _warnings(
             )
     if dead := sum(bool(result.diverged) for result in last):
         found.append(f"{label}: {dead} of {len(last)} final students diverged and count as worst")
-    if teacher_seconds is None:
+    if arm.teacher and arm.teacher.changed:
+        found.append(f"{label}: {arm.teacher.note()}")
+    if arm.teacher and teacher_seconds is None:
         found.append(
             f"{label}: how long the teacher's training took is not known (no metrics.jsonl of it "
-            f"beside {arm.teacher}); its time is left out"
+            f"beside {arm.teacher.given}); its time is left out"
         )
     return found
 

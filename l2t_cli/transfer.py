@@ -15,6 +15,8 @@ from l2t_cli.application_result import CROSS_ENTROPY
 from l2t_cli.compare import Comparison, chosen_jobs, load_for_comparison
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, DryRun, Jobs, TeacherFile, output_folder
+from l2t_cli.teacher_copies import TeacherCopies
+from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 
@@ -43,6 +45,7 @@ def command(
     if not names:
         raise UserError("no recipe to transfer to; give one (see `l2t recipes ls`)")
     folder = out or Path("runs") / f"{teacher.resolve().parent.name}-transfer"
+    copies = TeacherCopies(folder)
     comparisons: dict[str, Comparison] = {}
     for name in names:
         recipe = load_for_comparison(name, changes)
@@ -50,7 +53,7 @@ def command(
         if recipe.short_name in comparisons:
             raise UserError(f"{recipe.short_name} is given twice; rename one of the recipe files")
         comparisons[recipe.short_name] = Comparison(
-            replace(recipe, compare=only), [teacher], folder / recipe.short_name
+            replace(recipe, compare=only), [teacher], folder / recipe.short_name, copies
         )
     if dry_run:
         for comparison in comparisons.values():
@@ -69,10 +72,16 @@ def run(
         UserError: as :meth:`Comparison.run`.
         Interrupted: after Ctrl-C.
     """
-    summaries = {
-        name: comparison.run(jobs, log_format, report=False)
-        for name, comparison in comparisons.items()
-    }
+    before = FreshFolder.before(folder)
+    try:
+        summaries = {
+            name: comparison.run(jobs, log_format, report=False)
+            for name, comparison in comparisons.items()
+        }
+    except Exception:
+        if not any(path.is_dir() for path in folder.glob("*")):  # only the teacher's copy is left
+            before.take_back()
+        raise
     path = folder / "transfer.json"
     atomic_write(path, json.dumps(summaries, indent=2) + "\n")
     if log_format is LogFormat.json:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,7 +196,43 @@ def test_the_teachers_training_is_part_of_its_cost(watched: Watched, tmp_path: P
     assert taught["teacher_steps"] == 3 * 24
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((watched.folder.parent / "teacher" / "teacher_best.safetensors").read_bytes())
-    assert teacher_cost(alone) == (None, 3 * 24)
+    assert teacher_cost(alone, tmp_path) == (None, 3 * 24)
+    # The training has gone on since: what the teacher cost is the first part of its log.
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*rows, rows[-1]]))
+    assert teacher_cost(alone, tmp_path) == (taught["teacher_seconds"], 3 * 24)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows[:-1]))
+    assert teacher_cost(alone, tmp_path) == (None, 3 * 24)
+
+
+@pytest.mark.parametrize("command", ["compare", "transfer"])
+def test_all_students_have_the_teacher_that_there_was_at_the_start(
+    l2t: Run, tiny: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    shutil.copytree(watched.folder.parent / "teacher", "T")
+    teacher = Path("T/teacher_best.safetensors")
+    before, run = hashlib.sha256(teacher.read_bytes()).hexdigest(), ImageTrials.run
+    given = ("--teacher", teacher) if command == "compare" else (teacher,)
+    seeds = [f"compare.seeds={n}" for n in (2, 3)]
+    arguments = (command, *given, tiny, "--jobs", "1", "compare.lr=[0.1,0.4]", "compare.losses=[]")
+    assert l2t(*arguments, seeds[1], "--out", "whole").code == 0
+
+    def replaced(self: ImageTrials, trial: Trial, folder: Path) -> Result:
+        write_teacher(teacher, 10, kind="classes")
+        return run(self, trial, folder)
+
+    monkeypatch.setattr(ImageTrials, "run", replaced)
+    assert l2t(*arguments, seeds[0], "--out", "used").code == 0
+    again = l2t(*arguments, seeds[1], "--out", "used")
+    assert again.code == 0, again.err
+    assert "10 of 12 trials were finished before" in again.out
+    assert f"warning: {'tiny: ' * (command == 'transfer')}taught: T/teacher_best" in again.out
+    name = "comparison.json" if command == "compare" else "tiny/comparison.json"
+    whole, used = (json.loads(Path(o, name).read_text())["losses"] for o in ("whole", "used"))
+    assert [row["test"] for row in whole] == [row["test"] for row in used]
+    assert used[1]["teacher"] == str(teacher)
+    assert used[1]["teacher_seconds"] == whole[1]["teacher_seconds"] is not None
+    trials = [json.loads(path.read_text())["trial"] for path in Path("used").rglob("trials/*.json")]
+    assert {t["teacher_sha256"] for t in trials if t["arm"] == "taught"} == {before}
 
 
 def test_final_students_are_part_of_a_teachers_cost(l2t: Run, tiny: Path) -> None:
@@ -209,7 +247,7 @@ def test_final_students_are_part_of_a_teachers_cost(l2t: Run, tiny: Path) -> Non
         assert f"teacher of episode {row['episode']}  dev accuracy " in outcome.out
     best = max(rows[3:], key=lambda row: row["dev_measure"])
     assert f"{best['dev_measure']:.4f} (episode {best['episode']})" in outcome.out
-    seconds, steps = teacher_cost(Path("runs/tiny/teacher_best.safetensors"))
+    seconds, steps = teacher_cost(Path("runs/tiny/teacher_best.safetensors"), Path("runs/tiny"))
     assert steps == (3 + 4) * 24
     assert seconds == pytest.approx(sum(row["seconds"] for row in rows))
 

@@ -191,6 +191,30 @@ def test_a_command_that_loses_its_numbers_is_a_diverged_student(
     assert "10.00 ± 14.14" in outcome.out and "signature: nrefs:1" in outcome.out
 
 
+@pytest.mark.parametrize("script", [False, True])
+def test_all_commands_have_the_teacher_that_there_was_at_the_start(
+    l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: bool
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    before, taught_by = teacher.read_bytes(), []
+
+    def training(words: list[str], *_: object) -> None:
+        if "--l2t-teacher" in words:
+            taught_by.append(Path(words[words.index("--l2t-teacher") + 1]).read_bytes())
+        teacher.write_bytes(b"")
+
+    monkeypatch.setattr("l2t_cli.apply_fairseq.run_logged", training)
+    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    Path("train.sh").write_text(shlex.join(command) + "\n")
+    target = ["train.sh"] if script else ["--", *command]
+    options = ["--out", "out", "--baseline", "--seeds"]
+    for seeds in ("2", "3"):
+        outcome = l2t("apply-teacher", teacher, *options, seeds, *target)
+        assert outcome.code == 0, outcome.err
+    assert taught_by == [before] * 3
+
+
 def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", "2.6")
     from l2t_cli.fairseq_process import failure

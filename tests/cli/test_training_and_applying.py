@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT, interrupt, start_python, wait_for  # type: ignore[import-not-found]
-from in_process import Run  # type: ignore[import-not-found]
+from in_process import Run, write_teacher  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from scipy import stats
 
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
+from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
@@ -168,6 +170,41 @@ def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> Non
         torch.load(Path(o) / name, weights_only=True)["state"] for o in ("first", "second")
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_all_students_have_the_teacher_that_there_was_at_the_start(
+    l2t: Run, digits: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its training goes on, a teacher's file is replaced after every episode."""
+    teacher = trained / "teacher_best.safetensors"
+    before, run = teacher.read_bytes(), ImageApplication.run
+
+    def replaced(self: ImageApplication, *given: Any) -> Score:
+        write_teacher(teacher, 10, kind="classes")
+        return run(self, *given)
+
+    assert l2t("apply-teacher", teacher, digits, "--out", "whole", "--seeds", "3").code == 0
+    monkeypatch.setattr(ImageApplication, "run", replaced)
+    command = ("apply-teacher", teacher, digits, "--out", "used", "--seeds")
+    assert l2t(*command, "2").code == 0
+    assert teacher.read_bytes() != before
+    again = l2t(*command, "3")
+    assert again.code == 0 and "has changed since this began" in again.out
+    assert again.out.count("(finished before)") == 2
+    whole, used = (json.loads(Path(o, "result.json").read_text()) for o in ("whole", "used"))
+    assert used["teacher"] == str(teacher)
+    assert used["teacher_sha256"] == hashlib.sha256(before).hexdigest()
+    values = [[s["value"] for s in r["scores"]["taught"]] for r in (whole, used)]
+    assert values[0] == values[1]
+    for seed in (1, 2, 3):
+        name = f"taught/seed-{seed}/student.pt"
+        states = [torch.load(Path(o, name), weights_only=True)["state"] for o in ("whole", "used")]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    # Another file is another teacher; a copy that is lost has no other.
+    other = write_teacher(trained / "other.safetensors", 10, kind="classes")
+    assert "teacher is " in l2t("apply-teacher", other, digits, "--out", "used").error()
+    next(Path("used").glob("teacher-*.safetensors")).write_bytes(b"")
+    assert "missing or damaged" in l2t(*command, "3").error()
 
 
 @pytest.mark.parametrize(
