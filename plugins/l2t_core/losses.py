@@ -89,6 +89,8 @@ class _PickAndProject(torch.autograd.Function):
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Leave products at their operands' precision: in half a sum of log-probabilities overflows."""
+    if tensor.device.type not in ("cpu", "cuda"):  # torch refuses those that know no autocast
+        return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
