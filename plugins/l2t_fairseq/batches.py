@@ -28,7 +28,7 @@ def unpack(batch: Any, device: torch.device | str = "cpu") -> Any:
             return x.tensor.to(device).long()  # the narrow one travels
         return x.to(device) if isinstance(x, Tensor) else x
 
-    return pytree.tree_map(unpacked, batch, is_leaf=lambda x: isinstance(x, _Packed))
+    return pytree.tree_map(unpacked, batch)  # a _Packed is a leaf: torch does not know the class
 
 
 class _Packed:

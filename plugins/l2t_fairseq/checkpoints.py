@@ -22,7 +22,7 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_file
-from l2t_fairseq.compat import register_safe_globals
+from l2t_fairseq.compat import knows_safe_globals, register_safe_globals
 
 # What a trained student is without the way it was trained: fairseq's own names.
 _STOCK_TASK, _STOCK_CRITERION, _STOCK_METRIC = "translation", "cross_entropy", "loss"
@@ -105,12 +105,14 @@ def _load(handle: BinaryIO, path: Path) -> Any:
         return torch.load(handle, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch names what it refused: "Unsupported global: GLOBAL posix.system was not an ...".
-        named = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.\w+)", str(error))
+        # Before torch 2.4: "Unsupported class argparse.Namespace", which it cannot be told to allow.
+        named = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
         if named is None:
             raise UserError(_damaged(path)) from None
+        newer = "" if knows_safe_globals() else ", or read it with torch 2.4 or later"
         raise UserError(
             f"{path} holds {named.group(1)}, and loading that could run code; only plain data "
-            "is read. If you made the file yourself, save it again with the plugin loaded"
+            f"is read. If you made the file yourself, save it again with the plugin loaded{newer}"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError):
         raise UserError(_damaged(path)) from None

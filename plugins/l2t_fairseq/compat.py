@@ -78,6 +78,11 @@ def _omegaconf_globals() -> list[Any]:
     return found
 
 
+def knows_safe_globals() -> bool:
+    """Tell whether torch can be told which plain data to read: since 2.4."""
+    return hasattr(torch.serialization, "add_safe_globals")
+
+
 def register_safe_globals() -> None:
     """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read checkpoints.
 
@@ -86,7 +91,7 @@ def register_safe_globals() -> None:
     are plain data; nothing else is let in.
     """
     add: Any = getattr(torch.serialization, "add_safe_globals", None)
-    if add is None:  # torch before 2.5 has no such list, and no such default
+    if add is None:  # torch before 2.4 has no such list, and no such default
         return
     add([Namespace, *_numpy_globals(), *_omegaconf_globals()])
     reconstruct, scalar = _numpy_globals()[2:4]
