@@ -105,7 +105,7 @@ def _load(handle: BinaryIO, path: Path) -> Any:
         return torch.load(handle, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch names what it refused: "Unsupported global: GLOBAL posix.system was not an ...".
-        # Before torch 2.4: "Unsupported class argparse.Namespace", which it cannot be told to allow.
+        # Before torch 2.4: "Unsupported class argparse.Namespace"; it cannot be told to allow it.
         named = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
         if named is None:
             raise UserError(_damaged(path)) from None
