@@ -322,7 +322,8 @@ def test_a_start_is_read_belongs_to_the_run_and_fits(prepared_toy, tmp_path):
     tuned = build_student(make_spec(prepared_toy, train=train))
     tuned.reset(1)
     for name, value in tuned.module.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        if not name.endswith("_float_tensor"):  # one of 0.12.2's that nothing ever writes
+            assert torch.equal(value, before[name]), name
     digest = tuned.content()["start_sha256"]
     torch.save({"model": before, "cfg": {"model": {"_name": "lstm"}}}, start)
     assert tuned.content()["start_sha256"] != digest
