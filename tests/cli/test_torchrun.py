@@ -83,7 +83,7 @@ def test_shared_batches_go_on_with_another_number_of_processes(
     l2t: Run, digits: Path, one_thread: None
 ) -> None:
     folder = digits.parent
-    size = ["training.parallel=data", "training.episodes=5"]
+    size = ["training.parallel=data", "training.episodes=12"]
     assert l2t("train-teacher", digits, *size, "--out", "whole").code == 0
     process = start(folder, digits, *size, "--out", "parts")
     log = folder / "parts/metrics.jsonl"
@@ -91,7 +91,7 @@ def test_shared_batches_go_on_with_another_number_of_processes(
     process.terminate()
     out, _ = process.communicate(timeout=120)
     assert "2 processes share the batches" in out
-    assert 2 <= len(log.read_text().splitlines()) < 6
+    assert 2 <= len(log.read_text().splitlines()) < 13
     assert l2t("train-teacher", digits, *size, "--out", "parts").code == 0
     whole, parts = (
         load_teacher(folder / name / "teacher_last.safetensors")[0] for name in ("whole", "parts")
