@@ -31,7 +31,7 @@ from l2t_fairseq.command import (
     value_of,
     with_value,
     without,
-    without_own_flags,
+    without_criterion_flags,
 )
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
@@ -147,7 +147,7 @@ class FairseqApplication:
     def baseline(self, teacher: Path) -> FairseqCommand:
         """Return the same command on cross-entropy, validating as often as the taught one."""
         # The task stays, so that this student, too, goes on exactly where it was killed.
-        command = without_own_flags(self.taught(teacher))
+        command = without_criterion_flags(self.taught(teacher))
         command = with_value(command, "--criterion", "cross_entropy")
         if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
             # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.

@@ -21,7 +21,6 @@ from l2t_cli.user_dir import plugin_folder
 from l2t_core.baselines import complete_settings
 from l2t_core.errors import UserError
 from l2t_fairseq.command import (
-    CRITERION_FLAGS,
     FairseqCommand,
     has_flag,
     refuse_other_user_dir,
@@ -32,7 +31,7 @@ from l2t_fairseq.command import (
     value_of,
     with_value,
     without,
-    without_own_flags,
+    without_criterion_flags,
 )
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.text_form import TextForm
@@ -121,9 +120,7 @@ class FairseqTrials:
             command = self.application.taught(trial.teacher)
             command = _judged_by(command, "nll_loss", "l2t_accuracy")
         else:
-            command = without_own_flags(resumable(command, plugin_folder()))
-            for flag, takes_value in CRITERION_FLAGS.items():
-                command = without(command, flag, takes_value)
+            command = without_criterion_flags(resumable(command, plugin_folder()))
             eps = dict(trial.settings).get("eps")
             if trial.loss == MRT:
                 command = self._at_risk(command, trial)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_file
-from l2t_fairseq.compat import knows_safe_globals, register_safe_globals
+from l2t_fairseq.compat import ADD_SAFE_GLOBALS, register_safe_globals
 
 # What a trained student is without the way it was trained: fairseq's own names.
 _STOCK_TASK, _STOCK_CRITERION, _STOCK_METRIC = "translation", "cross_entropy", "loss"
@@ -109,7 +109,7 @@ def _load(handle: BinaryIO, path: Path) -> Any:
         named = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
         if named is None:
             raise UserError(_damaged(path)) from None
-        newer = "" if knows_safe_globals() else ", or read it with torch 2.4 or later"
+        newer = "" if ADD_SAFE_GLOBALS else ", or read it with torch 2.4 or later"
         raise UserError(
             f"{path} holds {named.group(1)}, and loading that could run code; only plain data "
             f"is read. If you made the file yourself, save it again with the plugin loaded{newer}"

@@ -255,9 +255,9 @@ def teach_command(
     return TaughtCommand(command, changes)
 
 
-def without_own_flags(command: FairseqCommand) -> FairseqCommand:
-    """Return a command without the flags of the criterion ``l2t_dynamic``, for another one."""
-    for flag, takes_value in OWN_FLAGS.items():
+def without_criterion_flags(command: FairseqCommand) -> FairseqCommand:
+    """Return a command without the flags of any criterion, ours or another, for a new one."""
+    for flag, takes_value in {**CRITERION_FLAGS, **OWN_FLAGS}.items():
         command = without(command, flag, takes_value)
     return command
 

@@ -78,9 +78,8 @@ def _omegaconf_globals() -> list[Any]:
     return found
 
 
-def knows_safe_globals() -> bool:
-    """Tell whether torch can be told which plain data to read: since 2.4."""
-    return hasattr(torch.serialization, "add_safe_globals")
+# How torch is told which plain data it may read; None before 2.4, which has no such list.
+ADD_SAFE_GLOBALS: Any = getattr(torch.serialization, "add_safe_globals", None)
 
 
 def register_safe_globals() -> None:
@@ -90,16 +89,15 @@ def register_safe_globals() -> None:
     ``--eval-bleu`` as numpy values and sometimes its settings as they are in memory. All of these
     are plain data; nothing else is let in.
     """
-    add: Any = getattr(torch.serialization, "add_safe_globals", None)
-    if add is None:  # torch before 2.4 has no such list, and no such default
+    if ADD_SAFE_GLOBALS is None:
         return
-    add([Namespace, *_numpy_globals(), *_omegaconf_globals()])
+    ADD_SAFE_GLOBALS([Namespace, *_numpy_globals(), *_omegaconf_globals()])
     reconstruct, scalar = _numpy_globals()[2:4]
     named = [(Any, "typing.Any")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         named += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     with contextlib.suppress(AttributeError, TypeError, ValueError):
-        add(named)  # pairs (object, name) are understood since torch 2.6
+        ADD_SAFE_GLOBALS(named)  # pairs (object, name) are understood since torch 2.6
 
 
 def register_broadcast_globals() -> None:
@@ -110,10 +108,9 @@ def register_broadcast_globals() -> None:
     """
     from fairseq.distributed import utils
 
-    add: Any = getattr(torch.serialization, "add_safe_globals", None)
     placeholder: Any = getattr(utils, "_TensorPlaceholder", None)
-    if add is not None and placeholder is not None:
-        add([placeholder])
+    if ADD_SAFE_GLOBALS is not None and placeholder is not None:
+        ADD_SAFE_GLOBALS([placeholder])
 
 
 def avoid_fused_encoder() -> None:
