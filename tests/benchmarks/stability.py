@@ -50,6 +50,11 @@ WITH_SHARED_IDENTITY: dict[str, dict[str, Any]] = {
     ", antithetic, 4 pairs": {
         "students": 4, "differentiation": "antithetic-es", "perturbation": 0.05
     },
+    ", 6 points": {"measure_points": 6},
+    ", mean of last 100": {"average_last": 100},
+    ", last 100 steps": {"truncate": 100},
+    ", penalty 0.1": {"phi_penalty": 0.1},
+    ", clipped at 0.1": {"clip_norm": 0.1},
 }
 
 # name: (the student's schedule, changes to TrainingSpec, changes to LossSpec), and M-tilde where
@@ -96,6 +101,16 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "to zero, shared identity, log-likelihood": (
         "linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"}, "log_likelihood"
     ),
+    "warm-up, to zero, shared identity, smoothed accuracy": (
+        "warm-up, linear", {"lr": 0.02}, {"form": "shared", "sigma": "identity"},
+        "smoothed_accuracy",
+    ),
+    **{
+        f"to zero, {form} identity, smoothed accuracy": (
+            "linear", {"lr": 0.02}, {"form": form, "sigma": "identity"}, "smoothed_accuracy"
+        )
+        for form in ("diagonal", "dense")
+    },
 }
 
 
@@ -117,6 +132,11 @@ def dev_errors(student: Any, teacher: Any, loss: LossSpec, seeds: tuple[int, ...
     return found
 
 
+def slug_of(name: str) -> str:
+    """Return a setting's name as a file's."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def once(path: Path, make: Any) -> Any:
     """Return what the JSON file ``path`` holds, made by ``make()`` if it is not there."""
     if not path.exists():
@@ -134,7 +154,7 @@ def best_rate(task: str, data: Path, schedule: str, out: Path) -> float:
             found[str(rate)] = statistics.mean(dev_errors(student, None, LOSS, TUNING))
         return found
 
-    table = once(out / f"tuning-{schedule}.json", tune)
+    table = once(out / f"tuning-{slug_of(schedule)}.json", tune)
     print(
         f"cross-entropy, {schedule} rate, {TASKS[task].score} by rate: {table}", flush=True
     )
@@ -149,7 +169,7 @@ def measure(task: str, name: str, data: Path, out: Path) -> None:
     loss = dataclasses.replace(LOSS, **loss_changes)
     common = {"episodes": TASKS[task].episodes, "lr": 0.005, "memory": "3GiB"}
     spec = TrainingSpec(**{**common, **changes})
-    slug = "".join(c if c.isalnum() else "-" for c in name)
+    slug = slug_of(name)
 
     def row() -> dict[str, Any]:
         folder = open_run(out / slug, {"spec": dataclasses.asdict(spec)})
@@ -170,7 +190,8 @@ def measure(task: str, name: str, data: Path, out: Path) -> None:
         }
 
     ce = once(
-        out / f"cross-entropy-{schedule}.json", lambda: dev_errors(student, None, LOSS, UNSEEN)
+        out / f"cross-entropy-{slug_of(schedule)}.json",
+        lambda: dev_errors(student, None, LOSS, UNSEEN),
     )
     found = once(out / f"{slug}.json", row)
     mean = statistics.mean
@@ -192,10 +213,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Return the rows that are finished, in the order of SETTINGS."""
     found = []
     for name in SETTINGS:
-        path = folder / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+        path = folder / f"{slug_of(name)}.json"
         if path.exists():
             row = json.loads(path.read_text(encoding="utf-8"))
-            ce = folder / f"cross-entropy-{row['schedule']}.json"
+            ce = folder / f"cross-entropy-{slug_of(row['schedule'])}.json"
             found.append({**row, "cross_entropy": json.loads(ce.read_text(encoding="utf-8"))})
     return found
 
@@ -235,7 +256,7 @@ def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
     from matplotlib import pyplot
 
     panels = [(t, s, [r for r in rows if r["schedule"] == s and r["history"]])
-              for t, rows in drawn for s in ("constant", "linear")]
+              for t, rows in drawn for s in ("constant", "linear", "warm-up, linear")]
     panels = [p for p in panels if p[2]]
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained"

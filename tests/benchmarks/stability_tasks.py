@@ -17,8 +17,10 @@ from l2t_vision.student import build_student as build_image_student
 class StabilityTask:
     """One task: how its student is made, and the grid its cross-entropy rate is chosen from.
 
-    ``build(data folder, schedule, rate, measure)`` returns the student; an empty measure is the
-    task's own. ``score`` says what the tables show, a number that is better when lower.
+    A schedule is constant, linear (to zero) or "warm-up, linear" (up to the rate in the first
+    tenth; the demo's all do). ``build(data folder, schedule, rate, measure)`` returns the student;
+    an empty measure is the task's own. ``score`` says what the tables show, a number that is
+    better when lower.
     """
 
     build: Callable[[Path, str, float, str], Student]
@@ -32,13 +34,14 @@ def _mnist(noisy: bool) -> Callable[[Path, str, float, str], Student]:
     """MNIST's MLP 784-500-10, batches of 100; noisy: 10,000 images, 36 % of them mislabelled."""
 
     def build(data: Path, schedule: str, rate: float, measure: str) -> Student:
+        warmup, _, name = schedule.rpartition(", ")
         return build_image_student(
             ImageSpec(
                 data="mnist", folder=str(data), model="mlp", hidden=500, dev_size=10000,
                 train_size=10000 if noisy else 0, label_noise=0.36 if noisy else 0.0,
                 batch_size=100, steps=400, optimiser=OptimiserSpec("momentum", rate),
-                schedule=ScheduleSpec(schedule), measure=measure or "log_likelihood",
-                dev_interval=100,
+                schedule=ScheduleSpec(name, 40 if warmup else 0),
+                measure=measure or "log_likelihood", dev_interval=100,
             )
         )
 
@@ -60,7 +63,7 @@ def _demo(data: Path, schedule: str, rate: float, measure: str) -> Student:
         "constant": "--lr-scheduler fixed --warmup-updates 30",
         "linear": "--lr-scheduler polynomial_decay --warmup-updates 30 "
         f"--total-num-update {steps}",
-    }[schedule]
+    }[schedule.rpartition(", ")[2]]
     train = described["train"].replace("--lr-scheduler inverse_sqrt --warmup-updates 60", flags)
     train = train.replace("--lr 3e-3", f"--lr {rate}").replace("--max-update 400", "")
     train = train.replace("--max-tokens 1000", "--max-tokens 500")
