@@ -128,9 +128,7 @@ class TeacherView:
             head,
             f"dev {self.measure} {row['dev_measure']:.4f}" + (" *" if row.get("best") else "  "),
             f"smoothed {row['smoothed']:.4f}",
-            f"hypergradient {norm:.3g}"
-            if norm is not None
-            else "hypergradient not finite, skipped",
+            f"hypergradient {norm:.3g}" if norm is not None else f"skipped: {row.get('reason')}",
             console.duration(row["seconds"]),
         ]
         if lost := row.get("students_lost"):

@@ -2,7 +2,7 @@
 
 All losses are pure functions from log-probabilities [N, K], integer targets [N] and coefficients
 phi to per-example losses [N], in nats where sigma is the identity. K classes may be a vocabulary,
-so W comes in four forms:
+so W comes in four forms, and a fifth, ``network``, leaves the bilinear family:
 
 ========  ==========================================  ==========================================
 form      phi                                         W
@@ -16,11 +16,17 @@ shared    d [], s [], b []                            d I + (s / K) 1 1^T
 The 1/K in the structured forms turns the sum over classes into a mean, so that a coefficient
 means the same for 10 classes and for 40,000. Cross-entropy is W = I, b = 0 with the identity;
 label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``diagonal``.
+
+``network`` is sigma(-log p_y + n_phi(log p_y, mean_k log p_k, p_y)) with a small network n_phi, the
+same for all classes, that is zero at the start: the idea of the loss network of L2T-DLN (Hai et
+al. 2023), in a form whose cost does not grow with K and that begins at cross-entropy. What
+``shared`` can only weigh it can bend: bounded losses are in its reach.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +40,11 @@ from l2t_core.specs import LossSpec
 
 Coefficients = dict[str, Tensor]
 
+_WIDTH = 16
+_NETWORK_SHAPES: dict[str, tuple[int, ...]] = {
+    "A": (4, _WIDTH), "B": (_WIDTH, _WIDTH), "c": (_WIDTH,)
+}
+
 SIGMAS: Registry[Callable[[Tensor], Tensor]] = Registry("sigma")
 SIGMAS.register("sigmoid")(torch.sigmoid)
 SIGMAS.register("softplus")(F.softplus)
@@ -42,11 +53,15 @@ SIGMAS.register("identity")(lambda z: z)
 
 @dataclass(frozen=True)
 class LossForm:
-    """One way to write W: its shapes, its neutral point (W = I, b = 0) and its logit z."""
+    """One way to write W: its shapes, its neutral point (W = I, b = 0) and its logit z.
+
+    ``per_class``: phi has a part for each class, so that the classes' order matters.
+    """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
+    per_class: bool = True
 
 
 def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -100,11 +115,41 @@ def _lowrank_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Ten
     return phi["b"][targets] - picked * phi["d"][targets] + (spread * phi["V"][targets]).sum(1)
 
 
-def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+def _target_and_mean(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p_y and mean_k log p_k, both [N]."""
     ones = log_probs.new_ones(log_probs.shape[1], 1)
     picked, total = _PickAndProject.apply(log_probs, targets, ones)
-    mean = total.squeeze(1) / log_probs.shape[1]
+    return picked, total.squeeze(1) / log_probs.shape[1]
+
+
+def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    picked, mean = _target_and_mean(log_probs, targets)
     return phi["b"] - phi["d"] * picked - phi["s"] * mean
+
+
+def _network_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    picked, mean = _target_and_mean(log_probs, targets)
+    # In units of log K, the entropy of a student that knows nothing, all inputs are about 1.
+    unit = math.log(max(2, log_probs.shape[1]))
+    inputs = torch.stack([picked / unit, mean / unit, picked.exp(), torch.ones_like(mean)], 1)
+    hidden = _layer(_layer(inputs, phi["A"]), phi["B"])
+    return (hidden * phi["c"]).sum(1) - picked
+
+
+def _layer(inputs: Tensor, weight: Tensor) -> Tensor:
+    # Not a matrix product, which autocast would make in half, also on the way back. Smooth, as the
+    # second derivative of a ReLU is nothing, and through zero.
+    return F.softplus((inputs.unsqueeze(2) * weight).sum(1)) - math.log(2.0)
+
+
+def _network_neutral(num_classes: int, rank: int) -> Coefficients:
+    """Return random hidden layers, always the same, under an output of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        name: torch.randn(shape, generator=generator) * (2.0 / shape[0]) ** 0.5
+        for name, shape in _NETWORK_SHAPES.items()
+    }
+    return {**parts, "c": torch.zeros(_NETWORK_SHAPES["c"])}
 
 
 FORMS: Registry[LossForm] = Registry("loss form")
@@ -145,6 +190,15 @@ FORMS.register("shared")(
             "b": torch.tensor(0.0),
         },
         logit=_shared_logit,
+        per_class=False,
+    )
+)
+FORMS.register("network")(
+    LossForm(
+        shapes=lambda k, r: dict(_NETWORK_SHAPES),
+        neutral=_network_neutral,
+        logit=_network_logit,
+        per_class=False,
     )
 )
 
@@ -177,10 +231,12 @@ def label_smoothing(log_probs: Tensor, targets: Tensor, eps: float) -> Tensor:
     return (1.0 - eps) * cross_entropy(log_probs, targets) - eps * log_probs.mean(1)
 
 
-def bilinear_loss(
+def taught_loss(
     spec: LossSpec, log_probs: Tensor, targets: Tensor, phi: Coefficients
 ) -> Tensor:
     """Return l_phi [N] for log-probabilities [N, K] and targets [N] (L2T-DLF, section 3.1).
+
+    The function behind :class:`l2t_core.taught_loss.TaughtLoss`.
 
     Computed in float32 where the log-probabilities are in half: they are added up over classes.
 
@@ -211,7 +267,7 @@ def step_loss(
         return label_smoothing(log_probs, targets, spec.warmup_smoothing)
     if not taught_at(spec, step):
         return cross_entropy(log_probs, targets)
-    taught = bilinear_loss(spec, log_probs, targets, phi)
+    taught = taught_loss(spec, log_probs, targets, phi)
     if spec.ce_mix == 0.0:
         return taught
     return spec.ce_mix * cross_entropy(log_probs, targets) + (1.0 - spec.ce_mix) * taught

@@ -232,7 +232,7 @@ def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | 
             f"{ours.get('num_classes'):,}; use the data the teacher was trained with, or train a "
             "teacher on this data"
         )
-    if header.loss.form != "shared" and theirs.get("sha256") != ours.get("sha256"):
+    if FORMS.get(header.loss.form).per_class and theirs.get("sha256") != ours.get("sha256"):
         raise UserError(
             f"teacher {path} does not fit: both have {ours.get('num_classes')} entries but in "
             "another order or with other symbols; use the teacher's own dictionary, or train a "

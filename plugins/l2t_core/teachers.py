@@ -46,7 +46,8 @@ class AttentionTeacher(Teacher):
     """Attention over N memory slots (L2T-DLF, section 3.2).
 
     W_t = sum_n softmax(K_W s_t)_n V_W,n and b_t = sum_n softmax(K_b s_t)_n V_b,n, with
-    theta = {K_W, K_b, V_W, V_b}. A structured W attends with the one K_W for all its parts.
+    theta = {K_W, K_b, V_W, V_b}. A structured W attends with the one K_W for all its parts, and
+    so does a loss without a b, which needs no K_b.
     """
 
     def __init__(
@@ -56,17 +57,18 @@ class AttentionTeacher(Teacher):
         # Keys of standard deviation 1/sqrt(F) give each slot a different share from the start.
         scale = num_features**-0.5
         self.weight_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
-        self.bias_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
+        if "b" in coefficient_shapes(loss, num_classes):
+            self.bias_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
         self.values = _near_neutral(loss, num_classes, spec.slots, spec.init_scale)
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return phi_t for the state s_t, ``features`` [F]."""
-        weight_shares = torch.softmax(self.weight_keys @ features, 0)
-        bias_shares = torch.softmax(self.bias_keys @ features, 0)
-        return {
-            name: torch.tensordot(bias_shares if name == "b" else weight_shares, slots, 1)
-            for name, slots in self.values.items()
-        }
+        shares = torch.softmax(self.weight_keys @ features, 0)
+        phi = {name: torch.tensordot(shares, slots, 1) for name, slots in self.values.items()}
+        if "b" in phi:
+            bias_shares = torch.softmax(self.bias_keys @ features, 0)
+            phi["b"] = torch.tensordot(bias_shares, self.values["b"], 1)
+        return phi
 
 
 @TEACHERS.register("affine")

@@ -244,9 +244,10 @@ class TeacherTraining:
         """Take outcomes in: remember the best theta, then make one Adam step of ascent."""
         p, spec = self.state.progress, self.spec
         # A student that is lost for its hypergradient has lived, and tells of its teacher.
+        lived = [not o.failure and math.isfinite(o.smoothed + (o.true or 0.0)) for o in outcomes]
         scores = [
-            o.true if not o.failure and math.isfinite(o.smoothed + (o.true or 0.0)) else None
-            for o in outcomes if o.failure or o.true is not None
+            o.true if well else None
+            for o, well in zip(outcomes, lived, strict=True) if o.failure or o.true is not None
         ]
         for outcome in outcomes:
             outcome.failure = outcome.failure or unusable(outcome, spec.max_growth)
@@ -256,7 +257,7 @@ class TeacherTraining:
         # Those that were left out for what they met on the way back tell most about it.
         back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
         row: dict[str, Any] = {
-            "smoothed": mean([o.smoothed for o in alive]),
+            "smoothed": mean([o.smoothed for o, well in zip(outcomes, lived, strict=True) if well]),
             "dev_measure": mean([s for s in scores if s is not None]),
             "measure": self.student.measure_name,
             "students": len(outcomes),

@@ -47,6 +47,18 @@ def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_pat
     assert "\x1b" not in outcome.out  # no terminal, no colours
 
 
+def test_episodes_without_a_usable_hypergradient_say_why(
+    l2t: Run, digits: Path, tmp_path: Path
+) -> None:
+    done = l2t(
+        "train-teacher", digits, "--out", tmp_path / "steep", "training.max_growth=1e-9",
+        "--log-format", "simple",
+    )
+    assert done.code == 0
+    rows = [line for line in done.out.splitlines() if "fold on its way back" in line]
+    assert any("dev accuracy" in row and "skipped: the hypergradient grew" in row for row in rows)
+
+
 def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
     rows = l2t("train-teacher", digits, "--log-format", "json").out.splitlines()
     events = [json.loads(row)["event"] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,15 +11,15 @@ import torch.nn.functional as F
 
 from l2t_core.errors import UserError
 from l2t_core.losses import (
-    bilinear_loss,
     coefficient_shapes,
     neutral_coefficients,
     step_loss,
     taught_at,
+    taught_loss,
 )
 from l2t_core.specs import LossSpec
 
-FORMS = ["dense", "diagonal", "lowrank", "shared"]
+FORMS = ["dense", "diagonal", "lowrank", "shared", "network"]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def doubled(phi):
 def test_neutral_identity_is_cross_entropy(form, batch):
     _, log_probs, targets = batch
     spec = LossSpec(form, "identity", rank=2)
-    loss = bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+    loss = taught_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
     torch.testing.assert_close(loss, F.nll_loss(log_probs, targets, reduction="none"))
 
 
@@ -58,7 +59,7 @@ def label_smoothing_coefficients(form, eps, k=5):
 def test_label_smoothing_comes_out(form, batch):
     logits, log_probs, targets = batch
     phi = {k: v.double() for k, v in label_smoothing_coefficients(form, 0.2).items()}
-    loss = bilinear_loss(LossSpec(form, "identity"), log_probs, targets, phi)
+    loss = taught_loss(LossSpec(form, "identity"), log_probs, targets, phi)
     expected = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
 
@@ -71,7 +72,7 @@ def test_dense_equals_the_papers_formula(batch):
     bias = torch.randn(5, generator=generator, dtype=torch.float64)
     y = F.one_hot(targets, 5).double()
     z = torch.einsum("nk,kj,nj->n", -log_probs, weight, y) + y @ bias
-    loss = bilinear_loss(LossSpec("dense", "sigmoid"), log_probs, targets, {"W": weight, "b": bias})
+    loss = taught_loss(LossSpec("dense", "sigmoid"), log_probs, targets, {"W": weight, "b": bias})
     torch.testing.assert_close(loss, torch.sigmoid(z))
 
 
@@ -83,7 +84,7 @@ def test_dense_equals_the_demos_form_up_to_a_constant(batch):
     bias = torch.randn(5, generator=generator, dtype=torch.float64)
     demo = -torch.sigmoid((log_probs @ weight + bias)[torch.arange(8), targets]).mean()
     phi = {"W": weight, "b": -bias}
-    ours = bilinear_loss(LossSpec("dense", "sigmoid"), log_probs, targets, phi).mean()
+    ours = taught_loss(LossSpec("dense", "sigmoid"), log_probs, targets, phi).mean()
     torch.testing.assert_close(ours, 1.0 + demo)
 
 
@@ -98,24 +99,46 @@ def test_structured_forms_equal_the_dense_matrix(rank, batch):
     }
     dense = {"W": torch.diag(phi["d"]) + phi["U"] @ phi["V"].t() / 5, "b": phi["b"]}
     torch.testing.assert_close(
-        bilinear_loss(spec, log_probs, targets, phi),
-        bilinear_loss(LossSpec("dense", "softplus"), log_probs, targets, dense),
+        taught_loss(spec, log_probs, targets, phi),
+        taught_loss(LossSpec("dense", "softplus"), log_probs, targets, dense),
     )
     diagonal = {"d": phi["d"], "b": phi["b"]}
     torch.testing.assert_close(
-        bilinear_loss(LossSpec("diagonal", "sigmoid"), log_probs, targets, diagonal),
-        bilinear_loss(
+        taught_loss(LossSpec("diagonal", "sigmoid"), log_probs, targets, diagonal),
+        taught_loss(
             LossSpec("dense", "sigmoid"), log_probs, targets,
             {"W": torch.diag(phi["d"]), "b": phi["b"]},
         ),
     )
 
 
+def test_the_network_form_is_cross_entropy_and_a_small_network(batch):
+    """Written out example by example; and the same whatever the classes are called."""
+    log_probs, targets = batch[1].detach(), batch[2]
+    spec = LossSpec("network", "sigmoid")
+    generator = torch.Generator().manual_seed(2)
+    phi = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in coefficient_shapes(spec, 5).items()
+    }
+    loss = taught_loss(spec, log_probs, targets, phi)
+    for row, target, found in zip(log_probs, targets, loss, strict=True):
+        log_p = row[target]
+        inputs = [float(log_p) / math.log(5), float(row.mean()) / math.log(5), float(log_p.exp())]
+        hidden = torch.tensor([*inputs, 1.0], dtype=torch.float64)
+        for layer in ("A", "B"):
+            hidden = torch.log(1.0 + torch.exp(hidden @ phi[layer])) - math.log(2.0)
+        torch.testing.assert_close(found, torch.sigmoid(hidden @ phi["c"] - log_p))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    renamed = taught_loss(spec, log_probs[:, order], order.argsort()[targets], phi)
+    torch.testing.assert_close(renamed, loss)
+
+
 def test_neutral_sigmoid_scales_cross_entropys_gradient(batch):
     """At W = I, b = 0 the gradient is cross-entropy's times p_y / (1 + p_y)^2."""
     logits, log_probs, targets = batch
     spec = LossSpec("dense", "sigmoid")
-    loss = bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+    loss = taught_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
     taught = torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
     plain = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), logits)[0]
     p = log_probs.exp().gather(1, targets.unsqueeze(1)).detach()
@@ -127,7 +150,7 @@ def test_warmup_and_mix(batch):
     spec = LossSpec("dense", "sigmoid", warmup_steps=3, ce_mix=0.25)
     phi = doubled(neutral_coefficients(spec, 5))
     plain = F.nll_loss(log_probs, targets, reduction="none")
-    taught = bilinear_loss(spec, log_probs, targets, phi)
+    taught = taught_loss(spec, log_probs, targets, phi)
     torch.testing.assert_close(step_loss(spec, log_probs, targets, phi, 2), plain)
     torch.testing.assert_close(
         step_loss(spec, log_probs, targets, phi, 3), 0.25 * plain + 0.75 * taught
@@ -153,10 +176,10 @@ def test_unknown_names_are_user_errors(batch):
         coefficient_shapes(LossSpec("dens"), 5)
     with pytest.raises(UserError, match="did you mean 'sigmoid'"):
         spec = LossSpec("dense", "sigmoyd")
-        bilinear_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
+        taught_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
 
 
-@pytest.mark.parametrize("form", ["diagonal", "lowrank", "shared"])
+@pytest.mark.parametrize("form", ["diagonal", "lowrank", "shared", "network"])
 @pytest.mark.parametrize("constant", [False, True], ids=["phi learns", "phi is constant"])
 def test_structured_forms_are_twice_differentiable(form, constant):
     """In the logits and in phi together, as the hypergradient needs them."""
@@ -200,7 +223,7 @@ def test_autocast_does_not_touch_the_loss(form, low):
 
     def loss_and_gradient():
         log_probs = torch.log_softmax(logits.float(), 1).requires_grad_()
-        loss = bilinear_loss(spec, log_probs, targets, phi).mean()
+        loss = taught_loss(spec, log_probs, targets, phi).mean()
         return loss, *torch.autograd.grad(loss, log_probs)
 
     plain = loss_and_gradient()
@@ -208,5 +231,5 @@ def test_autocast_does_not_touch_the_loss(form, low):
         cast = loss_and_gradient()
     for a, b in zip(plain, cast, strict=True):
         assert torch.equal(a, b)
-    halved = bilinear_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)
+    halved = taught_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)
     assert bool(halved.isfinite().all()) and halved.dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 
 import pytest
@@ -329,6 +330,7 @@ def test_a_student_that_is_lost_on_the_way_back_tells_of_its_teacher(student, tm
     result = run(student, tmp_path / "run", max_growth=1e-3)
     assert result.skipped == len(result.history)
     assert (result.best_episode, result.best_measure) == (1, 0.9)
+    assert all(math.isfinite(row["smoothed"]) for row in result.history)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_signal_to_noise():
     assert signal_to_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]])) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("form", ["dense", "lowrank", "shared"])
+@pytest.mark.parametrize("form", ["dense", "lowrank", "shared", "network"])
 def test_the_penalty_is_phis_mean_square_from_neutral(form):
     loss = LossSpec(form, "softplus")
     teacher = build_teacher(TeacherSpec(slots=3, init_scale=0.5), loss, 4, 5, 1).double()
