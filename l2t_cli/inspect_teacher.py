@@ -11,6 +11,7 @@ from l2t_cli import console
 from l2t_cli.options import TeacherFile
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
 def command(
@@ -27,10 +28,17 @@ def command(
         return
     network, header = load_teacher(teacher)
     console.table(str(teacher), ["", ""], [*_header_rows(header), ("parameters", _count(network))])
+    times = [f"t/T = {point:g}" for point in POINTS]
+    written = [_coefficients(network, header, point) for point in POINTS]
     console.table(
         "Coefficients φ over the life of a student without statistics (mean ± deviation)",
-        ["coefficient", *(f"t/T = {point:g}" for point in POINTS)],
-        _coefficient_rows(network, header),
+        ["coefficient", *times],
+        _coefficient_rows(written),
+    )
+    console.table(
+        "How the loss pulls at an example with probability p on its target; cross-entropy: 1",
+        ["p", *times],
+        _pull_rows(written, header),
     )
 
 
@@ -76,20 +84,41 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _coefficient_rows(network: Any, header: Any) -> list[list[str]]:
+def _coefficients(network: Any, header: Any, point: float) -> Any:
+    """Return φ at the time ``point`` of a life."""
     import torch
 
     from l2t_core.student_state import StudentState
 
     steps = header.total_steps
     state = StudentState(steps, header.num_classes, header.teacher.features)
-    columns: dict[str, list[str]] = {}
-    for point in POINTS:
-        features = state.features(round(point * (steps - 1)), 0.1)
-        with torch.no_grad():
-            coefficients = network(features.to(next(network.parameters()).dtype))
-        for name, value in coefficients.items():
-            spread = f" ± {value.std():.3f}" if value.numel() > 1 else ""
-            shape = "×".join(str(size) for size in value.shape) or "scalar"
-            columns.setdefault(f"{name} [{shape}]", []).append(f"{value.mean():.4f}{spread}")
-    return [[name, *cells] for name, cells in columns.items()]
+    features = state.features(round(point * (steps - 1)), 0.1)
+    with torch.no_grad():
+        return network(features.to(next(network.parameters()).dtype))
+
+
+def _shown(value: Any, digits: int) -> str:
+    spread = f" ± {value.std():.3f}" if value.numel() > 1 else ""
+    return f"{value.mean():.{digits}f}{spread}"
+
+
+def _coefficient_rows(written: list[Any]) -> list[list[str]]:
+    rows = []
+    for name, first in written[0].items():
+        shape = "×".join(str(size) for size in first.shape) or "scalar"
+        rows.append([f"{name} [{shape}]", *(_shown(phi[name], 4) for phi in written)])
+    return rows
+
+
+def _pull_rows(written: list[Any], header: Any) -> list[list[str]]:
+    from l2t_core.losses import FORMS, pull_beside_cross_entropy
+
+    # Without a part of phi for each class, one target stands for all.
+    most = 64 if FORMS.get(header.loss.form).per_class else 1
+    return [
+        [f"{p:g}", *(
+            _shown(pull_beside_cross_entropy(header.loss, phi, header.num_classes, p, most), 2)
+            for phi in written
+        )]
+        for p in PROBABILITIES
+    ]

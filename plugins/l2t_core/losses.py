@@ -276,3 +276,27 @@ def step_loss(
 def taught_at(spec: LossSpec, step: int) -> bool:
     """Tell whether the loss of 0-based training ``step`` depends on phi."""
     return step >= spec.warmup_steps and spec.ce_mix < 1.0
+
+
+def pull_beside_cross_entropy(
+    spec: LossSpec, phi: Coefficients, num_classes: int, p_y: float, most: int = 64
+) -> Tensor:
+    """Return how strongly the loss pulls at an example, where cross-entropy has 1.
+
+    That is dl / dz_y, z_y the target's logit, over cross-entropy's p_y - 1, for an example that
+    gives its target the probability ``p_y`` in (0, 1) and all other classes the same share of the
+    rest: one number for each of K = ``num_classes`` targets, or for ``most`` of them.
+
+    Raises:
+        UserError: if the form or sigma is unknown.
+    """
+    count = min(num_classes, most)
+    targets = torch.linspace(0, num_classes - 1, count).round().long()
+    rest = math.log((1.0 - p_y) / max(1, num_classes - 1))
+    logits = torch.full((count, num_classes), rest)
+    logits[range(count), targets] = math.log(p_y)
+    logits.requires_grad_()
+    log_probs = logits.log_softmax(1)
+    loss = step_loss(spec, log_probs, targets, phi, spec.warmup_steps).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return gradient.gather(1, targets.unsqueeze(1)).squeeze(1) / (p_y - 1.0)

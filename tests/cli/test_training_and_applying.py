@@ -354,7 +354,8 @@ def test_another_application_in_the_folder_is_refused(
 def test_inspect_shows_header_and_coefficients(l2t: Run, trained: Path) -> None:
     teacher = trained / "teacher_best.safetensors"
     outcome = l2t("inspect", teacher)
-    for text in ("diagonal, softplus", "10 classes", "24 steps", "t/T = 0.5", "tiny"):
+    pull = "How the loss pulls at an example"
+    for text in ("diagonal, softplus", "10 classes", "24 steps", "t/T = 0.5", "tiny", pull):
         assert text in outcome.out
     header = json.loads(l2t("inspect", teacher, "--json").out)
     assert header["num_classes"] == 10 and header["loss"]["form"] == "diagonal"

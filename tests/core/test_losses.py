@@ -13,6 +13,7 @@ from l2t_core.errors import UserError
 from l2t_core.losses import (
     coefficient_shapes,
     neutral_coefficients,
+    pull_beside_cross_entropy,
     step_loss,
     taught_at,
     taught_loss,
@@ -233,3 +234,21 @@ def test_autocast_does_not_touch_the_loss(form, low):
         assert torch.equal(a, b)
     halved = taught_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)
     assert bool(halved.isfinite().all()) and halved.dtype == torch.float32
+
+
+@pytest.mark.parametrize("p_y", [0.1, 0.5, 0.99])
+def test_the_pull_at_an_example(p_y):
+    """1 for cross-entropy; label smoothing's, and the sigmoid's at its start, by hand."""
+    for form in FORMS:
+        phi = neutral_coefficients(LossSpec(form), 5)
+        pull = pull_beside_cross_entropy(LossSpec(form), phi, 5, p_y)
+        torch.testing.assert_close(pull, torch.ones(5), rtol=1e-3, atol=1e-3)
+    smooth = label_smoothing_coefficients("shared", 0.2)
+    pull = pull_beside_cross_entropy(LossSpec("shared"), smooth, 5, p_y)
+    by_hand = (p_y - 0.84) / (p_y - 1.0)  # the target's label is 0.8 + 0.2 / 5
+    torch.testing.assert_close(pull, torch.full((5,), by_hand), rtol=1e-3, atol=1e-3)
+    spec = LossSpec("dense", "sigmoid", warmup_steps=7)
+    pull = pull_beside_cross_entropy(spec, neutral_coefficients(spec, 5), 5, p_y, most=2)
+    torch.testing.assert_close(
+        pull, torch.full((2,), p_y / (1.0 + p_y) ** 2), rtol=1e-3, atol=1e-3
+    )
