@@ -16,6 +16,7 @@ from l2t_cli.teacher_copies import TeacherCopies, TeacherCopy
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, suggestion
+from l2t_core.files import from_home
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
 FIRST_TUNING_SEED = 900_001
@@ -139,7 +140,7 @@ def arms(recipe: Recipe, teachers: Sequence[Path], copies: TeacherCopies) -> lis
     """
     names = [CROSS_ENTROPY, *(name for name in recipe.compare.losses if name != CROSS_ENTROPY)]
     found = [Arm(name, name, _grid(recipe, name)) for name in names]
-    files = [*map(Path, recipe.compare.teachers), *teachers]
+    files = [*map(from_home, recipe.compare.teachers), *teachers]
     seen: dict[str, Path] = {}
     for path in files:
         copy = copies.take(path)

@@ -56,9 +56,9 @@ def command(
     chosen = console.default_format(log_format)
     began = time.monotonic()
     finished = [(part, run_part(part, out, chosen)) for part in PARTS]
-    write_summary(finished, out)
+    content = write_summary(finished, out)
     if chosen is LogFormat.json:
-        print((out / "demo.json").read_text(encoding="utf-8").rstrip())
+        print(json.dumps({"event": "result", "parts": content}), flush=True)
     elif chosen is not LogFormat.none:
         show_summary(finished, out, time.monotonic() - began)
 
@@ -133,8 +133,10 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
     console.line(f"time: {console.duration(seconds)}")
 
 
-def write_summary(finished: list[tuple[Part, ApplicationResult]], out: Path) -> None:
-    """Write ``demo.json`` and ``demo.png``."""
+def write_summary(
+    finished: list[tuple[Part, ApplicationResult]], out: Path
+) -> list[dict[str, Any]]:
+    """Write ``demo.json`` and ``demo.png``; return what the first holds."""
     from l2t_cli.plots import plot_comparison
 
     panels: list[dict[str, Any]] = [
@@ -152,3 +154,4 @@ def write_summary(finished: list[tuple[Part, ApplicationResult]], out: Path) -> 
     ]
     atomic_write(out / "demo.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     plot_comparison(panels, out / "demo.png")
+    return content

@@ -421,6 +421,7 @@ def test_json_lines(l2t: Run, tiny: Path) -> None:
         ("compare.focal.gamma=[]", "compare.focal.gamma is empty"),
         ("compare.focl.gamma=[1]", "did you mean 'compare.focal.gamma'?"),
         ("compare.teachers=[gone.safetensors]", "no teacher file at gone.safetensors"),
+        ("compare.teachers=[~/gone.safetensors]", "no teacher file at /"),
         ("loss.form=dense", "no effect"),
     ],
 )

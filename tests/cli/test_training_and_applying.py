@@ -249,6 +249,18 @@ def test_what_chance_may_have_done_is_no_difference(
     assert printed.count(NOT_TUNED) == 1
 
 
+def test_the_demos_json_is_one_line(l2t: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its parts train is tested elsewhere."""
+    scores = {"taught": {1: Score(3.0, "s", 1.0)}, "cross_entropy": {1: Score(4.0, "s", 1.0)}}
+    result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
+    monkeypatch.setattr("l2t_cli.demo.run_part", lambda *_: result)
+    (line,) = l2t("demo", "--out", "demo", "--log-format", "json").out.splitlines()
+    event = json.loads(line)
+    assert event["event"] == "result"
+    assert event["parts"] == json.loads(Path("demo/demo.json").read_text())
+    assert event["parts"][0]["taught"] == [3] and Path("demo/demo.png").exists()
+
+
 def test_a_diverged_student_counts_as_worst_and_the_others_go_on(
     l2t: Run, digits: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
