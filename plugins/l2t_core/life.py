@@ -21,6 +21,9 @@ from l2t_core.student_state import TrainStatistics, train_statistics
 PRECISIONS = {
     "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # what a student's own arithmetic may be in; omega and all derivatives stay as they are
+# Gradients of a mean loss over thousands of tokens are too small for float16. With this factor a
+# small Transformer's were off by 0.5 % instead of 1.9 %, and its H v by 0.9 instead of 29 %.
+_HALF_SCALE = 2.0**10
 
 
 class Life:
@@ -43,6 +46,7 @@ class Life:
         self.buffers = list(student.module.buffers())
         self.shown = self.flat.vector
         self._cast = PRECISIONS[precision]
+        self.loss_scale = _HALF_SCALE if self._cast is torch.float16 else 1.0
         self._gradient = self.flat.empty(1)[0]
 
     def begin(self, seed: int) -> Tensor:
@@ -118,13 +122,24 @@ class Life:
         self.seed(step)
         return self.predict(batch)
 
-    def gradients(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+    def gradients(self, loss: Tensor) -> list[Tensor | None]:
         """Return the loss's gradient, one tensor per parameter, None where unused."""
+        return self.unscaled(self.scaled_gradients(loss))
+
+    def scaled_gradients(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+        """Return ``loss_scale`` times the loss's gradient, as :meth:`gradients`."""
+        loss = loss if self.loss_scale == 1.0 else loss * self.loss_scale
         return list(
             torch.autograd.grad(
                 loss, self.flat.parameters, create_graph=create_graph, allow_unused=True
             )
         )
+
+    def unscaled(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Return ``gradients`` over ``loss_scale``."""
+        if self.loss_scale == 1.0:
+            return gradients
+        return [None if g is None else g / self.loss_scale for g in gradients]
 
     def step(
         self,

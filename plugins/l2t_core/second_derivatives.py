@@ -8,6 +8,7 @@ is a class with the method ``at(step, phi, direction)``, under a name in :data:`
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -57,9 +58,10 @@ def _double_backward(
         leaves = {name: part.detach().requires_grad_() for name, part in phi.items()}
         log_probs, targets = life.predict(batch)
         value = step_loss(loss, log_probs, targets, leaves, step).mean()
-        gradients = life.gradients(value, create_graph=True)
+        gradients = life.scaled_gradients(value, create_graph=True)
+        pieces = pieces_of(life.unscaled(gradients))
         pairs = [
-            (g, v) for g, v in zip(gradients, pieces_of(gradients), strict=True)
+            (g, v) for g, v in zip(gradients, pieces, strict=True)
             if g is not None and g.requires_grad
         ]
         found = torch.autograd.grad(
@@ -68,8 +70,25 @@ def _double_backward(
             [v for _, v in pairs],
             allow_unused=True,
         )
-    count = len(life.flat.parameters)
-    return list(found[:count]), list(found[count:])
+    count, plain = len(life.flat.parameters), life.unscaled(list(found))
+    return plain[:count], plain[count:]
+
+
+def _enlarged(life: Life, v: Tensor) -> tuple[Tensor, float]:
+    """Return v times a power of two that float16 can tell from zero, and that power.
+
+    A hypergradient's elements may be 1e-8, and what H v is made of lies in between. As large as
+    an eighth of omega, v is to the student's activations what a small step of training is.
+    """
+    norm = float(v.norm()) if life.loss_scale != 1.0 else 0.0
+    if not 0.0 < norm < math.inf:
+        return v, 1.0
+    power = 2.0 ** math.floor(math.log2(max(float(life.shown.norm()), 1.0) / 8.0 / norm))
+    return v * power, power
+
+
+def _over(parts: Parts, power: float) -> Parts:
+    return parts if power == 1.0 else [None if p is None else p / power for p in parts]
 
 
 @SECOND.register("exact")
@@ -97,16 +116,21 @@ class Exact:
             leaves, layout = pytree.tree_flatten(batch)
             if all(isinstance(leaf, Tensor) for leaf in leaves):
                 v = direction(lambda: _gradient(life, self.loss, step, phi))
-                return self._replay(step, phi, life.flat.split(v), leaves, layout)
+                v, power = _enlarged(life, v)
+                curved, steered = self._replay(step, phi, life.flat.split(v), leaves, layout)
+                return _over(curved, power), _over(steered, power)
+        power = 1.0
 
         def pieces_of(gradients: list[Tensor | None]) -> list[Tensor]:
+            nonlocal power
             with torch.no_grad():
-                return life.flat.split(direction(
-                    lambda: life.over_processes(life.flat.gather(gradients))
-                ))
+                v = direction(lambda: life.over_processes(life.flat.gather(gradients)))
+                v, power = _enlarged(life, v)
+                return life.flat.split(v)
 
         life.seed(step)
-        return _double_backward(life, self.loss, step, batch, phi, pieces_of)
+        curved, steered = _double_backward(life, self.loss, step, batch, phi, pieces_of)
+        return _over(curved, power), _over(steered, power)
 
     def _replay(
         self, step: int, phi: Coefficients, pieces: list[Tensor], leaves: list[Tensor], layout: Any

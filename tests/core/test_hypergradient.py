@@ -9,7 +9,10 @@ import torch
 
 from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
+from l2t_core.errors import UserError
 from l2t_core.life import Life
+from l2t_core.losses import neutral_coefficients
+from l2t_core.second_derivatives import Exact
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
@@ -207,6 +210,33 @@ def test_low_precision_students_have_close_hypergradients(make_student, name):
     assert low.dtype == torch.float32
     assert not torch.equal(full, low)
     assert float(torch.cosine_similarity(full, low, dim=0)) > 0.98
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["by autograd", "recorded"])
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_float16_sees_small_directions_and_gradients(make_student, name, fixed_shapes):
+    """Losses and directions are scaled into its range: 1e-9 is nothing in float16."""
+    student = make_student(name, OptimiserSpec("momentum", 0.2), dtype=torch.float32)
+    student.fixed_shapes = fixed_shapes
+    loss = LossSpec("shared", "identity")
+    phi = neutral_coefficients(loss, student.num_classes)
+
+    def found(precision):
+        life = Life(student, precision)
+        life.begin(1)
+        v = torch.randn(life.flat.vector.shape, generator=torch.Generator().manual_seed(1))
+        parts = Exact(life, loss).at(3, phi, lambda _: 1e-9 * v)
+        curved, steered = ([p.flatten() for p in part if p is not None] for part in parts)
+        small = 1e-6 * life.predict(student.batch(0))[0].mean()
+        gradient = life.flat.gather(life.gradients(small)).clone()
+        return torch.cat(curved), torch.cat(steered), gradient
+
+    try:
+        half = found("float16")
+    except (RuntimeError, UserError) as error:
+        pytest.skip(f"no float16 on this CPU: {error}")
+    for low, full in zip(half, found("float32"), strict=True):
+        assert 0.0 < float((low - full).norm() / full.norm()) < 0.01
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "transformer", "lstm"])
