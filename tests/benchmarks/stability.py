@@ -109,7 +109,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
         f"to zero, {form} identity, smoothed accuracy": (
             "linear", {"lr": 0.02}, {"form": form, "sigma": "identity"}, "smoothed_accuracy"
         )
-        for form in ("diagonal", "dense")
+        for form in ("diagonal", "dense", "network")
     },
 }
 
