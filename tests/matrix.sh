@@ -59,7 +59,7 @@ install() {
 
 describe() {
   "$1/bin/python" -c 'import logging; logging.disable()
-import fairseq, numpy, torch
+import fairseq, fairseq.data.data_utils_fast, numpy, torch
 print(f"fairseq {fairseq.__version__}, torch {torch.__version__}, numpy {numpy.__version__}")'
 }
 
@@ -85,7 +85,7 @@ for name in "${environments[@]}"; do
     touch "$folder/.installed"
   fi
   if ! found=$(describe "$folder"); then
-    failed+=("$name (fairseq cannot be imported)")
+    failed+=("$name (fairseq cannot be imported; if its extensions are for another numpy: rm -r $folder, pip cache purge)")
     continue
   fi
   [ "$name" != main ] || found="$found, main $(commit_of "$FAIRSEQ_MAIN")"

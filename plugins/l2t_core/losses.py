@@ -17,10 +17,10 @@ The 1/K in the structured forms turns the sum over classes into a mean, so that 
 means the same for 10 classes and for 40,000. Cross-entropy is W = I, b = 0 with the identity;
 label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``diagonal``.
 
-``network`` is sigma(-log p_y + n_phi(log p_y, mean_k log p_k, p_y)) with a small network n_phi, the
-same for all classes, that is zero at the start: the idea of the loss network of L2T-DLN (Hai et
-al. 2023), in a form whose cost does not grow with K and that begins at cross-entropy. What
-``shared`` can only weigh it can bend: bounded losses are in its reach.
+``network`` adds to the z of ``shared`` a small network n_phi of log p_y, mean_k log p_k and p_y, the
+same for all classes and zero at the start: the idea of the loss network of L2T-DLN (Hai et al.
+2023), in a form whose cost does not grow with K and that begins at cross-entropy. What ``shared``
+can only weigh it can bend: bounded losses are in its reach.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Coefficients = dict[str, Tensor]
 
 _WIDTH = 16
 _NETWORK_SHAPES: dict[str, tuple[int, ...]] = {
-    "A": (4, _WIDTH), "B": (_WIDTH, _WIDTH), "c": (_WIDTH,)
+    "d": (), "s": (), "A": (4, _WIDTH), "B": (_WIDTH, _WIDTH), "c": (_WIDTH,)
 }
 
 SIGMAS: Registry[Callable[[Tensor], Tensor]] = Registry("sigma")
@@ -129,11 +129,15 @@ def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tens
 
 def _network_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
     picked, mean = _target_and_mean(log_probs, targets)
-    # In units of log K, the entropy of a student that knows nothing, all inputs are about 1.
-    unit = math.log(max(2, log_probs.shape[1]))
-    inputs = torch.stack([picked / unit, mean / unit, picked.exp(), torch.ones_like(mean)], 1)
+    # In units of four times log K, the entropy of a student that knows nothing. Beyond what
+    # training shows it a network says anything; with inputs that are bounded, what is left out
+    # there is the linear part, which does not reward a student for running away.
+    unit = 4.0 * math.log(max(2, log_probs.shape[1]))
+    inputs = torch.stack(
+        [torch.tanh(picked / unit), torch.tanh(mean / unit), picked.exp(), torch.ones_like(mean)], 1
+    )
     hidden = _layer(_layer(inputs, phi["A"]), phi["B"])
-    return (hidden * phi["c"]).sum(1) - picked
+    return (hidden * phi["c"]).sum(1) - phi["d"] * picked - phi["s"] * mean
 
 
 def _layer(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -146,10 +150,12 @@ def _network_neutral(num_classes: int, rank: int) -> Coefficients:
     """Return random hidden layers, always the same, under an output of zeros."""
     generator = torch.Generator().manual_seed(0)
     parts = {
-        name: torch.randn(shape, generator=generator) * (2.0 / shape[0]) ** 0.5
-        for name, shape in _NETWORK_SHAPES.items()
+        name: torch.randn(_NETWORK_SHAPES[name], generator=generator)
+        * (2.0 / _NETWORK_SHAPES[name][0]) ** 0.5
+        for name in ("A", "B")
     }
-    return {**parts, "c": torch.zeros(_NETWORK_SHAPES["c"])}
+    parts |= {"d": torch.tensor(1.0), "s": torch.tensor(0.0), "c": torch.zeros(_WIDTH)}
+    return parts
 
 
 FORMS: Registry[LossForm] = Registry("loss form")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import importlib.metadata
 import re
 from argparse import Namespace
 from typing import Any
@@ -24,6 +25,8 @@ _NEEDED = {
     "fairseq.tasks.translation": "TranslationConfig",
 }
 _OLDEST_TORCH = (2, 1)
+# fairseq's own extensions, made when it was installed, for the numpy of that day.
+_COMPILED = ("fairseq.data.data_utils_fast", "fairseq.data.token_block_utils_fast")
 
 
 def refuse_unusable_versions() -> None:
@@ -51,6 +54,32 @@ def refuse_unusable_versions() -> None:
                 f"{module}.{name}, which the plugin needs; install fairseq-fixed 0.12.3.1 "
                 "(Python 3.11 and 3.12) or fairseq 0.12.2 (Python 3.10)"
             )
+    _refuse_unusable_extensions()
+
+
+def _refuse_unusable_extensions() -> None:
+    """Refuse extensions that were made for another numpy, as pip's cache of wheels may have them.
+
+    fairseq itself says then, in the middle of a run, that they were never compiled.
+    """
+    for module in _COMPILED:
+        try:
+            importlib.import_module(module)
+        except (ImportError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"fairseq's compiled part {module} does not load with numpy {np.__version__} "
+                f"({reason}); compile it anew: pip install --force-reinstall --no-deps "
+                f"--no-cache-dir {_distribution()}"
+            ) from error
+
+
+def _distribution() -> str:
+    """Return what pip calls the installed fairseq, with its version; a checkout is a folder."""
+    for name in ("fairseq-fixed", "fairseq"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name}=={importlib.metadata.version(name)}"
+    return "FOLDER_OF_FAIRSEQ"
 
 
 def _numpy_globals() -> list[Any]:

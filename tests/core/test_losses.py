@@ -113,7 +113,7 @@ def test_structured_forms_equal_the_dense_matrix(rank, batch):
     )
 
 
-def test_the_network_form_is_cross_entropy_and_a_small_network(batch):
+def test_the_network_form_is_the_shared_one_and_a_small_network(batch):
     """Written out example by example; and the same whatever the classes are called."""
     log_probs, targets = batch[1].detach(), batch[2]
     spec = LossSpec("network", "sigmoid")
@@ -124,12 +124,13 @@ def test_the_network_form_is_cross_entropy_and_a_small_network(batch):
     }
     loss = taught_loss(spec, log_probs, targets, phi)
     for row, target, found in zip(log_probs, targets, loss, strict=True):
-        log_p = row[target]
-        inputs = [float(log_p) / math.log(5), float(row.mean()) / math.log(5), float(log_p.exp())]
-        hidden = torch.tensor([*inputs, 1.0], dtype=torch.float64)
+        log_p, mean, unit = float(row[target]), float(row.mean()), 4.0 * math.log(5)
+        inputs = [math.tanh(log_p / unit), math.tanh(mean / unit), math.exp(log_p), 1.0]
+        hidden = torch.tensor(inputs, dtype=torch.float64)
         for layer in ("A", "B"):
             hidden = torch.log(1.0 + torch.exp(hidden @ phi[layer])) - math.log(2.0)
-        torch.testing.assert_close(found, torch.sigmoid(hidden @ phi["c"] - log_p))
+        z = hidden @ phi["c"] - phi["d"] * log_p - phi["s"] * mean
+        torch.testing.assert_close(found, torch.sigmoid(z))
     order = torch.tensor([3, 0, 4, 1, 2])
     renamed = taught_loss(spec, log_probs[:, order], order.argsort()[targets], phi)
     torch.testing.assert_close(renamed, loss)

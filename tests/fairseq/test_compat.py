@@ -114,6 +114,10 @@ import l2t_fairseq
         ("torch.__version__ = '1.13.1+cu117'", "torch 1.13.1+cu117 is too old"),
         ("import fairseq.tasks.translation as t; del t.TranslationConfig", "install fairseq-fixed"),
         ("sys.modules['safetensors'] = None", "pip install safetensors"),
+        (
+            "sys.modules['fairseq.data.token_block_utils_fast'] = None",
+            "--force-reinstall --no-deps --no-cache-dir fairseq",
+        ),
     ],
 )
 def test_versions_that_cannot_work_are_one_line(
