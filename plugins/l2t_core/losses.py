@@ -17,10 +17,10 @@ The 1/K in the structured forms turns the sum over classes into a mean, so that 
 means the same for 10 classes and for 40,000. Cross-entropy is W = I, b = 0 with the identity;
 label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``diagonal``.
 
-``network`` adds to the z of ``shared`` a small network n_phi of log p_y, mean_k log p_k and p_y, the
-same for all classes and zero at the start: the idea of the loss network of L2T-DLN (Hai et al.
-2023), in a form whose cost does not grow with K and that begins at cross-entropy. What ``shared``
-can only weigh it can bend: bounded losses are in its reach.
+``network`` adds to the z of ``shared`` a small network n_phi of log p_y, mean_k log p_k and p_y,
+the same for all classes and zero at the start: the idea of the loss network of L2T-DLN (Hai et
+al. 2023), in a form whose cost does not grow with K and that begins at cross-entropy. What
+``shared`` can only weigh it can bend: bounded losses are in its reach.
 """
 
 from __future__ import annotations
