@@ -35,6 +35,8 @@ def command(
         ["coefficient", *times],
         _coefficient_rows(written),
     )
+    if header.num_classes < 2:
+        return
     console.table(
         "How the loss pulls at an example with probability p on its target; cross-entropy: 1",
         ["p", *times],

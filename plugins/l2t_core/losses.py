@@ -299,10 +299,11 @@ def pull_beside_cross_entropy(
     count = min(num_classes, most)
     targets = torch.linspace(0, num_classes - 1, count).round().long()
     rest = math.log((1.0 - p_y) / max(1, num_classes - 1))
-    logits = torch.full((count, num_classes), rest)
+    logits = torch.full((count, num_classes), rest, dtype=torch.float64)
     logits[range(count), targets] = math.log(p_y)
     logits.requires_grad_()
     log_probs = logits.log_softmax(1)
-    loss = step_loss(spec, log_probs, targets, phi, spec.warmup_steps).sum()
+    exact = {name: part.double() for name, part in phi.items()}
+    loss = step_loss(spec, log_probs, targets, exact, spec.warmup_steps).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
     return gradient.gather(1, targets.unsqueeze(1)).squeeze(1) / (p_y - 1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from l2t_core.double_backward import twice_differentiable
-from l2t_core.life import Life
+from l2t_core.life import LOSS_SCALES, Life, all_finite, over
 from l2t_core.losses import Coefficients, step_loss, taught_at
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
@@ -47,19 +47,23 @@ class SecondDerivatives(Protocol):
         """
 
 
+# Of omega's norm, a direction's in float16, with each of the loss's scales.
+_SHARES = (2.0**-3, 2.0**-6)
+
 SECOND: Registry[Any] = Registry("way to get second derivatives (training.hvp)")
 
 
 def _double_backward(
     life: Life, loss: LossSpec, step: int, batch: Any, phi: Coefficients,
-    pieces_of: Callable[[list[Tensor | None]], list[Tensor]],
+    pieces_of: Callable[[list[Tensor | None]], list[Tensor]], scale: float = 1.0,
 ) -> tuple[Parts, Parts]:
+    """Return both derivatives; ``scale`` is the power of two that the loss is multiplied by."""
     with torch.enable_grad(), twice_differentiable(life.student.module):
         leaves = {name: part.detach().requires_grad_() for name, part in phi.items()}
         log_probs, targets = life.predict(batch)
         value = step_loss(loss, log_probs, targets, leaves, step).mean()
-        gradients = life.scaled_gradients(value, create_graph=True)
-        pieces = pieces_of(life.unscaled(gradients))
+        gradients = life.graph_of_gradients(value if scale == 1.0 else value * scale)
+        pieces = pieces_of(over(gradients, scale))
         pairs = [
             (g, v) for g, v in zip(gradients, pieces, strict=True)
             if g is not None and g.requires_grad
@@ -70,25 +74,22 @@ def _double_backward(
             [v for _, v in pairs],
             allow_unused=True,
         )
-    count, plain = len(life.flat.parameters), life.unscaled(list(found))
+    count, plain = len(life.flat.parameters), over(found, scale)
     return plain[:count], plain[count:]
 
 
-def _enlarged(life: Life, v: Tensor) -> tuple[Tensor, float]:
+def _enlarged(life: Life, v: Tensor, share: float) -> tuple[Tensor, float]:
     """Return v times a power of two that float16 can tell from zero, and that power.
 
     A hypergradient's elements may be 1e-8, and what H v is made of lies in between. As large as
-    an eighth of omega, v is to the student's activations what a small step of training is.
+    ``share`` of omega (0: as it is), v is to the student's activations what a small step of
+    training is.
     """
-    norm = float(v.norm()) if life.loss_scale != 1.0 else 0.0
+    norm = float(v.norm()) if share else 0.0
     if not 0.0 < norm < math.inf:
         return v, 1.0
-    power = 2.0 ** math.floor(math.log2(max(float(life.shown.norm()), 1.0) / 8.0 / norm))
+    power = 2.0 ** math.floor(math.log2(max(float(life.shown.norm()), 1.0) * share / norm))
     return v * power, power
-
-
-def _over(parts: Parts, power: float) -> Parts:
-    return parts if power == 1.0 else [None if p is None else p / power for p in parts]
 
 
 @SECOND.register("exact")
@@ -111,34 +112,52 @@ class Exact:
     def at(self, step: int, phi: Coefficients, direction: Direction) -> tuple[Parts, Parts]:
         """Return H v and d<g, v>/d phi."""
         life = self.life
+        if not life.half:
+            return self._at(step, phi, direction)
+        before = life.copy_buffers()
+        for scale, share in zip(LOSS_SCALES, _SHARES, strict=True):
+            life.load_buffers(before)
+            found = self._at(step, phi, direction, scale, share)
+            if all_finite([*found[0], *found[1]]):
+                break
+        return found
+
+    def _at(
+        self, step: int, phi: Coefficients, direction: Direction, scale: float = 1.0,
+        share: float = 0.0,
+    ) -> tuple[Parts, Parts]:
+        life = self.life
         batch = life.batch(step)
         if self.wants_gradient:
             leaves, layout = pytree.tree_flatten(batch)
             if all(isinstance(leaf, Tensor) for leaf in leaves):
                 v = direction(lambda: _gradient(life, self.loss, step, phi))
-                v, power = _enlarged(life, v)
-                curved, steered = self._replay(step, phi, life.flat.split(v), leaves, layout)
-                return _over(curved, power), _over(steered, power)
+                v, power = _enlarged(life, v, share)
+                curved, steered = self._replay(
+                    step, phi, life.flat.split(v), leaves, layout, scale
+                )
+                return over(curved, power), over(steered, power)
         power = 1.0
 
         def pieces_of(gradients: list[Tensor | None]) -> list[Tensor]:
             nonlocal power
             with torch.no_grad():
                 v = direction(lambda: life.over_processes(life.flat.gather(gradients)))
-                v, power = _enlarged(life, v)
+                v, power = _enlarged(life, v, share)
                 return life.flat.split(v)
 
         life.seed(step)
-        curved, steered = _double_backward(life, self.loss, step, batch, phi, pieces_of)
-        return _over(curved, power), _over(steered, power)
+        curved, steered = _double_backward(life, self.loss, step, batch, phi, pieces_of, scale)
+        return over(curved, power), over(steered, power)
 
     def _replay(
-        self, step: int, phi: Coefficients, pieces: list[Tensor], leaves: list[Tensor], layout: Any
+        self, step: int, phi: Coefficients, pieces: list[Tensor], leaves: list[Tensor],
+        layout: Any, scale: float,
     ) -> tuple[Parts, Parts]:
         life, names = self.life, list(phi)
         # As text: before torch 2.3 a layout cannot be hashed.
         shapes = ((x.shape, x.dtype) for x in leaves)
-        key = (taught_at(self.loss, step), str(layout), *shapes)
+        key = (taught_at(self.loss, step), scale, str(layout), *shapes)
         inputs = [*pieces, *phi.values(), *leaves]
 
         def function(*flat: Tensor) -> tuple[Parts, Parts]:
@@ -146,7 +165,7 @@ class Exact:
             batch = pytree.tree_unflatten(list(flat[second:]), layout)
             coefficients = dict(zip(names, flat[first:second], strict=True))
             return _double_backward(
-                life, self.loss, step, batch, coefficients, lambda _: list(flat[:first])
+                life, self.loss, step, batch, coefficients, lambda _: list(flat[:first]), scale
             )
 
         if key not in self.traced:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import re
 from argparse import Namespace
 from typing import Any
@@ -69,16 +70,19 @@ def _refuse_unusable_extensions() -> None:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"fairseq's compiled part {module} does not load with numpy {np.__version__} "
-                f"({reason}); compile it anew: pip install --force-reinstall --no-deps "
-                f"--no-cache-dir {_distribution()}"
+                f"({reason}); compile it anew, with this torch in PIP_CONSTRAINT and "
+                "PIP_BUILD_CONSTRAINT: pip install --force-reinstall --no-deps --no-cache-dir "
+                f"{_distribution()}"
             ) from error
 
 
 def _distribution() -> str:
-    """Return what pip calls the installed fairseq, with its version; a checkout is a folder."""
+    """Return what pip made the installed fairseq from: a fork has a folder or an address."""
     for name in ("fairseq-fixed", "fairseq"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name}=={importlib.metadata.version(name)}"
+            found = importlib.metadata.distribution(name)
+            origin = json.loads(found.read_text("direct_url.json") or "{}")
+            return str(origin.get("url") or f"{name}=={found.version}")
     return "FOLDER_OF_FAIRSEQ"
 
 

@@ -254,6 +254,7 @@ def test_the_demos_json_is_one_line(l2t: Run, monkeypatch: pytest.MonkeyPatch) -
     scores = {"taught": {1: Score(3.0, "s", 1.0)}, "cross_entropy": {1: Score(4.0, "s", 1.0)}}
     result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
     monkeypatch.setattr("l2t_cli.demo.run_part", lambda *_: result)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets, for good
     (line,) = l2t("demo", "--out", "demo", "--log-format", "json").out.splitlines()
     event = json.loads(line)
     assert event["event"] == "result"

@@ -227,7 +227,7 @@ def test_float16_sees_small_directions_and_gradients(make_student, name, fixed_s
         v = torch.randn(life.flat.vector.shape, generator=torch.Generator().manual_seed(1))
         parts = Exact(life, loss).at(3, phi, lambda _: 1e-9 * v)
         curved, steered = ([p.flatten() for p in part if p is not None] for part in parts)
-        small = 1e-6 * life.predict(student.batch(0))[0].mean()
+        small = 1e-6 * phi["d"] ** 2 * life.predict(student.batch(0))[0].mean()
         gradient = life.flat.gather(life.gradients(small)).clone()
         return torch.cat(curved), torch.cat(steered), gradient
 
@@ -237,6 +237,9 @@ def test_float16_sees_small_directions_and_gradients(make_student, name, fixed_s
         pytest.skip(f"no float16 on this CPU: {error}")
     for low, full in zip(half, found("float32"), strict=True):
         assert 0.0 < float((low - full).norm() / full.norm()) < 0.01
+    phi["d"] = torch.tensor(1e5)  # and what is too large for the scale goes without
+    for low, full in zip(found("float16"), found("float32"), strict=True):
+        assert float((low - full).norm() / full.norm()) < 0.05
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "transformer", "lstm"])
