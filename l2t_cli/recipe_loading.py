@@ -263,6 +263,8 @@ def _apply(
         return f"{key} = {value!r} is a {_kind(value)}, expected a section"
     if isinstance(value, dict):
         return f"{key} is a section here, expected {_type_name(expected)}"
+    if "${" in str(value):  # omegaconf's, of which 2.0 and 2.3 make different things
+        return f"{key} = {value!r} refers by ${{...}} to something else; write the value itself"
     if isinstance(value, int) and abs(value) >= 2**63:
         return f"{key} = {value} is too large; whole numbers lie below 2^63"
     try:
@@ -272,12 +274,7 @@ def _apply(
             taken = OmegaConf.to_container(taken, resolve=True)
         # omegaconf 2.0 turns 0.5 into 0 and true into 1 without a word.
         changed = not isinstance(taken, str) and not isinstance(value, str) and taken != value
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        if "${" in str(value):  # omegaconf's reference to another key: ${steps}
-            return (
-                f"{key} = {value!r} refers by ${{...}} to what its section does not hold "
-                f"({_first_line(error)}); write the value itself"
-            )
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError):
         return f"{key} = {value!r} {_mismatch(value, expected)}"
     if _is_nan(taken):
         return f"{key} = {value!r} is not a finite number"
