@@ -268,7 +268,7 @@ def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
         ce = statistics.mean(rows[0]["cross_entropy"])
         axis.axhline(ce, color="black", linestyle="--", linewidth=1, label="cross-entropy")
         axis.set(title=f"{task}, {schedule} rate", xlabel="episode", ylabel=TASKS[task].score)
-        axis.set_ylim(0.75 * ce, 1.75 * ce)
+        axis.set_ylim(0.75 * ce, min(100.0, 1.75 * ce))
         axis.legend(fontsize=6)
     figure.savefig(to, dpi=120)
 
