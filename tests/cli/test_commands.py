@@ -52,6 +52,7 @@ SHIPPED = [
     "nmt/iwslt14-de-en-transformer",
     "nmt/multi30k-de-en-lstm1",
     "nmt/multi30k-de-en-transformer",
+    "nmt/multi30k-de-en-whole",
     "nmt/wmt-en-de-transformer",
 ]
 
