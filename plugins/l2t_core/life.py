@@ -133,6 +133,14 @@ class Life:
                 break
         return found
 
+    def finite_everywhere(self, parts: Iterable[Tensor | None]) -> bool:
+        """Tell whether ``parts`` are finite in all processes that share the batch.
+
+        They have to go on alike: one that made a step once more would wait for the others.
+        """
+        lost = torch.tensor([0.0 if all_finite(parts) else 1.0], dtype=torch.float64)
+        return float(self.processes.add_up(lost)) == 0.0
+
     def graph_of_gradients(self, loss: Tensor) -> list[Tensor | None]:
         """Return the loss's gradient as :meth:`gradients`, unscaled, to be differentiated again."""
         return self._gradients_of(loss, create_graph=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from l2t_core.double_backward import twice_differentiable
-from l2t_core.life import LOSS_SCALES, Life, all_finite, over
+from l2t_core.life import LOSS_SCALES, Life, over
 from l2t_core.losses import Coefficients, step_loss, taught_at
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
@@ -118,7 +118,7 @@ class Exact:
         for scale, share in zip(LOSS_SCALES, _SHARES, strict=True):
             life.load_buffers(before)
             found = self._at(step, phi, direction, scale, share)
-            if all_finite([*found[0], *found[1]]):
+            if life.finite_everywhere([*found[0], *found[1]]):
                 break
         return found
 

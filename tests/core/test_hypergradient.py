@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,15 @@ def test_float16_sees_small_directions_and_gradients(make_student, name, fixed_s
     phi["d"] = torch.tensor(1e5)  # and what is too large for the scale goes without
     for low, full in zip(found("float16"), found("float32"), strict=True):
         assert float((low - full).norm() / full.norm()) < 0.05
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+def test_processes_that_share_a_batch_repeat_a_step_together(make_student, lost):
+    """Or one would wait for sums that the others have done with."""
+    life = Life(make_student("mlp", OptimiserSpec("sgd", 0.1)), "float16")
+    life.processes = SimpleNamespace(add_up=lambda mine: mine + lost)
+    assert life.finite_everywhere([torch.ones(2), None]) == (lost == 0.0)
+    assert not life.finite_everywhere([torch.tensor(float("inf"))])
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "transformer", "lstm"])
