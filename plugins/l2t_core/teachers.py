@@ -63,12 +63,12 @@ class AttentionTeacher(Teacher):
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return phi_t for the state s_t, ``features`` [F]."""
-        shares = torch.softmax(self.weight_keys @ features, 0)
-        phi = {name: torch.tensordot(shares, slots, 1) for name, slots in self.values.items()}
-        if "b" in phi:
-            bias_shares = torch.softmax(self.bias_keys @ features, 0)
-            phi["b"] = torch.tensordot(bias_shares, self.values["b"], 1)
-        return phi
+        shares = dict.fromkeys(self.values, torch.softmax(self.weight_keys @ features, 0))
+        if "b" in shares:
+            shares["b"] = torch.softmax(self.bias_keys @ features, 0)
+        return {
+            name: torch.tensordot(shares[name], slots, 1) for name, slots in self.values.items()
+        }
 
 
 @TEACHERS.register("affine")
