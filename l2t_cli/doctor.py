@@ -65,11 +65,13 @@ def _fairseq() -> tuple[str, str]:
         return "missing", 'translation needs it: pip install "l2t[nmt]"'
     except ImportError as error:
         return "broken", f"does not import here: {error}"
+    from l2t_fairseq.compat import COMPILED_PARTS
+
     try:
-        for part in ("data_utils_fast", "token_block_utils_fast"):
-            import_quietly(f"fairseq.data.{part}")
-    except (ImportError, ValueError) as error:
-        return "broken", f"its compiled parts do not load: {' '.join(str(error).split())[:80]}"
+        for part in COMPILED_PARTS:
+            import_quietly(part)
+    except ImportError as error:
+        return "broken", f"its compiled parts do not load: {error}"
     for name in ("fairseq-fixed", "fairseq"):
         try:
             return importlib.metadata.version(name), f"from the distribution {name}"
