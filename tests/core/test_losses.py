@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_students import knows_autocast
 
 from l2t_core.errors import UserError
 from l2t_core.losses import (
@@ -199,15 +200,6 @@ def test_structured_forms_are_twice_differentiable(form, constant):
 
     assert torch.autograd.gradcheck(losses, (logits, *phi))
     assert torch.autograd.gradgradcheck(losses, (logits, *phi))
-
-
-def knows_autocast(low):
-    """Tell whether this torch's CPU has autocast to ``low``: float16 not before torch 2.4 or so."""
-    try:
-        with torch.autocast("cpu", low):
-            return True
-    except RuntimeError:
-        return False
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -150,3 +150,12 @@ class ToyStudent:
 
 
 STUDENTS = {"mlp": Mlp, "conv_bn": ConvNet, "transformer": TransformerNet, "lstm": LstmNet}
+
+
+def knows_autocast(low: torch.dtype) -> bool:
+    """Tell whether this torch's CPU has autocast to ``low``: float16 not before torch 2.4 or so."""
+    try:
+        with torch.autocast("cpu", low):
+            return True
+    except RuntimeError:
+        return False
