@@ -9,6 +9,7 @@ import sys
 
 from l2t_cli import console
 from l2t_cli.fields import import_quietly
+from l2t_core.errors import UserError
 
 DISTRIBUTIONS = (
     "torch",
@@ -60,18 +61,17 @@ def _version(distribution: str) -> tuple[str, str]:
 def _fairseq() -> tuple[str, str]:
     """Return version and note of whichever distribution or checkout gives `import fairseq`."""
     try:
+        # Before fairseq: after it, importing the plugin registers it, and ends where that fails.
+        compat = import_quietly("l2t_fairseq.compat")
         module = import_quietly("fairseq")
     except ModuleNotFoundError:
         return "missing", 'translation needs it: pip install "l2t[nmt]"'
     except ImportError as error:
         return "broken", f"does not import here: {error}"
-    from l2t_fairseq.compat import COMPILED_PARTS
-
     try:
-        for part in COMPILED_PARTS:
-            import_quietly(part)
-    except ImportError as error:
-        return "broken", f"its compiled parts do not load: {error}"
+        compat.refuse_unusable_versions()
+    except UserError as error:
+        return "broken", str(error)
     for name in ("fairseq-fixed", "fairseq"):
         try:
             return importlib.metadata.version(name), f"from the distribution {name}"

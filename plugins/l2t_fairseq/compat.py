@@ -27,7 +27,7 @@ _NEEDED = {
 }
 _OLDEST_TORCH = (2, 1)
 # fairseq's own extensions, made when it was installed, for the numpy of that day.
-COMPILED_PARTS = ("fairseq.data.data_utils_fast", "fairseq.data.token_block_utils_fast")
+_COMPILED = ("fairseq.data.data_utils_fast", "fairseq.data.token_block_utils_fast")
 
 
 def refuse_unusable_versions() -> None:
@@ -63,7 +63,7 @@ def _refuse_unusable_extensions() -> None:
 
     fairseq itself says then, in the middle of a run, that they were never compiled.
     """
-    for module in COMPILED_PARTS:
+    for module in _COMPILED:
         try:
             importlib.import_module(module)
         except (ImportError, ValueError) as error:

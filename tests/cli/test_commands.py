@@ -141,6 +141,19 @@ def test_doctor_reports_versions(l2t: Run) -> None:
     assert outcome.code == 0 and version("torch") in outcome.out and "fairseq" in outcome.out
 
 
+def test_doctor_calls_broken_what_the_plugin_refuses(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fairseq")
+
+    def refuse() -> None:
+        raise UserError("compile it anew")
+
+    monkeypatch.setattr("l2t_fairseq.compat.refuse_unusable_versions", refuse)
+    outcome = l2t("doctor")
+    assert outcome.code == 0 and "broken" in outcome.out and "compile it anew" in outcome.out
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
