@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from l2t_core.engine import Engine
 from l2t_core.life import Life
-from l2t_core.unroll import StepBack
+from l2t_core.second_derivatives import Exact
+from l2t_core.teachers import Teacher
+from l2t_core.unroll import StepBack, Trajectory, step_vjp
 
 # Steps at which the norms are taken: often enough for a curve, seldom enough to cost nothing.
 _SAMPLES = 32
@@ -22,7 +25,8 @@ class WayBack:
     ``growth`` is ||d omega|| at the first differentiated step over that at the last, ``largest``
     the largest on the way over that at the last; ``norms`` lists (step, ||d omega_t||).
     ``sharpness`` is the largest |v H v| / (v v) * eta met: above 2 (1 + momentum) a constant rate
-    is beyond the edge of stability. ``hvp_error`` is that of approximate second derivatives.
+    is beyond the edge of stability. ``hvp_error`` is what approximate second derivatives do to the
+    hypergradient of the last steps (:class:`Beside`).
     """
 
     growth: float = 0.0
@@ -65,6 +69,68 @@ class Watch:
             self.found.growth = self.found.norms[-1][1] / self.last
             self.found.largest = max(n for _, n in self.found.norms) / self.last
         return self.found
+
+
+class Beside:
+    """Walks the last steps back by exact second derivatives, too, beside approximate ones.
+
+    A product H v may be far off, where inputs of ReLUs change their sign, and the hypergradient
+    hardly: it is the latter that is compared.
+    """
+
+    STEPS = 8
+
+    def __init__(
+        self, engine: Engine, teacher: Teacher, trajectory: Trajectory, cotangent: Tensor
+    ) -> None:
+        self.life, self.teacher, self.trajectory = engine.life, teacher, trajectory
+        self.second = Exact(engine.life, engine.loss, trace=False)
+        self.cotangent = cotangent.clone()
+        self.left = min(self.STEPS, trajectory.steps)
+        size = sum(p.numel() for p in teacher.parameters())
+        self.exact = cotangent.new_zeros(size)
+        self.found = cotangent.new_zeros(size)
+
+    def depart(self, step: int, state: Tensor, gradient: Tensor | None) -> None:
+        """Walk ``step`` back from what :func:`l2t_core.unroll.walk_back` shows."""
+        if not self.left:
+            return
+        buffers = self.life.copy_buffers()
+        try:
+            back = step_vjp(
+                self.life, self.teacher, self.second, state, gradient,
+                self.trajectory.features[step], step, self.cotangent,
+            )
+        except RuntimeError:  # the student has no second derivatives: nothing to compare with
+            self.left = 0
+            self.exact.zero_()
+            return
+        finally:
+            self.life.load_buffers(buffers)
+        self._add(self.exact, back)
+
+    def step(self, back: StepBack) -> None:
+        """Take note of the same step by approximate derivatives."""
+        if self.left:
+            self._add(self.found, back)
+
+    def arrive(self, change: Tensor) -> None:
+        """Take over what changed the other cotangent [R, P] at the start of the step."""
+        self.left -= 1
+        self.cotangent += change
+
+    def _add(self, total: Tensor, back: StepBack) -> None:
+        theta = self.teacher.parameters()
+        parts = [
+            torch.zeros_like(p) if d is None else d
+            for p, d in zip(theta, back.d_theta, strict=True)
+        ]
+        total += torch.cat([d.reshape(-1) for d in parts])
+
+    def error(self) -> float | None:
+        """Return how far d theta of these steps is off, over its norm; None if unknown."""
+        norm = float(self.exact.norm())
+        return float((self.found - self.exact).norm()) / norm if norm > 0.0 else None
 
 
 def finite(value: float) -> float | None:

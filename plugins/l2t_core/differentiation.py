@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from l2t_core.diagnostics import Watch, WayBack
+from l2t_core.diagnostics import Beside, Watch, WayBack
 from l2t_core.engine import Episode
 from l2t_core.readout import Readout, smoothed_measure, smoothed_value
 from l2t_core.registry import Registry
 from l2t_core.teachers import Teacher
-from l2t_core.unroll import OnStep, Trajectory, run_forward, walk_back
+from l2t_core.unroll import OnStep, StepBack, Trajectory, run_forward, walk_back
 
 
 @dataclass
@@ -104,18 +104,28 @@ def _back(
     engine, spec = episode.engine, episode.engine.spec
     watch = Watch(episode.life, readings * cotangent, trajectory.steps)
     most = spec.cotangent_cap * watch.last
+    beside = Beside(engine, teacher, trajectory, cotangent) if engine.second.approximate else None
 
     def arrive_and_cap(step: int, cotangent: Tensor) -> None:
+        before = cotangent.clone() if beside and beside.left else None
         arrive(step, cotangent)
         if most > 0.0 and (norm := float(cotangent[0].norm())) > most:
             cotangent *= most / norm
+        if beside and before is not None:
+            beside.arrive(cotangent - before)
+
+    def see(back: StepBack, cotangent: Tensor) -> None:
+        watch.step(back, cotangent)
+        if beside:
+            beside.step(back)
 
     gradient = walk_back(
         episode.life, teacher, engine.loss, engine.second, trajectory, cotangent,
-        discount=spec.discount, on_step=on_step, arrive=arrive_and_cap, watch=watch.step,
+        discount=spec.discount, on_step=on_step, arrive=arrive_and_cap, watch=see,
+        depart=beside.depart if beside else lambda step, state, gradient: None,
     )
     seen = watch.result()
-    seen.hvp_error = engine.second.error
+    seen.hvp_error = beside.error() if beside else None
     return torch.cat([g.reshape(-1) for g in gradient]), seen
 
 

@@ -38,7 +38,9 @@ class Engine:
         if spec.window:
             self.stretch = min(self.stretch, spec.window)
         optimiser = student.optimiser
-        self.keeps_gradient = optimiser.needs_gradient and self.second.wants_gradient
+        self.keeps_gradient = self.second.needs_gradient or (
+            optimiser.needs_gradient and self.second.wants_gradient
+        )
         self.plan = self._plan()
         self._slots: Slots | None = None
         self._scratch: Tensor | None = None

@@ -57,7 +57,7 @@ def check_settings(
     DIFFERENTIATIONS.get(spec.differentiation)
     _check_way(spec, total_steps)
     parse_bytes(spec.memory)
-    SECOND.get(spec.hvp)
+    second = SECOND.get(spec.hvp)
     known: list[tuple[str, str, tuple[str, ...]]] = [
         ("spill", spec.spill, SPILLS), ("precision", spec.precision, tuple(PRECISIONS)),
         ("parallel", spec.parallel, PARALLELS),
@@ -66,10 +66,10 @@ def check_settings(
         if word not in names:
             hint = suggestion(word, names) or f"; use {', '.join(names)}"
             raise UserError(f"unknown training.{name} {word!r}{hint}")
-    if spec.hvp == "finite-difference" and spec.precision != "float32":
+    if second.approximate and spec.precision != "float32":
         raise UserError(
             f"training.precision={spec.precision} leaves nothing of the small differences that "
-            "training.hvp=finite-difference takes; use float32 or training.hvp=exact"
+            f"training.hvp={spec.hvp} takes; use float32 or training.hvp=exact"
         )
 
 

@@ -96,7 +96,8 @@ class TrainingSpec:
     ``perturbation`` is the standard deviation of theta's noise in the evolutionary ones.
 
     ``memory`` bounds the stored trajectory; where it is too small, states are recomputed or
-    spilled as ``spill`` says (auto, none, host, file). ``hvp`` is exact or finite-difference,
+    spilled as ``spill`` says (auto, none, host, file). ``hvp`` is exact, finite-difference or
+    one-sided-difference,
     ``trace`` allows recorded derivatives, ``precision`` (float32, bfloat16, float16) is the
     student's own arithmetic.
     """

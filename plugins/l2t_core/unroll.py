@@ -71,6 +71,14 @@ class Trajectory:
             return None
         return self.slots.fetch(step - self.first)[-1]
 
+    def place_of_gradient(self, step: int) -> Tensor | None:
+        """Return [P] to write the gradient of kept ``step`` into, None if it is not wanted."""
+        if not self.keeps_gradient:
+            return None
+        self.has_gradient.add(step)
+        # A state that is being spilled is still in the scratch that it was written to.
+        return self.slots.being_written(step - self.first)[-1]
+
     def release(self, step: int) -> None:
         """Forget the state before ``step``."""
         self.slots.release(step - self.first)
@@ -107,7 +115,7 @@ def run_forward(
             out = trajectory.place(step + 1, step + 1 in kept)
             if step in kept:
                 trajectory.buffers[step] = life.copy_buffers()
-                gradient_out = _gradient_place(trajectory, step)
+                gradient_out = trajectory.place_of_gradient(step)
         elif spare is not None:
             out = spare[step % 2]
         state, statistics = taught_step(life, applied, state, step, out, gradient_out)
@@ -123,15 +131,6 @@ def run_forward(
         raise FloatingPointError(f"the student diverged at step {span.stop - 1}")
     observe(span.stop, state)
     return state
-
-
-def _gradient_place(trajectory: Trajectory, step: int) -> Tensor | None:
-    if not trajectory.keeps_gradient:
-        return None
-    trajectory.has_gradient.add(step)
-    slots, index = trajectory.slots, step - trajectory.first
-    # A spilled state is still in the scratch that it was written to.
-    return slots.being_written(index)[-1]
 
 
 def recompute(
@@ -155,7 +154,8 @@ def recompute(
             return step_loss(loss, log_probs, targets, phi, step)
 
         out = trajectory.place(step + 1, keep and step + 1 == stop)
-        state, _, _ = life.step(state, step, loss_of, out)
+        gradient_out = trajectory.place_of_gradient(step) if step == start else None
+        state, _, _ = life.step(state, step, loss_of, out, gradient_out)
     if keep and stop > start:
         trajectory.buffers[stop] = life.copy_buffers()
     return state
@@ -163,23 +163,27 @@ def recompute(
 
 @dataclass(frozen=True)
 class StepBack:
-    """What one step back is about, for those who watch: v [P], H v and the step's rate."""
+    """What one step back is about: v [P], H v, the step's rate, and what it gives to d theta.
+
+    ``d_theta`` has one tensor per teacher parameter, None where the step's loss does not depend
+    on it.
+    """
 
     step: int
     direction: Tensor
     curved: list[Tensor | None]
     rate: float
+    d_theta: list[Tensor | None]
 
 
 def step_vjp(
     life: Life, teacher: nn.Module, second: SecondDerivatives, state: Tensor,
     gradient: Tensor | None, features: Tensor, step: int, cotangent: Tensor,
-) -> tuple[list[Tensor | None], StepBack]:
+) -> StepBack:
     """Pull ``cotangent`` [R, P] of step ``step``'s result back to its start, in place.
 
     Algorithm 1, line 4. The module must show ``state`` and hold its buffers; ``gradient`` [P] is
-    the step's, if known. Returns the contribution to d theta, one tensor per teacher parameter,
-    None where the step's loss does not depend on it.
+    the step's, if known.
     """
     theta = list(teacher.parameters())
     rate = life.student.learning_rate(step)
@@ -195,7 +199,7 @@ def step_vjp(
 
     with torch.enable_grad():
         phi = teacher(features)
-    curved, d_phi = second.at(step, phi, direction)
+    curved, d_phi = second.at(step, phi, direction, gradient)
     if life.processes.world > 1:
         curved, d_phi = _over_processes(life, curved, d_phi)
     with torch.no_grad():
@@ -205,7 +209,7 @@ def step_vjp(
     if pairs:
         outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
         d_theta = list(torch.autograd.grad(outputs, theta, directions, allow_unused=True))
-    return d_theta, StepBack(step, pulled[0], curved, rate)
+    return StepBack(step, pulled[0], curved, rate, d_theta)
 
 
 def _over_processes(
@@ -226,12 +230,14 @@ def walk_back(
     trajectory: Trajectory, cotangent: Tensor,
     *, discount: float, on_step: OnStep,
     arrive: Callable[[int, Tensor], None], watch: Callable[[StepBack, Tensor], None],
+    depart: Callable[[int, Tensor, Tensor | None], None] = lambda step, state, gradient: None,
 ) -> list[Tensor]:
     """Walk the trajectory back from ``cotangent`` [R, P] of the final state, changed in place.
 
-    ``arrive(step, cotangent)`` may add to the cotangent of the state before ``step``, once the
-    module shows it; ``watch`` sees each step made. Returns d theta, one tensor per teacher
-    parameter.
+    ``depart(step, state, gradient)`` is called when the module shows ``step``'s ``state`` [R, P],
+    before the step is walked back, with its gradient [P] if that is known; ``arrive(step,
+    cotangent)`` may add to the cotangent of the state before ``step``, once the module shows it;
+    ``watch`` sees each step made. Returns d theta, one tensor per teacher parameter.
     """
     total = [torch.zeros_like(p) for p in teacher.parameters()]
     first = trajectory.first
@@ -246,10 +252,11 @@ def walk_back(
         step, kept = first + action.step, first + action.kept
         state = recompute(life, trajectory, teacher, loss, kept, step, False)
         gradient = trajectory.gradient(step) if step == kept else None
-        d_theta, back = step_vjp(
+        depart(step, state, gradient)
+        back = step_vjp(
             life, teacher, second, state, gradient, trajectory.features[step], step, cotangent
         )
-        for sum_, part in zip(total, d_theta, strict=True):
+        for sum_, part in zip(total, back.d_theta, strict=True):
             if part is not None:
                 sum_ += part
         watch(back, cotangent)

@@ -21,7 +21,7 @@ from l2t_core.teachers import Teacher
 # pure noise would have on average, with some margin.
 EXPLODED = 100.0
 NOISY = 1.2
-ROUGH = 0.1  # of H v's norm
+ROUGH = 0.1  # of the last steps' hypergradient
 NOT_FINITE = "the hypergradient is not finite"
 
 
@@ -103,8 +103,8 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         return f"the hypergradient {said} on its way back; {mend}"
     if number("hvp_error") > ROUGH:
         return (
-            f"finite differences are off by {100 * number('hvp_error'):.0f} % of H v; set "
-            "training.hvp=exact"
+            f"finite differences put the last steps' hypergradient off by "
+            f"{100 * number('hvp_error'):.0f} %; set training.hvp=exact"
         )
     snr = row.get("signal_to_noise")
     if isinstance(snr, float) and snr < NOISY:

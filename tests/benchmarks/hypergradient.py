@@ -48,10 +48,12 @@ from rich.table import Table
 
 STUDENTS = ("mlp", "lenet", "resnet8", "transformer", "lstm")
 METHODS = (
-    "plain", "l2t kept", "l2t recomputed", "l2t differences", "higher", "torchopt", "torch.func",
+    "plain", "l2t kept", "l2t recomputed", "l2t differences", "l2t one-sided",
+    "l2t one-sided recomputed", "higher", "torchopt", "torch.func",
 )
 TOLERANCE = 1e-3
-APPROXIMATE = {"l2t differences": 0.1}  # what is no exact derivative may be further off
+# What is no exact derivative may be further off.
+APPROXIMATE = {"l2t differences": 0.1, "l2t one-sided": 0.1, "l2t one-sided recomputed": 0.1}
 _CHILD = Path(__file__).with_name("hypergradient_child.py")
 
 Row = dict[str, Any]
@@ -163,7 +165,7 @@ def main(
     ] = 12.0,
     limit: Annotated[float, typer.Option(help="Seconds that a process may take.")] = 900.0,
     memory: Annotated[
-        str, typer.Option(help="What l2t recomputed may hold, as 64MiB; else a 15th of all.")
+        str, typer.Option(help="For l2t recomputed, as 64MiB; else the root of 2 T states.")
     ] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Where to write everything measured.")

@@ -107,9 +107,14 @@ def l2t_kept(student: SyntheticStudent, teacher: Teacher) -> Prepared:
     return _engine(student, teacher, student.total_steps)
 
 
+def _few(student: SyntheticStudent) -> int:
+    """Return the root of 2 T: with so many states each step is recomputed about once."""
+    return math.isqrt(2 * student.total_steps)
+
+
 def l2t_recomputed(student: SyntheticStudent, teacher: Teacher) -> Prepared:
-    """This project's engine with memory for a fifteenth of the states."""
-    return _engine(student, teacher, max(2, student.total_steps // 15))
+    """This project's engine with memory for the root of 2 T states."""
+    return _engine(student, teacher, _few(student))
 
 
 def l2t_within(memory: str) -> Method:
@@ -120,6 +125,16 @@ def l2t_within(memory: str) -> Method:
 def l2t_differences(student: SyntheticStudent, teacher: Teacher) -> Prepared:
     """This project's engine by finite differences, all states kept."""
     return _engine(student, teacher, student.total_steps, "finite-difference")
+
+
+def l2t_one_sided(student: SyntheticStudent, teacher: Teacher) -> Prepared:
+    """This project's engine by one-sided differences, all states and gradients kept."""
+    return _engine(student, teacher, student.total_steps, "one-sided-difference")
+
+
+def l2t_one_sided_recomputed(student: SyntheticStudent, teacher: Teacher) -> Prepared:
+    """The same with memory for the root of 2 T of them."""
+    return _engine(student, teacher, _few(student), "one-sided-difference")
 
 
 def _math_attention() -> contextlib.AbstractContextManager[None]:
@@ -267,6 +282,8 @@ METHODS: dict[str, Method] = {
     "l2t kept": l2t_kept,
     "l2t recomputed": l2t_recomputed,
     "l2t differences": l2t_differences,
+    "l2t one-sided": l2t_one_sided,
+    "l2t one-sided recomputed": l2t_one_sided_recomputed,
     "higher": higher_,
     "torchopt": torchopt_,
     "torch.func": torch_func,

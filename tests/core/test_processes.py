@@ -35,6 +35,7 @@ CASES = [
     ("mlp", OptimiserSpec("adam", 0.05, eps=1e-3), {"memory": "4KB", "spill": "none"}, True),
     ("transformer", OptimiserSpec("adam", 0.05, eps=1e-3), {}, False),
     ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "finite-difference"}, False),
+    ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "one-sided-difference"}, False),
 ]
 
 
