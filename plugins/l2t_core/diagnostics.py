@@ -75,10 +75,11 @@ class Beside:
     """Walks the last steps back by exact second derivatives, too, beside approximate ones.
 
     A product H v may be far off, where inputs of ReLUs change their sign, and the hypergradient
-    hardly: it is the latter that is compared.
+    hardly: it is the latter that is compared. One step in ``every``, so that this stays cheap,
+    and at most eight.
     """
 
-    STEPS = 8
+    every = 50
 
     def __init__(
         self, engine: Engine, teacher: Teacher, trajectory: Trajectory, cotangent: Tensor
@@ -86,7 +87,7 @@ class Beside:
         self.life, self.teacher, self.trajectory = engine.life, teacher, trajectory
         self.second = Exact(engine.life, engine.loss, trace=False)
         self.cotangent = cotangent.clone()
-        self.left = min(self.STEPS, trajectory.steps)
+        self.left = min(8, -(-trajectory.steps // self.every))
         size = sum(p.numel() for p in teacher.parameters())
         self.exact = cotangent.new_zeros(size)
         self.found = cotangent.new_zeros(size)

@@ -55,12 +55,14 @@ SIGMAS.register("identity")(lambda z: z)
 class LossForm:
     """One way to write W: its shapes, its neutral point (W = I, b = 0) and its logit z.
 
-    ``per_class``: phi has a part for each class, so that the classes' order matters.
+    ``others`` is the part of phi that weighs the log-probabilities of classes other than the
+    target. ``per_class``: phi has a part for each class, so that the classes' order matters.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
+    others: str = ""
     per_class: bool = True
 
 
@@ -164,6 +166,7 @@ FORMS.register("dense")(
         shapes=lambda k, r: {"W": (k, k), "b": (k,)},
         neutral=lambda k, r: {"W": torch.eye(k), "b": torch.zeros(k)},
         logit=_dense_logit,
+        others="W",
     )
 )
 FORMS.register("diagonal")(
@@ -185,6 +188,7 @@ FORMS.register("lowrank")(
             "b": torch.zeros(k),
         },
         logit=_lowrank_logit,
+        others="V",
     )
 )
 FORMS.register("shared")(
@@ -196,6 +200,7 @@ FORMS.register("shared")(
             "b": torch.tensor(0.0),
         },
         logit=_shared_logit,
+        others="s",
         per_class=False,
     )
 )
@@ -204,6 +209,7 @@ FORMS.register("network")(
         shapes=lambda k, r: dict(_NETWORK_SHAPES),
         neutral=_network_neutral,
         logit=_network_logit,
+        others="s",
         per_class=False,
     )
 )
@@ -216,6 +222,26 @@ def coefficient_shapes(spec: LossSpec, num_classes: int) -> dict[str, tuple[int,
         UserError: if the form is unknown.
     """
     return FORMS.get(spec.form).shapes(num_classes, spec.rank)
+
+
+def near_neutral(spec: LossSpec, num_classes: int, slots: int, scale: float) -> Coefficients:
+    """Return ``slots`` coefficients for every part of phi, [slots, ...], around the neutral ones.
+
+    Their differences are normal with deviation ``scale``; weights of other classes' log-
+    probabilities, which are zero in the neutral point, lie above it. A negative one, however
+    small, rewards certainty without bound: over a long life the hypergradient of a student that
+    has learned its training set explodes.
+
+    Raises:
+        UserError: if the form is unknown.
+    """
+    form, found = FORMS.get(spec.form), {}
+    for name, value in form.neutral(num_classes, spec.rank).items():
+        difference = scale * torch.randn(slots, *value.shape)
+        if name == form.others:
+            difference = torch.where(value == 0.0, difference.abs(), difference)
+        found[name] = value + difference
+    return found
 
 
 def neutral_coefficients(spec: LossSpec, num_classes: int) -> Coefficients:

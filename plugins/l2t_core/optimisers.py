@@ -82,6 +82,8 @@ def pull_back_clip(gradient: Tensor, max_norm: float, cotangent: Tensor) -> Tens
 def _safe_root(squares: Tensor, eps_root: float) -> Tensor:
     """Return sqrt(squares + eps_root) with derivative 0, not infinity, where that is zero."""
     squares = squares + eps_root if eps_root else squares
+    if not (squares.requires_grad and torch.is_grad_enabled()):
+        return squares.sqrt()  # the same bits; the rest took a tenth of a step back
     at_zero = squares == 0
     return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, squares).sqrt())
 
@@ -203,8 +205,7 @@ class Adam:
             omega = omega * (1.0 - lr * spec.weight_decay)
         first_correction, second_correction = self._corrections(step)
         denominator = self._denominator(_safe_root(second, spec.eps_root), second_correction)
-        scaled = first / denominator
-        after = torch.add(omega, scaled, alpha=-lr / first_correction, out=rows[0])
+        after = torch.addcdiv(omega, first, denominator, value=-lr / first_correction, out=rows[0])
         return torch.stack([after, first, second]) if out is None else out
 
     def pull_back(
@@ -223,7 +224,7 @@ class Adam:
         d_first.addcdiv_(d_scaled, denominator)
         # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root)
         d_root = d_scaled.mul_(first).div_(denominator.square_())
-        d_root.div_(torch.where(root == 0, torch.inf, root))
+        d_root.div_(root.masked_fill_(root == 0, torch.inf))
         d_second.add_(d_root, alpha=-0.5 / second_correction)
         d_direction = d_first * (1.0 - spec.beta1)
         d_direction.addcmul_(d_second, direction, value=2.0 * (1.0 - spec.beta2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from l2t_core.losses import Coefficients, coefficient_shapes, neutral_coefficients
+from l2t_core.losses import Coefficients, coefficient_shapes, near_neutral
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec, TeacherSpec
 
@@ -31,14 +31,9 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
 
-def _near_neutral(loss: LossSpec, num_classes: int, slots: int, scale: float) -> nn.ParameterDict:
-    neutral = neutral_coefficients(loss, num_classes)
-    return nn.ParameterDict(
-        {
-            name: nn.Parameter(value + scale * torch.randn(slots, *value.shape))
-            for name, value in neutral.items()
-        }
-    )
+def _slots(loss: LossSpec, num_classes: int, slots: int, scale: float) -> nn.ParameterDict:
+    start = near_neutral(loss, num_classes, slots, scale)
+    return nn.ParameterDict({name: nn.Parameter(value) for name, value in start.items()})
 
 
 @TEACHERS.register("attention")
@@ -59,7 +54,7 @@ class AttentionTeacher(Teacher):
         self.weight_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
         if "b" in coefficient_shapes(loss, num_classes):
             self.bias_keys = nn.Parameter(scale * torch.randn(spec.slots, num_features))
-        self.values = _near_neutral(loss, num_classes, spec.slots, spec.init_scale)
+        self.values = _slots(loss, num_classes, spec.slots, spec.init_scale)
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return phi_t for the state s_t, ``features`` [F]."""
@@ -85,7 +80,7 @@ class AffineTeacher(Teacher):
         super().__init__(spec, loss, num_classes, num_features)
         self.keys = nn.Parameter(num_features**-0.5 * torch.randn(spec.slots, num_features))
         self.offsets = nn.Parameter(torch.zeros(spec.slots))
-        self.base = _near_neutral(loss, num_classes, 1, 0.0)
+        self.base = _slots(loss, num_classes, 1, 0.0)
         # Slots around zero, not around the neutral point: they are what is added to it.
         self.values = nn.ParameterDict(
             {
@@ -111,7 +106,7 @@ class StaticTeacher(Teacher):
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
     ) -> None:
         super().__init__(spec, loss, num_classes, num_features)
-        self.values = _near_neutral(loss, num_classes, 1, spec.init_scale)
+        self.values = _slots(loss, num_classes, 1, spec.init_scale)
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return the same phi whatever ``features`` [F] says."""
