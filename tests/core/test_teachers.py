@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 
+from l2t_core.losses import FORMS, neutral_coefficients, taught_loss
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.teachers import build_teacher
 
@@ -22,3 +26,25 @@ def test_affine_teacher_is_the_demos_form() -> None:
     assert torch.equal(teacher(torch.zeros(4))["W"], torch.eye(3))
     phi["W"].sum().backward()
     assert all(bool(p.grad.abs().sum() > 0) for n, p in theta.items() if not n.endswith("b"))
+
+
+@pytest.mark.parametrize("name", ["attention", "static"])
+@pytest.mark.parametrize("form", FORMS.names())
+def test_no_teacher_begins_by_rewarding_certainty(form: str, name: str) -> None:
+    """As a negative weight of other classes' log-probabilities would, without bound."""
+    loss = LossSpec(form, rank=2)
+    teacher = build_teacher(TeacherSpec(name, slots=4, init_scale=0.1), loss, 5, 3, seed=1)
+    neutral, phi = neutral_coefficients(loss, 5), teacher(torch.randn(3))
+    for part, value in phi.items():
+        assert bool((value != neutral[part]).any())  # the slots differ
+    # Log-probabilities of a student that gives all but class 0 next to nothing, more and more so.
+    logits = torch.zeros(2, 5)
+    logits[:, 0] = torch.tensor([200.0, 400.0])
+    targets = torch.zeros(2, dtype=torch.long)
+    calm, certain = taught_loss(
+        dataclasses.replace(loss, sigma="identity"), torch.log_softmax(logits, 1), targets, phi
+    ).tolist()
+    assert certain >= calm
+    exact = build_teacher(TeacherSpec(name, slots=4, init_scale=0.0), loss, 5, 3, seed=1)
+    for part, value in exact(torch.randn(3)).items():
+        torch.testing.assert_close(value, neutral[part])
