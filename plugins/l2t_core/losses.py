@@ -2,7 +2,7 @@
 
 All losses are pure functions from log-probabilities [N, K], integer targets [N] and coefficients
 phi to per-example losses [N], in nats where sigma is the identity. K classes may be a vocabulary,
-so W comes in four forms, and a fifth, ``network``, leaves the bilinear family:
+so W comes in five forms, and a sixth, ``network``, leaves the bilinear family:
 
 ========  ==========================================  ==========================================
 form      phi                                         W
@@ -11,11 +11,17 @@ dense     W [K, K], b [K]                             W
 diagonal  d [K], b [K]                                diag(d)
 lowrank   d [K], U [K, r], V [K, r], b [K]            diag(d) + U V^T / K
 shared    d [], s [], b []                            d I + (s / K) 1 1^T
+banded    d [B], s [B], b [B]                         diag(d_B) + 1 s_B^T / K
 ========  ==========================================  ==========================================
 
 The 1/K in the structured forms turns the sum over classes into a mean, so that a coefficient
 means the same for 10 classes and for 40,000. Cross-entropy is W = I, b = 0 with the identity;
 label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``diagonal``.
+
+``banded`` is ``shared`` with coefficients of their own for each band of classes: class y lies in
+band floor(log2(y + 1)), B = floor(log2 K) + 1. Vocabularies, and classes of long-tailed data, are
+sorted by frequency, so that a band is a range of frequencies; fairseq's end of a sentence, class
+2, shares one with the padding that is never a target. Few numbers, each with many examples.
 
 ``network`` adds to the z of ``shared`` a small network n_phi of log p_y, mean_k log p_k and p_y,
 the same for all classes and zero at the start: the idea of the loss network of L2T-DLN (Hai et
@@ -129,6 +135,21 @@ def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tens
     return phi["b"] - phi["d"] * picked - phi["s"] * mean
 
 
+def bands(targets: Tensor) -> Tensor:
+    """Return floor(log2(y + 1)) of classes y, any shape."""
+    return torch.frexp((targets + 1).double()).exponent.long() - 1
+
+
+def _banded_shapes(num_classes: int, rank: int) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(("d", "s", "b"), (num_classes.bit_length(),))
+
+
+def _banded_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
+    band = bands(targets)
+    picked, mean = _target_and_mean(log_probs, targets)
+    return phi["b"][band] - phi["d"][band] * picked - phi["s"][band] * mean
+
+
 def _network_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
     picked, mean = _target_and_mean(log_probs, targets)
     # In units of four times log K, the entropy of a student that knows nothing. Beyond what
@@ -202,6 +223,18 @@ FORMS.register("shared")(
         logit=_shared_logit,
         others="s",
         per_class=False,
+    )
+)
+FORMS.register("banded")(
+    LossForm(
+        shapes=_banded_shapes,
+        neutral=lambda k, r: {
+            "d": torch.ones(k.bit_length()),
+            "s": torch.zeros(k.bit_length()),
+            "b": torch.zeros(k.bit_length()),
+        },
+        logit=_banded_logit,
+        others="s",
     )
 )
 FORMS.register("network")(

@@ -50,7 +50,7 @@ def check_settings(
     if loss.form == "dense" and num_classes is not None and num_classes > DENSE_LIMIT:
         raise UserError(
             f"loss.form=dense would hold {num_classes} x {num_classes} numbers in every slot; use "
-            "diagonal, lowrank, shared or network"
+            "diagonal, lowrank, banded, shared or network"
         )
     SIGMAS.get(loss.sigma)
     TEACHERS.get(teacher.name)

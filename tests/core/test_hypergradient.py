@@ -97,7 +97,7 @@ def test_exact_hypergradient_equals_central_differences(make_student, name, opti
 
 
 @pytest.mark.parametrize("sigma", ["sigmoid", "softplus", "identity"])
-@pytest.mark.parametrize("form", ["dense", "diagonal", "lowrank", "shared", "network"])
+@pytest.mark.parametrize("form", ["dense", "diagonal", "lowrank", "banded", "shared", "network"])
 def test_every_loss_form(make_student, form, sigma):
     student = make_student("mlp", OptimiserSpec("momentum", 0.3))
     check_against_differences(student, loss=LossSpec(form, sigma, rank=2))

@@ -12,6 +12,7 @@ from toy_students import knows_autocast
 
 from l2t_core.errors import UserError
 from l2t_core.losses import (
+    bands,
     coefficient_shapes,
     neutral_coefficients,
     pull_beside_cross_entropy,
@@ -21,7 +22,7 @@ from l2t_core.losses import (
 )
 from l2t_core.specs import LossSpec
 
-FORMS = ["dense", "diagonal", "lowrank", "shared", "network"]
+FORMS = ["dense", "diagonal", "lowrank", "banded", "shared", "network"]
 
 
 @pytest.fixture
@@ -54,16 +55,43 @@ def label_smoothing_coefficients(form, eps, k=5):
             "V": torch.full((k, 1), eps),
             "b": torch.zeros(k),
         }
+    if form == "banded":
+        return {"d": torch.full((3,), 1 - eps), "s": torch.full((3,), eps), "b": torch.zeros(3)}
     return {"d": torch.tensor(1 - eps), "s": torch.tensor(eps), "b": torch.tensor(0.0)}
 
 
-@pytest.mark.parametrize("form", ["dense", "lowrank", "shared"])
+@pytest.mark.parametrize("form", ["dense", "lowrank", "banded", "shared"])
 def test_label_smoothing_comes_out(form, batch):
     logits, log_probs, targets = batch
     phi = {k: v.double() for k, v in label_smoothing_coefficients(form, 0.2).items()}
     loss = taught_loss(LossSpec(form, "identity"), log_probs, targets, phi)
     expected = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_bands_are_octaves_of_the_classes_order():
+    """Bands of 1, 2, 4, 8 ... classes: 0; 1 and 2; 3 to 6; 7 to 14."""
+    found = bands(torch.arange(40_000))
+    assert found[:16].tolist() == [0, 1, 1, *[2] * 4, *[3] * 8, 4]
+    assert torch.bincount(found)[:-1].tolist() == [2**i for i in range(15)]
+    for k in (1, 2, 3, 4, 7, 8, 40_000):
+        shapes = coefficient_shapes(LossSpec("banded"), k)
+        assert shapes["d"] == (int(bands(torch.tensor(k - 1))) + 1,)
+
+
+def test_banded_is_a_dense_w_of_its_bands(batch):
+    """W = diag(d) + 1 s^T / K with every class's coefficients those of its band."""
+    _, log_probs, targets = batch
+    generator = torch.Generator().manual_seed(2)
+    draw = {"dtype": torch.float64, "generator": generator}
+    phi = {name: torch.randn(3, **draw) for name in ("d", "s", "b")}
+    band = torch.tensor([0, 1, 1, 2, 2])
+    weight = phi["d"][band].diag() + phi["s"][band].expand(5, 5) / 5
+    dense = {"W": weight, "b": phi["b"][band]}
+    torch.testing.assert_close(
+        taught_loss(LossSpec("banded", "sigmoid"), log_probs, targets, phi),
+        taught_loss(LossSpec("dense", "sigmoid"), log_probs, targets, dense),
+    )
 
 
 def test_dense_equals_the_papers_formula(batch):
@@ -182,7 +210,7 @@ def test_unknown_names_are_user_errors(batch):
         taught_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
 
 
-@pytest.mark.parametrize("form", ["diagonal", "lowrank", "shared", "network"])
+@pytest.mark.parametrize("form", ["diagonal", "lowrank", "banded", "shared", "network"])
 @pytest.mark.parametrize("constant", [False, True], ids=["phi learns", "phi is constant"])
 def test_structured_forms_are_twice_differentiable(form, constant):
     """In the logits and in phi together, as the hypergradient needs them."""
