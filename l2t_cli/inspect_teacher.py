@@ -35,6 +35,12 @@ def command(
         ["coefficient", *times],
         _coefficient_rows(written),
     )
+    if header.loss.form == "banded":
+        console.table(
+            f"Coefficients by band of classes at {times[len(times) // 2]}, most frequent first",
+            ["classes", *written[0]],
+            _band_rows(written[len(written) // 2], header.num_classes),
+        )
     if header.num_classes < 2:
         return
     console.table(
@@ -109,6 +115,15 @@ def _coefficient_rows(written: list[Any]) -> list[list[str]]:
     for name, first in written[0].items():
         shape = "×".join(str(size) for size in first.shape) or "scalar"
         rows.append([f"{name} [{shape}]", *(_shown(phi[name], 4) for phi in written)])
+    return rows
+
+
+def _band_rows(phi: Any, num_classes: int) -> list[list[str]]:
+    rows = []
+    for band in range(num_classes.bit_length()):
+        first, last = 2**band - 1, min(num_classes, 2 ** (band + 1) - 1) - 1
+        classes = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        rows.append([classes, *(f"{part[band]:.3f}" for part in phi.values())])
     return rows
 
 

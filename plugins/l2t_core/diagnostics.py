@@ -75,8 +75,8 @@ class Beside:
     """Walks the last steps back by exact second derivatives, too, beside approximate ones.
 
     A product H v may be far off, where inputs of ReLUs change their sign, and the hypergradient
-    hardly: it is the latter that is compared. One step in ``every``, so that this stays cheap,
-    and at most eight.
+    hardly: it is the latter that is compared. One step in ``every``, so that this stays cheap, one
+    at least and eight at most.
     """
 
     every = 50
@@ -86,7 +86,7 @@ class Beside:
     ) -> None:
         self.life, self.teacher, self.trajectory = engine.life, teacher, trajectory
         self.second = Exact(engine.life, engine.loss, trace=False)
-        self.cotangent = cotangent.clone()
+        self.cotangent: Tensor | None = cotangent.clone()
         self.left = min(8, -(-trajectory.steps // self.every))
         size = sum(p.numel() for p in teacher.parameters())
         self.exact = cotangent.new_zeros(size)
@@ -94,31 +94,23 @@ class Beside:
 
     def depart(self, step: int, state: Tensor, gradient: Tensor | None) -> None:
         """Walk ``step`` back from what :func:`l2t_core.unroll.walk_back` shows."""
-        if not self.left:
+        if self.cotangent is None:
             return
         buffers = self.life.copy_buffers()
-        try:
-            back = step_vjp(
-                self.life, self.teacher, self.second, state, gradient,
-                self.trajectory.features[step], step, self.cotangent,
-            )
-        except RuntimeError:  # the student has no second derivatives: nothing to compare with
-            self.left = 0
-            self.exact.zero_()
-            return
-        finally:
-            self.life.load_buffers(buffers)
+        back = step_vjp(
+            self.life, self.teacher, self.second, state, gradient,
+            self.trajectory.features[step], step, self.cotangent,
+        )
+        self.life.load_buffers(buffers)
         self._add(self.exact, back)
 
     def step(self, back: StepBack) -> None:
         """Take note of the same step by approximate derivatives."""
-        if self.left:
+        if self.cotangent is not None:
             self._add(self.found, back)
-
-    def arrive(self, change: Tensor) -> None:
-        """Take over what changed the other cotangent [R, P] at the start of the step."""
-        self.left -= 1
-        self.cotangent += change
+            self.left -= 1
+            if not self.left:
+                self.cotangent = None
 
     def _add(self, total: Tensor, back: StepBack) -> None:
         theta = self.teacher.parameters()

@@ -104,15 +104,20 @@ def _back(
     engine, spec = episode.engine, episode.engine.spec
     watch = Watch(episode.life, readings * cotangent, trajectory.steps)
     most = spec.cotangent_cap * watch.last
-    beside = Beside(engine, teacher, trajectory, cotangent) if engine.second.approximate else None
+    beside = None
+    if engine.second.approximate and engine.comparable:
+        beside = Beside(engine, teacher, trajectory, cotangent)
 
     def arrive_and_cap(step: int, cotangent: Tensor) -> None:
-        before = cotangent.clone() if beside and beside.left else None
         arrive(step, cotangent)
         if most > 0.0 and (norm := float(cotangent[0].norm())) > most:
             cotangent *= most / norm
-        if beside and before is not None:
-            beside.arrive(cotangent - before)
+
+    def arrive_both(step: int, cotangent: Tensor) -> None:
+        arrive_and_cap(step, cotangent)
+        if beside and beside.cotangent is not None:
+            beside.cotangent *= spec.discount
+            arrive_and_cap(step, beside.cotangent)
 
     def see(back: StepBack, cotangent: Tensor) -> None:
         watch.step(back, cotangent)
@@ -121,7 +126,7 @@ def _back(
 
     gradient = walk_back(
         episode.life, teacher, engine.loss, engine.second, trajectory, cotangent,
-        discount=spec.discount, on_step=on_step, arrive=arrive_and_cap, watch=see,
+        discount=spec.discount, on_step=on_step, arrive=arrive_both, watch=see,
         depart=beside.depart if beside else lambda step, state, gradient: None,
     )
     seen = watch.result()

@@ -23,7 +23,9 @@ from l2t_core.unroll import Trajectory
 class Engine:
     """What outlives an episode: a student's life, its second derivatives, and their memory.
 
-    ``folder`` is where a trajectory may be spilled to a file.
+    ``folder`` is where a trajectory may be spilled to a file. ``comparable`` tells whether the
+    student has exact second derivatives that approximate ones can be held against; processes that
+    share a batch, where one may fail alone, do without.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Engine:
         self.life, self.loss, self.spec, self.folder = life, loss, spec, folder
         self.second: SecondDerivatives = SECOND.get(spec.hvp)(life, loss, trace=spec.trace)
         student = life.student
+        self.comparable = life.processes.world == 1
         self.first = first_differentiated_step(student.total_steps, loss, spec)
         # How many steps are walked back at a time.
         self.stretch = student.total_steps - self.first

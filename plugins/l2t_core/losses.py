@@ -62,13 +62,15 @@ class LossForm:
     """One way to write W: its shapes, its neutral point (W = I, b = 0) and its logit z.
 
     ``others`` is the part of phi that weighs the log-probabilities of classes other than the
-    target. ``per_class``: phi has a part for each class, so that the classes' order matters.
+    target, ``mean_of_others`` whether z has their mean over the classes, not their sum.
+    ``per_class``: phi has a part for each class, so that the classes' order matters.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
     others: str = ""
+    mean_of_others: bool = True
     per_class: bool = True
 
 
@@ -188,6 +190,7 @@ FORMS.register("dense")(
         neutral=lambda k, r: {"W": torch.eye(k), "b": torch.zeros(k)},
         logit=_dense_logit,
         others="W",
+        mean_of_others=False,
     )
 )
 FORMS.register("diagonal")(
@@ -257,23 +260,23 @@ def coefficient_shapes(spec: LossSpec, num_classes: int) -> dict[str, tuple[int,
     return FORMS.get(spec.form).shapes(num_classes, spec.rank)
 
 
-def near_neutral(spec: LossSpec, num_classes: int, slots: int, scale: float) -> Coefficients:
-    """Return ``slots`` coefficients for every part of phi, [slots, ...], around the neutral ones.
+def differences(spec: LossSpec, num_classes: int, slots: int, scale: float) -> Coefficients:
+    """Return ``slots`` small differences from the neutral coefficients for every part of phi.
 
-    Their differences are normal with deviation ``scale``; weights of other classes' log-
-    probabilities, which are zero in the neutral point, lie above it. A negative one, however
-    small, rewards certainty without bound: over a long life the hypergradient of a student that
-    has learned its training set explodes.
+    [slots, ...], normal with deviation ``scale``. Those of the weights of other classes' log-
+    probabilities are not below zero, and divided by K where z has their sum. A negative weight,
+    however small, rewards certainty without bound: over a long life the hypergradient of a student
+    that has learned its training set explodes.
 
     Raises:
         UserError: if the form is unknown.
     """
     form, found = FORMS.get(spec.form), {}
     for name, value in form.neutral(num_classes, spec.rank).items():
-        difference = scale * torch.randn(slots, *value.shape)
+        found[name] = scale * torch.randn(slots, *value.shape)
         if name == form.others:
-            difference = torch.where(value == 0.0, difference.abs(), difference)
-        found[name] = value + difference
+            above = found[name].abs() / (1 if form.mean_of_others else num_classes)
+            found[name] = torch.where(value == 0.0, above, found[name])
     return found
 
 
@@ -350,13 +353,17 @@ def pull_beside_cross_entropy(
 
     That is dl / dz_y, z_y the target's logit, over cross-entropy's p_y - 1, for an example that
     gives its target the probability ``p_y`` in (0, 1) and all other classes the same share of the
-    rest: one number for each of K = ``num_classes`` targets, or for ``most`` of them.
+    rest: one number for each of K = ``num_classes`` targets, or for ``most`` of them; for the form
+    ``banded``, for one target of each band.
 
     Raises:
         UserError: if the form or sigma is unknown.
     """
     count = min(num_classes, most)
     targets = torch.linspace(0, num_classes - 1, count).round().long()
+    if spec.form == "banded":
+        targets = 2 ** torch.arange(num_classes.bit_length()) - 1
+        count = len(targets)
     rest = math.log((1.0 - p_y) / max(1, num_classes - 1))
     logits = torch.full((count, num_classes), rest, dtype=torch.float64)
     logits[range(count), targets] = math.log(p_y)

@@ -41,7 +41,7 @@ class TeacherSpec:
 
     ``name``: attention (over ``slots`` memory slots), affine (``slots`` units) or static.
     ``features`` names the parts of the state s_t that it sees; empty means the field's default.
-    ``init_scale`` is the standard deviation of the slots around the neutral coefficients.
+    ``init_scale`` is the deviation of the slots from the neutral coefficients at the start.
     """
 
     name: str = "attention"

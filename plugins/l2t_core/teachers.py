@@ -2,6 +2,7 @@
 
 A teacher has parameters only (theta). All start near the neutral coefficients with small random
 differences: at the exact neutral point the slots would be equal and the attention's gradient zero.
+They start on the side that rewards no certainty (:func:`l2t_core.losses.differences`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from l2t_core.losses import Coefficients, coefficient_shapes, near_neutral
+from l2t_core.losses import (
+    FORMS,
+    Coefficients,
+    coefficient_shapes,
+    differences,
+    neutral_coefficients,
+)
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec, TeacherSpec
 
@@ -32,8 +39,9 @@ class Teacher(nn.Module):
 
 
 def _slots(loss: LossSpec, num_classes: int, slots: int, scale: float) -> nn.ParameterDict:
-    start = near_neutral(loss, num_classes, slots, scale)
-    return nn.ParameterDict({name: nn.Parameter(value) for name, value in start.items()})
+    neutral = neutral_coefficients(loss, num_classes)
+    start = differences(loss, num_classes, slots, scale)
+    return nn.ParameterDict({name: nn.Parameter(neutral[name] + d) for name, d in start.items()})
 
 
 @TEACHERS.register("attention")
@@ -81,13 +89,11 @@ class AffineTeacher(Teacher):
         self.keys = nn.Parameter(num_features**-0.5 * torch.randn(spec.slots, num_features))
         self.offsets = nn.Parameter(torch.zeros(spec.slots))
         self.base = _slots(loss, num_classes, 1, 0.0)
-        # Slots around zero, not around the neutral point: they are what is added to it.
-        self.values = nn.ParameterDict(
-            {
-                name: nn.Parameter(spec.init_scale * torch.randn(spec.slots, *value.shape[1:]))
-                for name, value in self.base.items()
-            }
-        )
+        # What is added to the neutral point; h has either sign, so others' weights stay neutral.
+        start = differences(loss, num_classes, spec.slots, spec.init_scale)
+        if others := FORMS.get(loss.form).others:
+            start[others] = torch.where(self.base[others] == 0.0, 0.0, start[others])
+        self.values = nn.ParameterDict({name: nn.Parameter(d) for name, d in start.items()})
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return phi_t for the state s_t, ``features`` [F]."""

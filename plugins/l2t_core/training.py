@@ -105,7 +105,7 @@ class TeacherTraining:
     def run(self, on_event: OnEvent) -> TrainingResult:
         """Run the episodes that are left, saving after each, and the final students."""
         if not self._finished():
-            if self.spec.hvp == "exact" and self.spec.differentiation not in WITHOUT_DERIVATIVES:
+            if self.spec.differentiation not in WITHOUT_DERIVATIVES:
                 self.processes.agree(self._probe)
             plan = describe_plan(self.engine, self.processes)
             on_event({"event": "plan", "plan": plan, "threads": torch.get_num_threads()})
@@ -318,14 +318,10 @@ class TeacherTraining:
             "measure": self.student.measure_name,
             "training": dataclasses.asdict(self.spec),
         }
+        student = self.student
         return TeacherHeader(
-            self.teacher_spec,
-            self.loss,
-            self.student.num_classes,
-            self.student.total_steps,
-            self.student.dev_interval(),
-            self.student.fingerprint(),
-            record,
+            self.teacher_spec, self.loss, student.num_classes, student.total_steps,
+            student.dev_interval(), student.fingerprint(), record,
         )
 
     def _probe(self) -> None:
@@ -336,11 +332,14 @@ class TeacherTraining:
         def loss() -> Tensor:
             log_probs, targets = self.life.outputs(0)
             phi = self.teacher(features)
-            return step_loss(
-                self.loss, log_probs, targets, phi, self.loss.warmup_steps
-            ).mean()
+            return step_loss(self.loss, log_probs, targets, phi, self.loss.warmup_steps).mean()
 
-        probe(self.student.module, loss)
+        try:
+            probe(self.student.module, loss)
+        except UserError:
+            if self.spec.hvp == "exact":
+                raise
+            self.engine.comparable = False
 
     def _save(self) -> None:
         if self.processes.rank:

@@ -167,7 +167,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[4000, 10000, 40000])
-    parser.add_argument("--form", default="diagonal", help="diagonal, lowrank, shared or network")
+    parser.add_argument("--form", default="diagonal", help="loss.form")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="updates in a round")

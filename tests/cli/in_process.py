@@ -46,13 +46,15 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-def write_teacher(path: Path, classes: int, **fingerprint: str) -> Path:
+def write_teacher(
+    path: Path, classes: int, form: str = "diagonal", **fingerprint: str
+) -> Path:
     """Write a static teacher of students with so many classes and 24 steps, dev seen every 8."""
     from l2t_core.specs import LossSpec, TeacherSpec
     from l2t_core.teacher_file import TeacherHeader, save_teacher
     from l2t_core.teachers import build_teacher
 
-    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec("diagonal")
+    spec, loss = TeacherSpec("static", features=["progress"]), LossSpec(form)
     fits = {**fingerprint, "num_classes": classes}
     teacher = build_teacher(spec, loss, classes, 1, seed=1)
     save_teacher(path, teacher, TeacherHeader(spec, loss, classes, 24, 8, fits))

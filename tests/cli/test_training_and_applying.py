@@ -372,3 +372,11 @@ def test_inspect_shows_header_and_coefficients(l2t: Run, trained: Path) -> None:
         assert text in outcome.out
     header = json.loads(l2t("inspect", teacher, "--json").out)
     assert header["num_classes"] == 10 and header["loss"]["form"] == "diagonal"
+
+
+def test_inspect_shows_every_band(l2t: Run, tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "banded.safetensors", 100, "banded", kind="classes")
+    outcome = l2t("inspect", teacher)
+    assert outcome.code == 0
+    for text in ("1 to 2", "3 to 6", "7 to 14", "15 to 30", "31 to 62", "63 to 99"):
+        assert text in outcome.out

@@ -5,40 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toy_students import OpaqueLayer
 
 from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
 
 
-class Opaque(torch.autograd.Function):
-    """x w, with a backward by a kernel that autograd does not see, as an extension's is."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, w = ctx.saved_tensors
-        seen = gradient.detach()
-        return seen * w.detach(), (seen * x.detach()).sum(0)
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
-
-    def forward(self, x):
-        return Opaque.apply(x, self.scale)
-
-
 def test_a_gradient_that_autograd_does_not_see_through_is_named():
     """Its second derivative would come out as zero without a word."""
-    student = nn.Sequential(nn.Linear(2, 3), Layer(), nn.Linear(3, 2))
+    student = nn.Sequential(nn.Linear(2, 3), OpaqueLayer(3), nn.Linear(3, 2))
     x = torch.randn(4, 2)
-    with pytest.raises(UserError, match=r"Layer '1' cannot be differentiated twice"):
+    with pytest.raises(UserError, match=r"OpaqueLayer '1' cannot be differentiated twice"):
         probe(student, lambda: student(x).square().sum())
     probe(student[0], lambda: student[0](x).square().sum())
 

@@ -22,6 +22,7 @@ from l2t_core.errors import PeerLost, UserError
 from l2t_core.life import Life, shard_rows
 from l2t_core.processes import ALONE, join_processes
 from l2t_core.run_folder import RunFolder
+from l2t_core.second_derivatives import SECOND
 from l2t_core.settings import check_processes
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
@@ -123,6 +124,48 @@ def test_taught_loss_writes_one_loss_for_all_processes(tmp_path):
 
 def share_batches(processes):
     return [estimate(case, processes) for case in CASES]
+
+
+class Skipping(nn.Module):
+    """A layer for rows that begin with a positive number only: shares of a batch may lack them."""
+
+    input_shape = (6,)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        marked = (x[:, 0] > 0.0).nonzero().flatten()
+        if len(marked):
+            hidden = hidden.index_add(0, marked, torch.tanh(self.layer(hidden[marked])))
+        return self.last(hidden)
+
+
+def skipping_estimate(hvp, processes):
+    student = ToyStudent(Skipping, OptimiserSpec("momentum", 0.3), steps=4)
+    # Sorted, so that as a rule only the second of two processes sees a marked row.
+    plain = student.batch
+    student.batch = lambda step: plain(step).sort()[0]
+    student.x[:, 0] = torch.linspace(-3.0, 1.0, len(student.x), dtype=student.x.dtype)
+    names = student.default_features
+    teacher = build_teacher(
+        TeacherSpec(slots=3, init_scale=0.3), LOSS, 3, feature_count(names, 3), seed=1
+    ).double()
+    engine = Engine(Life(student, processes=processes), LOSS, TrainingSpec(hvp=hvp))
+    return exact(Episode(engine, names, 3, 0), teacher, lambda phase, step: None).estimates[0]
+
+
+def skipping_estimates(processes):
+    return [skipping_estimate(hvp, processes) for hvp in SECOND.names()]
+
+
+def test_parameters_that_one_share_of_a_batch_does_not_use(tmp_path):
+    both = in_two_processes(tmp_path, skipping_estimates)
+    for first, second, alone in zip(*both, skipping_estimates(ALONE), strict=True):
+        torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(second, alone, rtol=1e-5, atol=1e-8)
 
 
 def test_shared_batches_give_one_processs_hypergradient(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_affine_teacher_is_the_demos_form() -> None:
     assert all(bool(p.grad.abs().sum() > 0) for n, p in theta.items() if not n.endswith("b"))
 
 
-@pytest.mark.parametrize("name", ["attention", "static"])
+@pytest.mark.parametrize("name", ["attention", "affine", "static"])
 @pytest.mark.parametrize("form", FORMS.names())
 def test_no_teacher_begins_by_rewarding_certainty(form: str, name: str) -> None:
     """As a negative weight of other classes' log-probabilities would, without bound."""
@@ -39,9 +41,22 @@ def test_no_teacher_begins_by_rewarding_certainty(form: str, name: str) -> None:
     for seed in range(1, 9):
         teacher = build_teacher(TeacherSpec(name, slots=4, init_scale=0.1), loss, 5, 3, seed)
         phi = teacher(torch.randn(3))
-        assert all(bool((value != neutral[part]).any()) for part, value in phi.items())
+        moved = {part for part, value in phi.items() if bool((value != neutral[part]).any())}
+        assert moved | {FORMS.get(form).others} >= set(phi)
         calm, certain = taught_loss(loss, log_probs, targets, phi).tolist()
         assert certain >= calm
     exact = build_teacher(TeacherSpec(name, slots=4, init_scale=0.0), loss, 5, 3, seed=1)
     for part, value in exact(torch.randn(3)).items():
         torch.testing.assert_close(value, neutral[part])
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("form", FORMS.names())
+def test_teachers_begin_next_to_cross_entropy(form: str, classes: int) -> None:
+    """The other classes' weights together are a little smoothing, however many there are."""
+    loss = LossSpec(form, "identity")
+    phi = build_teacher(TeacherSpec(), loss, classes, 3, seed=1)(torch.randn(3))
+    uniform = torch.full((1, classes), -math.log(classes))
+    with torch.no_grad():
+        found = float(taught_loss(loss, uniform, torch.tensor([2]), phi))
+    assert found == pytest.approx(math.log(classes), rel=0.03)

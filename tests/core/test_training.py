@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from toy_students import OpaqueNet, ToyStudent
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
@@ -47,6 +48,17 @@ def test_the_smoothed_measure_climbs(make_student, tmp_path):
     assert len(smoothed) == 16
     assert smoothed[-1] > smoothed[0] + 0.02
     assert sum(b > a for a, b in itertools.pairwise(smoothed)) >= 12
+
+
+def test_differences_serve_students_that_have_nothing_exact(student, tmp_path):
+    """And are not held against derivatives that are silently wrong."""
+    told = run(student, tmp_path / "told", hvp="one-sided-difference").history
+    assert all(0.0 < row["hvp_error"] < 0.05 for row in told)
+    opaque = ToyStudent(OpaqueNet, OptimiserSpec("momentum", 0.3), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"'layers\.1' cannot be differentiated twice"):
+        run(opaque, tmp_path / "exact")
+    for row in run(opaque, tmp_path / "opaque", hvp="one-sided-difference").history:
+        assert row["hvp_error"] is None and row["hypergradient_norm"] > 0.0
 
 
 def test_students_take_turns(student, tmp_path):

@@ -78,6 +78,45 @@ class LstmNet(nn.Module):
         return self.out(self.lstm(x)[0][:, -1])
 
 
+class _Opaque(torch.autograd.Function):
+    """x w, with a backward by a kernel that autograd does not see, as an extension's is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        seen = gradient.detach()
+        return seen * w.detach(), (seen * x.detach()).sum(0)
+
+
+class OpaqueLayer(nn.Module):
+    """A layer without a second derivative, which says nothing of it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Opaque.apply(x, self.scale)
+
+
+class OpaqueNet(nn.Module):
+    """6 -> 5 -> 3 with such a layer between."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 5), OpaqueLayer(5), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class ToyStudent:
     """A student on random data: 3 classes, batches of 6 out of 24 training examples."""
 
