@@ -30,7 +30,7 @@ OnEvent = Callable[[Event], None]
 SECONDS_BETWEEN_LINES = 30.0
 SCALARS = (
     "dev_measure", "smoothed", "hypergradient_norm", "signal_to_noise", "growth", "largest",
-    "sharpness", "hvp_error", "seconds", "skipped_total",
+    "sharpness", "hvp_error", "tail_error", "seconds", "skipped_total",
 )
 
 

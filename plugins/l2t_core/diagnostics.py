@@ -25,14 +25,16 @@ class WayBack:
     ``growth`` is ||d omega|| at the first differentiated step over that at the last, ``largest``
     the largest on the way over that at the last; ``norms`` lists (step, ||d omega_t||).
     ``sharpness`` is the largest |v H v| / (v v) * eta met: above 2 (1 + momentum) a constant rate
-    is beyond the edge of stability. ``hvp_error`` is what approximate second derivatives do to the
-    hypergradient of the last steps (:class:`Beside`).
+    is beyond the edge of stability. Of approximate second derivatives (:class:`Beside`),
+    ``hvp_error`` is the error of H v at the last step, ``tail_error`` that of the last steps'
+    hypergradient.
     """
 
     growth: float = 0.0
     largest: float = 0.0
     sharpness: float = 0.0
     hvp_error: float | None = None
+    tail_error: float | None = None
     norms: list[tuple[int, float]] = field(default_factory=list)
 
 
@@ -74,9 +76,10 @@ class Watch:
 class Beside:
     """Walks the last steps back by exact second derivatives, too, beside approximate ones.
 
-    A product H v may be far off, where inputs of ReLUs change their sign, and the hypergradient
-    hardly: it is the latter that is compared. One step in ``every``, so that this stays cheap, one
-    at least and eight at most.
+    H v of a ReLU net may be off by more than its norm, where inputs change their sign, and the
+    hypergradient of a few steps hardly: both are told, for what is noise in one step may grow over
+    hundreds. One step in ``every`` is compared, so that this stays cheap, one at least and eight at
+    most.
     """
 
     every = 50
@@ -87,10 +90,12 @@ class Beside:
         self.life, self.teacher, self.trajectory = engine.life, teacher, trajectory
         self.second = Exact(engine.life, engine.loss, trace=False)
         self.cotangent: Tensor | None = cotangent.clone()
-        self.left = min(8, -(-trajectory.steps // self.every))
+        self.compared = self.left = min(8, -(-trajectory.steps // self.every))
         size = sum(p.numel() for p in teacher.parameters())
         self.exact = cotangent.new_zeros(size)
         self.found = cotangent.new_zeros(size)
+        self.curved: Tensor | None = None  # H v of the first step
+        self.hvp_error: float | None = None
 
     def depart(self, step: int, state: Tensor, gradient: Tensor | None) -> None:
         """Walk ``step`` back from what :func:`l2t_core.unroll.walk_back` shows."""
@@ -102,10 +107,16 @@ class Beside:
             self.trajectory.features[step], step, self.cotangent,
         )
         self.life.load_buffers(buffers)
+        if self.left == self.compared:
+            self.curved = self.life.flat.gather(back.curved)
         self._add(self.exact, back)
 
     def step(self, back: StepBack) -> None:
         """Take note of the same step by approximate derivatives."""
+        if self.curved is not None:
+            off = self.life.flat.gather(back.curved).sub_(self.curved)
+            self.hvp_error = _relative(off, self.curved)
+            self.curved = None
         if self.cotangent is not None:
             self._add(self.found, back)
             self.left -= 1
@@ -120,10 +131,14 @@ class Beside:
         ]
         total += torch.cat([d.reshape(-1) for d in parts])
 
-    def error(self) -> float | None:
-        """Return how far d theta of these steps is off, over its norm; None if unknown."""
-        norm = float(self.exact.norm())
-        return float((self.found - self.exact).norm()) / norm if norm > 0.0 else None
+    def tail_error(self) -> float | None:
+        """Return how far d theta of these steps is off, over its norm; None if that is zero."""
+        return _relative(self.found - self.exact, self.exact)
+
+
+def _relative(off: Tensor, exact: Tensor) -> float | None:
+    norm = float(exact.norm())
+    return float(off.norm()) / norm if norm > 0.0 else None
 
 
 def finite(value: float) -> float | None:

@@ -130,7 +130,8 @@ def _back(
         depart=beside.depart if beside else lambda step, state, gradient: None,
     )
     seen = watch.result()
-    seen.hvp_error = beside.error() if beside else None
+    if beside:
+        seen.hvp_error, seen.tail_error = beside.hvp_error, beside.tail_error()
     return torch.cat([g.reshape(-1) for g in gradient]), seen
 
 

@@ -266,6 +266,7 @@ class TeacherTraining:
             "largest": largest([way.largest for way in back]),
             "sharpness": largest([way.sharpness for way in back]),
             "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
+            "tail_error": largest([w.tail_error for w in back if w.tail_error is not None]),
             "skipped": not usable, "best": False, "hypergradient_norm": None,
         }
         if row["dev_measure"] is not None:

@@ -21,7 +21,7 @@ from l2t_core.teachers import Teacher
 # pure noise would have on average, with some margin.
 EXPLODED = 100.0
 NOISY = 1.2
-ROUGH = 0.1  # of the last steps' hypergradient
+ROUGH = 0.1  # of H v's norm
 NOT_FINITE = "the hypergradient is not finite"
 
 
@@ -92,6 +92,11 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         value = row.get(key)
         return float(value) if isinstance(value, int | float) else 0.0
 
+    if number("hvp_error") > ROUGH:  # first: what grows may be the differences' own noise
+        return (
+            f"differences are off by {100 * number('hvp_error'):.0f} % of H v at the last step, "
+            "which may grow on its way back; set training.hvp=exact"
+        )
     if number("largest") > EXPLODED or row.get("reason") == NOT_FINITE:
         said = f"grew {number('largest'):.0f}-fold" if number("largest") else "left all bounds"
         mend = (
@@ -101,11 +106,6 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         if spec.discount == 1.0:
             mend += ", or set training.discount below 1 (0.99)"
         return f"the hypergradient {said} on its way back; {mend}"
-    if number("hvp_error") > ROUGH:
-        return (
-            f"finite differences put the last steps' hypergradient off by "
-            f"{100 * number('hvp_error'):.0f} %; set training.hvp=exact"
-        )
     snr = row.get("signal_to_noise")
     if isinstance(snr, float) and snr < NOISY:
         return (

@@ -268,7 +268,8 @@ def test_finite_differences_come_close(make_student, monkeypatch, name, optimise
     off = float((a - b).norm() / a.norm())
     assert 0.0 < off < most
     assert reference.way_back.hvp_error is None
-    assert approximate.way_back.hvp_error == pytest.approx(off, rel=1e-6)
+    assert approximate.way_back.tail_error == pytest.approx(off, rel=1e-6)
+    assert 0.0 < approximate.way_back.hvp_error < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_the_error_told_is_the_error(make_student, monkeypatch, settings):
     found = rough(**settings)
     a, b = reference.estimates[0], found.estimates[0]
     assert not torch.equal(b, rough().estimates[0])
-    assert found.way_back.hvp_error == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
+    assert found.way_back.tail_error == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
 
 
 def test_the_sides_of_one_sided_differences_take_turns(make_student):
