@@ -1,7 +1,7 @@
 """How far hypergradients by differences are from exact ones, both in float32, over one life.
 
-For the students of hypergradient.py, from the same weights and batches; "told" is what an
-episode's row tells of the last steps (``hvp_error``)::
+For the students of hypergradient.py, from the same weights and batches, beside what an episode's
+row tells: the error of H v at the last step, and of the last steps' hypergradient::
 
     python tests/benchmarks/differences.py --students mlp,lenet,transformer,lstm --steps 100
     python tests/benchmarks/differences.py --students resnet8 --steps 40
@@ -44,8 +44,11 @@ def main(
         for way in WAYS:
             found = outcome(student, steps, way)
             off = (found.estimates[0].double() - reference).norm() / reference.norm()
-            told = found.way_back.hvp_error
-            print(f"{student:12} {way:22} off by {off:.4f}, told {told:.4f}", flush=True)
+            seen = found.way_back
+            print(
+                f"{student:12} {way:22} off by {off:.4f}; hvp_error {seen.hvp_error:.4f}, "
+                f"tail_error {seen.tail_error:.4f}", flush=True,
+            )
 
 
 if __name__ == "__main__":
