@@ -25,6 +25,7 @@ LABELS = {
     "large_margin": "large margin",
     "focal": "focal",
     "gce": "generalised CE",
+    "logit_adjusted": "logit adjustment",
     "sigmoid": "sigmoid form",
     "mrt": "minimum risk",
 }

@@ -114,7 +114,8 @@ FIELDS.register("image")(
         application="l2t_cli.apply_image:ImageApplication",
         trials="l2t_cli.compare_image:ImageTrials",
         losses=(
-            "cross_entropy", "label_smoothing", "large_margin", "focal", "gce", "sigmoid",
+            "cross_entropy", "label_smoothing", "large_margin", "focal", "gce",
+            "logit_adjusted", "sigmoid",
         ),
         datasets="l2t_vision.prepare:DATASETS",
         check="l2t_vision.checks:problems",

@@ -31,13 +31,14 @@ class Moment:
     """The training step for which a loss is asked, 0-based ``step`` of ``total_steps``.
 
     ``features`` [N, D] and ``weight`` [K, D] are input and weight of the student's last layer,
-    for losses that need them.
+    for losses that need them; ``class_shares`` [K] are the classes' shares of its training data.
     """
 
     step: int = 0
     total_steps: int = 1
     features: Tensor | None = None
     weight: Tensor | None = None
+    class_shares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A fixed loss, its settings, and whether it needs the student's last layer."""
+    """A fixed loss, its settings, and what it needs: the last layer, the classes' shares."""
 
     loss: Callable[[Tensor, Tensor, Settings, Moment], Tensor]
     settings: dict[str, Setting] = field(default_factory=dict)
     needs_classifier: bool = False
+    needs_class_shares: bool = False
 
 
 BASELINES: Registry[Baseline] = Registry("loss")
@@ -122,6 +124,16 @@ def generalised_cross_entropy(log_probs: Tensor, targets: Tensor, q: float) -> T
     """Return (1 - p_y^q) / q, [N] (Zhang & Sabuncu 2018, equation 6); q = 0 is its limit, CE."""
     nll = cross_entropy(log_probs, targets)
     return nll if q == 0.0 else -torch.expm1(-q * nll) / q
+
+
+def logit_adjusted(log_probs: Tensor, targets: Tensor, shares: Tensor, tau: float) -> Tensor:
+    """Return CE of the logits z + tau log(shares), [N] (Menon et al. 2021, equation 10).
+
+    ``shares`` [K] are the classes' shares of the training data. Classes without any example are
+    left out of the sum over classes, as their share of zero says, unless tau is 0.
+    """
+    moved = log_probs + tau * shares.log() if tau else log_probs
+    return cross_entropy(torch.log_softmax(moved, 1), targets)
 
 
 def margin_cosine(cosine: Tensor, margin: int) -> Tensor:
@@ -202,6 +214,17 @@ BASELINES.register("large_margin")(
         {"margin": Setting(2, 2, 4, whole=True), "lambda_min": Setting(0.0, 0.0)},
         needs_classifier=True,
     )
+)
+
+
+def _logit_adjusted(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+    if at.class_shares is None:
+        raise ValueError("logit_adjusted needs the classes' shares of the training data")
+    return logit_adjusted(log_probs, targets, at.class_shares.to(log_probs), settings["tau"])
+
+
+BASELINES.register("logit_adjusted")(
+    Baseline(_logit_adjusted, {"tau": Setting(1.0, 0.0)}, needs_class_shares=True)
 )
 
 

@@ -35,6 +35,13 @@ class GceGrid:
 
 
 @dataclass
+class LogitAdjustedGrid:
+    """Values to try for ``tau``, by which the classes' log-shares are multiplied."""
+
+    tau: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
+
+
+@dataclass
 class SigmoidGrid:
     """Values to try for the sigmoid form's ``warmup`` (a fraction of T) and CE share ``mix``."""
 
@@ -78,5 +85,6 @@ class CompareSpec:
     large_margin: LargeMarginGrid = field(default_factory=LargeMarginGrid)
     focal: FocalGrid = field(default_factory=FocalGrid)
     gce: GceGrid = field(default_factory=GceGrid)
+    logit_adjusted: LogitAdjustedGrid = field(default_factory=LogitAdjustedGrid)
     sigmoid: SigmoidGrid = field(default_factory=SigmoidGrid)
     mrt: MrtGrid = field(default_factory=MrtGrid)

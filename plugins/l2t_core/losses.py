@@ -63,12 +63,14 @@ class LossForm:
 
     ``others`` is the part of phi that weighs the log-probabilities of classes other than the
     target, ``mean_of_others`` whether z has their mean over the classes, not their sum.
-    ``per_class``: phi has a part for each class, so that the classes' order matters.
+    ``weights`` are the parts of phi of which W is made: where none of them is below zero, z is
+    bounded below. ``per_class``: phi has a part for each class, so that the classes' order matters.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
+    weights: tuple[str, ...]
     others: str = ""
     mean_of_others: bool = True
     per_class: bool = True
@@ -189,6 +191,7 @@ FORMS.register("dense")(
         shapes=lambda k, r: {"W": (k, k), "b": (k,)},
         neutral=lambda k, r: {"W": torch.eye(k), "b": torch.zeros(k)},
         logit=_dense_logit,
+        weights=("W",),
         others="W",
         mean_of_others=False,
     )
@@ -198,6 +201,7 @@ FORMS.register("diagonal")(
         shapes=lambda k, r: {"d": (k,), "b": (k,)},
         neutral=lambda k, r: {"d": torch.ones(k), "b": torch.zeros(k)},
         logit=_diagonal_logit,
+        weights=("d",),
     )
 )
 FORMS.register("lowrank")(
@@ -212,6 +216,7 @@ FORMS.register("lowrank")(
             "b": torch.zeros(k),
         },
         logit=_lowrank_logit,
+        weights=("d", "U", "V"),
         others="V",
     )
 )
@@ -224,6 +229,7 @@ FORMS.register("shared")(
             "b": torch.tensor(0.0),
         },
         logit=_shared_logit,
+        weights=("d", "s"),
         others="s",
         per_class=False,
     )
@@ -237,6 +243,7 @@ FORMS.register("banded")(
             "b": torch.zeros(k.bit_length()),
         },
         logit=_banded_logit,
+        weights=("d", "s"),
         others="s",
     )
 )
@@ -245,6 +252,7 @@ FORMS.register("network")(
         shapes=lambda k, r: dict(_NETWORK_SHAPES),
         neutral=_network_neutral,
         logit=_network_logit,
+        weights=("d", "s"),
         others="s",
         per_class=False,
     )
@@ -278,6 +286,17 @@ def differences(spec: LossSpec, num_classes: int, slots: int, scale: float) -> C
             above = found[name].abs() / (1 if form.mean_of_others else num_classes)
             found[name] = torch.where(value == 0.0, above, found[name])
     return found
+
+
+def unbounded_weights(spec: LossSpec) -> tuple[str, ...]:
+    """Return the parts of phi that must not be below zero lest the loss have no lower bound.
+
+    All of which W is made under the identity, none under a sigma that is itself bounded below.
+
+    Raises:
+        UserError: if the form is unknown.
+    """
+    return FORMS.get(spec.form).weights if spec.sigma == "identity" else ()
 
 
 def neutral_coefficients(spec: LossSpec, num_classes: int) -> Coefficients:

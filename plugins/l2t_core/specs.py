@@ -77,6 +77,9 @@ class ScheduleSpec:
 class TrainingSpec:
     """Teacher training (Algorithm 1). ``lr`` and ``clip_norm`` are those of theta's Adam.
 
+    ``bounded`` sets weights of W that an update took below zero to zero where sigma is the
+    identity, so that no loss rewards certainty without bound.
+
     ``students`` live for each update of theta, their hypergradients averaged; ``parallel`` says
     what several processes share: ``students`` (each process has its own) or ``data`` (each step's
     batch). ``student_seeds`` is how many students take turns: 0, the paper's way, makes fresh
@@ -106,6 +109,7 @@ class TrainingSpec:
     episodes: int = 20
     lr: float = 0.01
     clip_norm: float = 1.0
+    bounded: bool = True
     patience: int = 0
     students: int = 1
     parallel: str = "students"

@@ -37,6 +37,16 @@ class Teacher(nn.Module):
         """Return phi_t for the state s_t, ``features`` [F]."""
         raise NotImplementedError
 
+    def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
+        """Move theta, in place, to where these parts of phi_t are not below zero in any state."""
+        raise NotImplementedError
+
+
+def _raise_to_zero(values: nn.ParameterDict, parts: tuple[str, ...]) -> None:
+    # phi_t is a mean of the slots, weighed by shares: none below zero, no mean below it.
+    for name in parts:
+        values[name].data.clamp_(min=0.0)
+
 
 def _slots(loss: LossSpec, num_classes: int, slots: int, scale: float) -> nn.ParameterDict:
     neutral = neutral_coefficients(loss, num_classes)
@@ -73,6 +83,10 @@ class AttentionTeacher(Teacher):
             name: torch.tensordot(shares[name], slots, 1) for name, slots in self.values.items()
         }
 
+    def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
+        """Raise what is below zero in these parts' slots, in place, to zero."""
+        _raise_to_zero(self.values, parts)
+
 
 @TEACHERS.register("affine")
 class AffineTeacher(Teacher):
@@ -103,6 +117,14 @@ class AffineTeacher(Teacher):
             for name, slots in self.values.items()
         }
 
+    def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
+        """Raise these parts' base to zero and shrink, in place, what h may take from it."""
+        _raise_to_zero(self.base, parts)
+        for name in parts:
+            base, slots = self.base[name][0], self.values[name]
+            reach = slots.data.abs().sum(0)  # |h| < 1
+            slots.data.mul_((base / reach.clamp_min(torch.finfo(reach.dtype).tiny)).clamp(max=1.0))
+
 
 @TEACHERS.register("static")
 class StaticTeacher(Teacher):
@@ -117,6 +139,10 @@ class StaticTeacher(Teacher):
     def forward(self, features: Tensor) -> Coefficients:
         """Return the same phi whatever ``features`` [F] says."""
         return {name: slots[0] for name, slots in self.values.items()}
+
+    def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
+        """Raise what is below zero in these parts, in place, to zero."""
+        _raise_to_zero(self.values, parts)
 
 
 def build_teacher(

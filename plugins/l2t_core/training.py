@@ -35,7 +35,7 @@ from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import Teacher, build_teacher
 from l2t_core.training_state import Leader, Theta, TrainingState, chosen_by
-from l2t_core.update import advice, combine, phi_penalty, signal_to_noise, unusable
+from l2t_core.update import advice, ascend, combine, phi_penalty, signal_to_noise, unusable
 
 # So many episodes in a row without a usable hypergradient end a run: more would not help.
 MOST_SKIPPED = 8
@@ -292,13 +292,7 @@ class TeacherTraining:
         norm = float(gradient.norm())
         if self.state.progress.episode < spec.episodes:
             self.state.sound = self.state.theta()
-            scale = min(1.0, spec.clip_norm / (norm + 1e-12)) if spec.clip_norm > 0 else 1.0
-            start = 0
-            for parameter in self.teacher.parameters():
-                piece = gradient[start : start + parameter.numel()]
-                parameter.grad = (-scale * piece).view_as(parameter)  # ascent on M-tilde
-                start += parameter.numel()
-            self.state.optimiser.step()
+            ascend(self.teacher, self.loss, gradient, self.state.optimiser, spec)
         return {
             "hypergradient_norm": norm,
             "signal_to_noise": finite(signal_to_noise(estimates[:, 0])),

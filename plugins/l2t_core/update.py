@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from l2t_core.differentiation import Outcome
-from l2t_core.losses import neutral_coefficients
+from l2t_core.losses import neutral_coefficients, unbounded_weights
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
 
@@ -83,6 +83,29 @@ def phi_penalty(
         for p, g in zip(parameters.values(), gradients, strict=True)
     ]
     return float(value.detach()), torch.cat(flat)
+
+
+def ascend(
+    teacher: Teacher,
+    loss: LossSpec,
+    gradient: Tensor,
+    optimiser: torch.optim.Optimizer,
+    spec: TrainingSpec,
+) -> None:
+    """Make one step of theta along M-tilde's ``gradient`` [D], clipped at ``spec.clip_norm``.
+
+    Then, if ``spec.bounded``, to the nearest theta whose loss is bounded below in any state.
+    """
+    norm = float(gradient.norm())
+    scale = min(1.0, spec.clip_norm / (norm + 1e-12)) if spec.clip_norm > 0 else 1.0
+    start = 0
+    for parameter in teacher.parameters():
+        piece = gradient[start : start + parameter.numel()]
+        parameter.grad = (-scale * piece).view_as(parameter)  # ascent
+        start += parameter.numel()
+    optimiser.step()
+    if spec.bounded:
+        teacher.keep_from_below_zero(unbounded_weights(loss))
 
 
 def advice(row: dict[str, object], spec: TrainingSpec) -> str:

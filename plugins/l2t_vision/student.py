@@ -162,6 +162,11 @@ class ImageStudent:
         """Return test error in [0, 1]; to be read once, when everything is decided."""
         return 1.0 - _accuracy(self._log_probs(self.data.test_x), self.data.test_y)
 
+    def class_shares(self) -> Tensor:
+        """Return each class's share of the training images, float64 [K]."""
+        counts = torch.bincount(self.data.train_y, minlength=self.num_classes).double()
+        return counts / counts.sum()
+
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the number of classes."""
         return {"kind": "classes", "num_classes": self.num_classes}

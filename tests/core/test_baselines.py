@@ -18,6 +18,7 @@ from l2t_core.baselines import (
     generalised_cross_entropy,
     label_smoothing,
     large_margin,
+    logit_adjusted,
     loss_names,
     margin_cosine,
     settings_of,
@@ -36,6 +37,7 @@ def logits() -> Tensor:
 
 
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 0, 2])
+SHARES = torch.tensor([0.6, 0.2, 0.1, 0.07, 0.03], dtype=torch.float64)
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -75,6 +77,28 @@ def test_limits_are_cross_entropy_and_one_minus_p(logits: Tensor) -> None:
     mae = (lp.exp() - one_hot).abs().sum(1)
     torch.testing.assert_close(2 * generalised_cross_entropy(lp, TARGETS, 1.0), mae)
     torch.testing.assert_close(generalised_cross_entropy(lp, TARGETS, 1.0), 1 - p)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+def test_logit_adjustment_is_the_published_formula(logits: Tensor, tau: float) -> None:
+    # log(1 + sum_{k != y} (pi_k / pi_y)^tau exp(z_k - z_y))
+    of_target = logits.gather(1, TARGETS.unsqueeze(1))
+    terms = (SHARES / SHARES[TARGETS].unsqueeze(1)) ** tau * torch.exp(logits - of_target)
+    found = logit_adjusted(log_probs(logits), TARGETS, SHARES, tau)
+    torch.testing.assert_close(found, torch.log(terms.sum(1)))  # its own term is the 1
+    if tau == 0.0:
+        expected = F.cross_entropy(logits, TARGETS, reduction="none")
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_class_without_examples_does_not_break_logit_adjustment() -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    loss = logit_adjusted(log_probs(logits), torch.tensor([0, 1, 0]), shares, 1.0)
+    loss.sum().backward()
+    assert bool(loss.isfinite().all()) and bool(logits.grad.isfinite().all())  # type: ignore[union-attr]
+    two = torch.log_softmax(logits[:, :2], 1)  # equal shares of the two that are there
+    torch.testing.assert_close(loss, F.nll_loss(two, torch.tensor([0, 1, 0]), reduction="none"))
 
 
 def psi(theta: Tensor, margin: int) -> Tensor:
@@ -139,9 +163,9 @@ def test_gradients_are_the_finite_differences(name: str, logits: Tensor) -> None
             settings["margin"] = margin
             assert torch.autograd.gradcheck(loss, (x, weight))
         return
-    free = logits.requires_grad_()
+    free, at = logits.requires_grad_(), Moment(5, 10, class_shares=SHARES)
     assert torch.autograd.gradcheck(
-        lambda z: baseline.loss(log_probs(z), TARGETS, settings, Moment(5, 10)), (free,)
+        lambda z: baseline.loss(log_probs(z), TARGETS, settings, at), (free,)
     )
 
 
@@ -256,6 +280,11 @@ def test_a_named_classifier_comes_first() -> None:
 def test_students_without_a_linear_last_layer_are_refused(module: nn.Module) -> None:
     with pytest.raises(UserError, match="large_margin needs a student"):
         fixed_loss("large_margin", {}, Toy(module))  # type: ignore[arg-type]
+
+
+def test_students_that_do_not_tell_their_classes_shares_are_refused() -> None:
+    with pytest.raises(UserError, match="logit_adjusted needs a student that tells"):
+        fixed_loss("logit_adjusted", {}, Toy(nn.Linear(4, 5)))  # type: ignore[arg-type]
 
 
 def test_the_record_keeps_curve_and_state() -> None:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from l2t_core.losses import neutral_coefficients
+from l2t_core.losses import FORMS, neutral_coefficients, taught_loss
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 from l2t_core.teachers import build_teacher
-from l2t_core.update import advice, combine, phi_penalty, signal_to_noise
+from l2t_core.update import advice, ascend, combine, phi_penalty, signal_to_noise
 
 
 def test_one_kind_is_averaged():
@@ -77,3 +77,66 @@ def test_advice_names_the_remedy():
     lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec)
     assert "left all bounds" in lost and "image.schedule.name=linear" in lost
     assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)
+
+
+def far_below_zero(name, form, sigma="identity"):
+    """Return a teacher, the loss it writes, and the gradient that pulls all of theta down."""
+    loss = LossSpec(form, sigma, rank=2)
+    teacher = build_teacher(TeacherSpec(name, slots=3, init_scale=0.3), loss, 7, 4, seed=1)
+    for values in teacher.parameters():
+        values.data -= 0.5 * torch.rand_like(values)
+    numbers = sum(p.numel() for p in teacher.parameters())
+    return teacher, loss, -torch.ones(numbers)
+
+
+@pytest.mark.parametrize("form", FORMS.names())
+@pytest.mark.parametrize("name", ["attention", "affine", "static"])
+def test_after_an_update_no_loss_rewards_certainty_without_bound(name, form):
+    torch.manual_seed(0)
+    teacher, loss, gradient = far_below_zero(name, form)
+    ascend(teacher, loss, gradient, torch.optim.Adam(teacher.parameters(), lr=1.0), TrainingSpec())
+    # What no student has met: whatever the state, each target's loss rises as any class's
+    # probability goes to nothing.
+    for scale in (0.0, 1.0, 100.0):
+        phi = teacher(scale * torch.randn(4))
+        for improbable in range(7):
+            far = torch.zeros(7)
+            far[improbable] = -1e4
+            near = torch.zeros(7)
+            near[improbable] = -100.0  # where the network's bounded part has nothing left to say
+            targets = torch.arange(7)
+            values = [
+                taught_loss(loss, row.expand(7, 7).log_softmax(1), targets, phi)
+                for row in (far, near)
+            ]
+            bend = 40.0 if form == "network" else 1e-3  # its bounded part may still move a little
+            assert bool((values[0] >= values[1] - bend).all())
+
+
+@pytest.mark.parametrize("name", ["attention", "affine", "static"])
+def test_a_step_that_stays_on_the_safe_side_is_adams(name):
+    torch.manual_seed(0)
+    loss = LossSpec("shared", "identity")
+    spec = TeacherSpec(name, slots=3, init_scale=0.01)
+    ours, theirs = (build_teacher(spec, loss, 7, 4, seed=1) for _ in range(2))
+    if name == "affine":  # its s begins at zero: room for what h may take from it
+        for teacher in (ours, theirs):
+            teacher.base["s"].data += 1.0
+    gradient = torch.rand(sum(p.numel() for p in ours.parameters())) + 0.1
+    ascend(ours, loss, gradient, torch.optim.Adam(ours.parameters(), lr=0.01), TrainingSpec())
+    start = 0
+    for parameter in theirs.parameters():
+        piece = gradient[start : start + parameter.numel()].view_as(parameter)
+        parameter.grad = -piece / gradient.norm()
+        start += parameter.numel()
+    torch.optim.Adam(theirs.parameters(), lr=0.01).step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("sigma", "bounded"), [("identity", False), ("sigmoid", True)])
+def test_weights_may_go_below_zero_where_asked_or_where_sigma_is_bounded(sigma, bounded):
+    teacher, loss, gradient = far_below_zero("static", "shared", sigma)
+    spec = TrainingSpec(bounded=bounded)
+    ascend(teacher, loss, gradient, torch.optim.Adam(teacher.parameters(), lr=1.0), spec)
+    assert float(teacher(torch.zeros(4))["s"].detach()) < -0.5

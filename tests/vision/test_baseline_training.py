@@ -29,7 +29,7 @@ def fresh(student: ImageStudent) -> ImageStudent:
     return ImageStudent(student.spec, student.data)
 
 
-@pytest.mark.parametrize("name", ["large_margin", "sigmoid"])
+@pytest.mark.parametrize("name", ["large_margin", "logit_adjusted", "sigmoid"])
 def test_killed_and_resumed_is_the_same(student: ImageStudent, tmp_path: Path, name: str) -> None:
     def loss_of(other: ImageStudent) -> Recorded:
         return Recorded(fixed_loss(name, {"warmup": 0.5} if name == "sigmoid" else {}, other))
@@ -52,6 +52,13 @@ def test_killed_and_resumed_is_the_same(student: ImageStudent, tmp_path: Path, n
     assert found.curve == expected.curve and [step for step, *_ in found.curve] == [3, 6, 9, 12]
     for a, b in zip(whole.module.parameters(), again.module.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_class_shares_are_those_of_the_training_images(student: ImageStudent) -> None:
+    shares, labels = student.class_shares(), student.data.train_y
+    assert float(shares.sum()) == pytest.approx(1.0) and len(shares) == student.num_classes
+    for k in range(student.num_classes):
+        assert float(shares[k]) == pytest.approx(float((labels == k).double().mean()))
 
 
 def test_label_smoothing_is_a_plain_torch_loop(student: ImageStudent) -> None:
