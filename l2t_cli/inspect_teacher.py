@@ -11,6 +11,7 @@ from l2t_cli import console
 from l2t_cli.options import TeacherFile
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MATRIX_CLASSES = 12  # as many columns as a terminal has room for
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
@@ -21,6 +22,7 @@ def command(
     """Show a teacher file's header and a summary of the coefficients it writes."""
     import dataclasses
 
+    from l2t_core.losses import FORMS
     from l2t_core.teacher_file import load_header, load_teacher
 
     if as_json:
@@ -35,11 +37,19 @@ def command(
         ["coefficient", *times],
         _coefficient_rows(written),
     )
-    if header.loss.form == "banded":
+    middle, when = written[len(written) // 2], times[len(times) // 2]
+    if FORMS.get(header.loss.form).per_band:
         console.table(
-            f"Coefficients by band of classes at {times[len(times) // 2]}, most frequent first",
-            ["classes", *written[0]],
-            _band_rows(written[len(written) // 2], header.num_classes),
+            f"Coefficients by band of classes at {when}, most frequent first",
+            ["classes", *middle],
+            _band_rows(middle, header.num_classes),
+        )
+    if "W" in middle and header.num_classes <= MATRIX_CLASSES:
+        classes = range(header.num_classes)
+        console.table(
+            f"W at {when}: what the target in front gives to -log p of the class above",
+            ["target", *map(str, classes)],
+            [[str(y), *(f"{middle['W'][k, y]:.2f}" for k in classes)] for y in classes],
         )
     if header.num_classes < 2:
         return

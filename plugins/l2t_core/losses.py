@@ -64,7 +64,8 @@ class LossForm:
     ``others`` is the part of phi that weighs the log-probabilities of classes other than the
     target, ``mean_of_others`` whether z has their mean over the classes, not their sum.
     ``weights`` are the parts of phi of which W is made: where none of them is below zero, z is
-    bounded below. ``per_class``: phi has a part for each class, so that the classes' order matters.
+    bounded below. ``per_class``: phi has a part for each class, so that the classes' order
+    matters; ``per_band``: one for each band of classes.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
@@ -74,6 +75,7 @@ class LossForm:
     others: str = ""
     mean_of_others: bool = True
     per_class: bool = True
+    per_band: bool = False
 
 
 def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -245,6 +247,7 @@ FORMS.register("banded")(
         logit=_banded_logit,
         weights=("d", "s"),
         others="s",
+        per_band=True,
     )
 )
 FORMS.register("network")(
@@ -372,15 +375,15 @@ def pull_beside_cross_entropy(
 
     That is dl / dz_y, z_y the target's logit, over cross-entropy's p_y - 1, for an example that
     gives its target the probability ``p_y`` in (0, 1) and all other classes the same share of the
-    rest: one number for each of K = ``num_classes`` targets, or for ``most`` of them; for the form
-    ``banded``, for one target of each band.
+    rest: one number for each of K = ``num_classes`` targets, or for ``most`` of them; where phi
+    has a part for each band, for one target of each.
 
     Raises:
         UserError: if the form or sigma is unknown.
     """
     count = min(num_classes, most)
     targets = torch.linspace(0, num_classes - 1, count).round().long()
-    if spec.form == "banded":
+    if FORMS.get(spec.form).per_band:
         targets = 2 ** torch.arange(num_classes.bit_length()) - 1
         count = len(targets)
     rest = math.log((1.0 - p_y) / max(1, num_classes - 1))

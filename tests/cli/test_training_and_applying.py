@@ -21,6 +21,7 @@ from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
+from l2t_core.teacher_file import load_teacher, save_teacher
 from l2t_vision.data import load_data
 from l2t_vision.student import ImageStudent
 
@@ -380,3 +381,20 @@ def test_inspect_shows_every_band(l2t: Run, tmp_path: Path) -> None:
     assert outcome.code == 0
     for text in ("1 to 2", "3 to 6", "7 to 14", "15 to 30", "31 to 62", "63 to 99"):
         assert text in outcome.out
+
+
+def test_inspect_shows_a_small_w_whole(l2t: Run, tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "dense.safetensors", 7, "dense", kind="classes")
+    network, header = load_teacher(teacher)
+    w = torch.rand(7, 7, generator=torch.Generator().manual_seed(1))
+    network.values["W"].data[0] = w  # type: ignore[operator,union-attr]
+    save_teacher(teacher, network, header)
+    outcome = l2t("inspect", teacher)
+    assert outcome.code == 0 and "W at t/T = 0.5" in outcome.out
+    rows = outcome.out[outcome.out.index("W at") :].splitlines()
+    row = next(line for line in rows if line.startswith("│ 2 "))
+    assert [float(cell) for cell in row.strip("│ ").split("│")] == pytest.approx(
+        [2, *w[:, 2].tolist()], abs=0.0051
+    )
+    large = write_teacher(tmp_path / "large.safetensors", 40, "dense", kind="classes")
+    assert "W at" not in l2t("inspect", large).out
