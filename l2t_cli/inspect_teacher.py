@@ -11,7 +11,7 @@ from l2t_cli import console
 from l2t_cli.options import TeacherFile
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MATRIX_CLASSES = 12  # as many columns as a terminal has room for
+MATRIX_CLASSES = 10  # as many columns as a terminal of 80 characters has room for
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 

@@ -132,7 +132,7 @@ def logit_adjusted(log_probs: Tensor, targets: Tensor, shares: Tensor, tau: floa
     ``shares`` [K] are the classes' shares of the training data. Classes without any example are
     left out of the sum over classes, as their share of zero says, unless tau is 0.
     """
-    moved = log_probs + tau * shares.log() if tau else log_probs
+    moved = log_probs + (tau * shares.double().log()).to(log_probs) if tau else log_probs
     return cross_entropy(torch.log_softmax(moved, 1), targets)
 
 
@@ -220,7 +220,7 @@ BASELINES.register("large_margin")(
 def _logit_adjusted(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
     if at.class_shares is None:
         raise ValueError("logit_adjusted needs the classes' shares of the training data")
-    return logit_adjusted(log_probs, targets, at.class_shares.to(log_probs), settings["tau"])
+    return logit_adjusted(log_probs, targets, at.class_shares, settings["tau"])
 
 
 BASELINES.register("logit_adjusted")(

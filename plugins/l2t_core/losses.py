@@ -71,11 +71,11 @@ class LossForm:
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
     logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
-    weights: tuple[str, ...]
     others: str = ""
     mean_of_others: bool = True
     per_class: bool = True
     per_band: bool = False
+    weights: tuple[str, ...] = ()
 
 
 def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -292,9 +292,10 @@ def differences(spec: LossSpec, num_classes: int, slots: int, scale: float) -> C
 
 
 def unbounded_weights(spec: LossSpec) -> tuple[str, ...]:
-    """Return the parts of phi that must not be below zero lest the loss have no lower bound.
+    """Return the parts of phi with which, none below zero, the loss has a lower bound.
 
-    All of which W is made under the identity, none under a sigma that is itself bounded below.
+    All of which W is made (a ``lowrank`` one's factors) under the identity, none under a sigma
+    that is itself bounded below.
 
     Raises:
         UserError: if the form is unknown.

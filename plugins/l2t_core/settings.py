@@ -8,7 +8,7 @@ from l2t_core.checkpointing import SPILLS, parse_bytes
 from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.errors import UserError, suggestion
 from l2t_core.life import PRECISIONS
-from l2t_core.losses import SIGMAS, coefficient_shapes
+from l2t_core.losses import SIGMAS, coefficient_shapes, unbounded_weights
 from l2t_core.second_derivatives import SECOND
 from l2t_core.specs import (
     WITHIN_A_LIFE,
@@ -18,7 +18,7 @@ from l2t_core.specs import (
     TrainingSpec,
 )
 from l2t_core.student_state import feature_count
-from l2t_core.teachers import TEACHERS
+from l2t_core.teachers import TEACHERS, Teacher
 
 PARALLELS = ("students", "data")
 # A dense W beyond this many classes takes more memory than any student of that size.
@@ -53,7 +53,16 @@ def check_settings(
             "diagonal, lowrank, banded, shared or network"
         )
     SIGMAS.get(loss.sigma)
-    TEACHERS.get(teacher.name)
+    kind = TEACHERS.get(teacher.name)
+    if (
+        spec.bounded
+        and unbounded_weights(loss)
+        and kind.keep_from_below_zero is Teacher.keep_from_below_zero
+    ):
+        raise UserError(
+            f"teacher.name={teacher.name} has no keep_from_below_zero, which training.bounded "
+            "needs with loss.sigma=identity; write it or set training.bounded=false"
+        )
     DIFFERENTIATIONS.get(spec.differentiation)
     _check_way(spec, total_steps)
     parse_bytes(spec.memory)

@@ -77,8 +77,9 @@ class ScheduleSpec:
 class TrainingSpec:
     """Teacher training (Algorithm 1). ``lr`` and ``clip_norm`` are those of theta's Adam.
 
-    ``bounded`` sets weights of W that an update took below zero to zero where sigma is the
-    identity, so that no loss rewards certainty without bound.
+    ``bounded`` keeps theta, at its start and after each update, where no part of W is below zero
+    if sigma is the identity, so that its loss does not reward certainty without bound. Lives
+    under the noise of evolutionary ways may lie beyond.
 
     ``students`` live for each update of theta, their hypergradients averaged; ``parallel`` says
     what several processes share: ``students`` (each process has its own) or ``data`` (each step's

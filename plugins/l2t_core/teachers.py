@@ -38,7 +38,10 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
-        """Move theta, in place, to where these parts of phi_t are not below zero in any state."""
+        """Move theta, in place, to where these parts of phi_t are not below zero in any state.
+
+        A teacher without it can be trained with ``training.bounded=false`` only.
+        """
         raise NotImplementedError
 
 
@@ -121,9 +124,10 @@ class AffineTeacher(Teacher):
         """Raise these parts' base to zero and shrink, in place, what h may take from it."""
         _raise_to_zero(self.base, parts)
         for name in parts:
-            base, slots = self.base[name][0], self.values[name]
-            reach = slots.data.abs().sum(0)  # |h| < 1
-            slots.data.mul_((base / reach.clamp_min(torch.finfo(reach.dtype).tiny)).clamp(max=1.0))
+            slots = self.values[name].data
+            reach = slots.abs().sum(0).clamp_min(torch.finfo(slots.dtype).tiny)  # |h| < 1
+            room = (1.0 - 1e-6) * self.base[name].data[0]  # less what rounding takes
+            slots.mul_((room / reach).clamp(max=1.0))
 
 
 @TEACHERS.register("static")

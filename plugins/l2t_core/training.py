@@ -35,7 +35,15 @@ from l2t_core.student_state import feature_count
 from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import Teacher, build_teacher
 from l2t_core.training_state import Leader, Theta, TrainingState, chosen_by
-from l2t_core.update import advice, ascend, combine, phi_penalty, signal_to_noise, unusable
+from l2t_core.update import (
+    advice,
+    ascend,
+    combine,
+    keep_bounded,
+    penalised,
+    signal_to_noise,
+    unusable,
+)
 
 # So many episodes in a row without a usable hypergradient end a run: more would not help.
 MOST_SKIPPED = 8
@@ -93,9 +101,11 @@ class TeacherTraining:
         check_processes(spec, self.processes.world)
 
     def _new_teacher(self, features: int) -> Teacher:
-        return build_teacher(
+        teacher = build_teacher(
             self.teacher_spec, self.loss, self.student.num_classes, features, self.spec.seed
         )
+        keep_bounded(teacher, self.loss, self.spec)
+        return teacher
 
     def _teacher_of(self, theta: Theta) -> Teacher:
         teacher = self._new_teacher(self.teacher.num_features)
@@ -283,12 +293,8 @@ class TeacherTraining:
     def _ascend(self, alive: list[Outcome]) -> dict[str, Any]:
         spec = self.spec
         estimates = torch.stack([torch.stack(o.estimates) for o in alive])
-        gradient = combine(estimates)
-        if spec.phi_penalty:
-            features = [f for o in alive for f in o.features]
-            gradient = gradient - phi_penalty(
-                self.teacher, self.loss, features, spec.phi_penalty
-            )[1]
+        features = [f for o in alive for f in o.features]
+        gradient = penalised(combine(estimates), self.teacher, self.loss, features, spec)
         norm = float(gradient.norm())
         if self.state.progress.episode < spec.episodes:
             self.state.sound = self.state.theta()

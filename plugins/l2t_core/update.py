@@ -85,6 +85,19 @@ def phi_penalty(
     return float(value.detach()), torch.cat(flat)
 
 
+def penalised(
+    gradient: Tensor,
+    teacher: Teacher,
+    loss: LossSpec,
+    features: Sequence[Tensor],
+    spec: TrainingSpec,
+) -> Tensor:
+    """Return M-tilde's ``gradient`` [D] less that of :func:`phi_penalty`, if there is one."""
+    if not spec.phi_penalty:
+        return gradient
+    return gradient - phi_penalty(teacher, loss, features, spec.phi_penalty)[1]
+
+
 def ascend(
     teacher: Teacher,
     loss: LossSpec,
@@ -94,7 +107,7 @@ def ascend(
 ) -> None:
     """Make one step of theta along M-tilde's ``gradient`` [D], clipped at ``spec.clip_norm``.
 
-    Then, if ``spec.bounded``, to the nearest theta whose loss is bounded below in any state.
+    Then, if ``spec.bounded``, to a theta near by whose loss is bounded below in any state.
     """
     norm = float(gradient.norm())
     scale = min(1.0, spec.clip_norm / (norm + 1e-12)) if spec.clip_norm > 0 else 1.0
@@ -104,8 +117,13 @@ def ascend(
         parameter.grad = (-scale * piece).view_as(parameter)  # ascent
         start += parameter.numel()
     optimiser.step()
-    if spec.bounded:
-        teacher.keep_from_below_zero(unbounded_weights(loss))
+    keep_bounded(teacher, loss, spec)
+
+
+def keep_bounded(teacher: Teacher, loss: LossSpec, spec: TrainingSpec) -> None:
+    """Move theta, in place, to where the loss has a lower bound, if ``spec.bounded`` says so."""
+    if spec.bounded and (parts := unbounded_weights(loss)):
+        teacher.keep_from_below_zero(parts)
 
 
 def advice(row: dict[str, object], spec: TrainingSpec) -> str:

@@ -92,11 +92,14 @@ def test_logit_adjustment_is_the_published_formula(logits: Tensor, tau: float) -
 
 
 def test_a_class_without_examples_does_not_break_logit_adjustment() -> None:
+    torch.manual_seed(4)
     logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     shares = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
     loss = logit_adjusted(log_probs(logits), torch.tensor([0, 1, 0]), shares, 1.0)
     loss.sum().backward()
     assert bool(loss.isfinite().all()) and bool(logits.grad.isfinite().all())  # type: ignore[union-attr]
+    single = logit_adjusted(log_probs(logits.float()), torch.tensor([0, 1, 0]), shares, 1.0)
+    assert single.dtype == torch.float32  # whatever the shares are given in
     two = torch.log_softmax(logits[:, :2], 1)  # equal shares of the two that are there
     torch.testing.assert_close(loss, F.nll_loss(two, torch.tensor([0, 1, 0]), reduction="none"))
 

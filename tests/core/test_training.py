@@ -17,6 +17,7 @@ from l2t_core.errors import UserError
 from l2t_core.run_folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.teacher_file import load_header, load_teacher
+from l2t_core.teachers import TEACHERS, Teacher
 from l2t_core.training import TeacherTraining, train_teacher
 
 LOSS = LossSpec("dense", "softplus")
@@ -603,3 +604,53 @@ def test_teaching_changes_the_student(student, tmp_path):
     train_student(student, 9, None)
     plain = torch.cat([p.detach().reshape(-1) for p in student.module.parameters()])
     assert float((taught - plain).abs().max()) > 1e-3
+
+
+def lowest_weights(teacher_file):
+    values = dict(load_teacher(teacher_file)[0].named_parameters())
+    return float(values["values.W"].detach().min())
+
+
+def test_a_training_keeps_weights_from_below_zero(student, tmp_path):
+    """From the start on, where a large ``init_scale`` would put some, and after every update."""
+    found = {}
+    for bounded in (True, False):
+        folder = open_run(tmp_path / str(bounded), {"run": bounded})
+        train_teacher(
+            student, LossSpec("dense", "identity"), TeacherSpec(slots=3, init_scale=0.6),
+            spec(bounded=bounded, lr=0.1, episodes=2, max_growth=0.0), folder, record={},
+        )
+        found[bounded] = lowest_weights(folder.teacher_last)
+    assert found[True] >= 0.0 > found[False]
+    at_start = TeacherTraining(
+        student, LossSpec("dense", "identity"), TeacherSpec(slots=3, init_scale=3.0),
+        spec(), open_run(tmp_path / "start", {"run": 2}), {},
+    ).teacher
+    assert float(at_start.values["W"].detach().min()) == 0.0
+
+
+def test_a_teacher_that_cannot_be_kept_there_is_refused_before_the_run(student, tmp_path):
+    @TEACHERS.register("of one's own")
+    class Own(Teacher):
+        def __init__(self, spec, loss, num_classes, num_features):
+            super().__init__(spec, loss, num_classes, num_features)
+            self.W = torch.nn.Parameter(torch.eye(num_classes))
+            self.b = torch.nn.Parameter(torch.zeros(num_classes))
+
+        def forward(self, features):
+            return {"W": self.W, "b": self.b}
+
+    def trained(sigma, **changes):
+        folder = open_run(tmp_path / f"{sigma}-{len(changes)}", {})
+        return train_teacher(
+            student, LossSpec("dense", sigma), TeacherSpec("of one's own"),
+            spec(episodes=1, **changes), folder, record={},
+        )
+
+    try:
+        with pytest.raises(UserError, match="has no keep_from_below_zero"):
+            trained("identity")
+        assert trained("identity", bounded=False).skipped == 0
+        assert trained("softplus").skipped == 0  # is bounded by itself
+    finally:
+        del TEACHERS._entries["of one's own"]
