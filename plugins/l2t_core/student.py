@@ -19,8 +19,9 @@ class Student(Protocol):
     depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
     are then recorded and replayed. Batches that are more than tensors of one number of rows need
     ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
-    where processes share them. ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names
-    what :meth:`true_measure` returns.
+    where processes share them. ``class_shares()``, the classes' shares of the training data [K], is
+    what the baseline ``logit_adjusted`` asks for. ``num_classes`` is K, ``total_steps`` T,
+    ``measure_name`` names what :meth:`true_measure` returns.
     """
 
     module: nn.Module
