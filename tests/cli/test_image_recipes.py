@@ -172,7 +172,7 @@ def test_a_run_does_not_go_on_with_other_images(
 
 
 def test_a_section_in_braces_is_the_same_as_its_keys():
-    braces = load_recipe("digits", ["compare.gce={q: [0.3, 0.5]}", "loss={form: dense}"])
-    keys = load_recipe("digits", ["compare.gce.q=[0.3, 0.5]", "loss.form=dense"])
+    braces = load_recipe("digits", ["compare.gce={q: [0.3, 0.5]}", "loss={form: banded}"])
+    keys = load_recipe("digits", ["compare.gce.q=[0.3, 0.5]", "loss.form=banded"])
     assert braces.config() == keys.config()
     assert braces.config() != load_recipe("digits").config()
