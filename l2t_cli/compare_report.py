@@ -26,6 +26,7 @@ LABELS = {
     "focal": "focal",
     "gce": "generalised CE",
     "logit_adjusted": "logit adjustment",
+    "forward_corrected": "forward correction",
     "sigmoid": "sigmoid form",
     "mrt": "minimum risk",
 }

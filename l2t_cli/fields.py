@@ -115,7 +115,7 @@ FIELDS.register("image")(
         trials="l2t_cli.compare_image:ImageTrials",
         losses=(
             "cross_entropy", "label_smoothing", "large_margin", "focal", "gce",
-            "logit_adjusted", "sigmoid",
+            "logit_adjusted", "forward_corrected", "sigmoid",
         ),
         datasets="l2t_vision.prepare:DATASETS",
         check="l2t_vision.checks:problems",

@@ -31,14 +31,14 @@ class Moment:
     """The training step for which a loss is asked, 0-based ``step`` of ``total_steps``.
 
     ``features`` [N, D] and ``weight`` [K, D] are input and weight of the student's last layer,
-    for losses that need them; ``class_shares`` [K] are the classes' shares of its training data.
+    for losses that need them; ``told`` is what a loss asked the student (``Baseline.asks``).
     """
 
     step: int = 0
     total_steps: int = 1
     features: Tensor | None = None
     weight: Tensor | None = None
-    class_shares: Tensor | None = None
+    told: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A fixed loss, its settings, and what it needs: the last layer, the classes' shares."""
+    """A fixed loss, its settings, and what it needs: the last layer, or what a student can tell.
+
+    ``asks`` names the student's method whose tensor the loss finds as ``Moment.told``.
+    """
 
     loss: Callable[[Tensor, Tensor, Settings, Moment], Tensor]
     settings: dict[str, Setting] = field(default_factory=dict)
     needs_classifier: bool = False
-    needs_class_shares: bool = False
+    asks: str = ""
 
 
 BASELINES: Registry[Baseline] = Registry("loss")
@@ -134,6 +137,16 @@ def logit_adjusted(log_probs: Tensor, targets: Tensor, shares: Tensor, tau: floa
     """
     moved = log_probs + (tau * shares.double().log()).to(log_probs) if tau else log_probs
     return cross_entropy(torch.log_softmax(moved, 1), targets)
+
+
+def forward_corrected(log_probs: Tensor, targets: Tensor, confusion: Tensor) -> Tensor:
+    """Return -log sum_k p_k T[k, y], [N] (Patrini et al. 2017, section 4.2, equation 6).
+
+    ``confusion`` T [K, K] is the share of examples of the true class k that are labelled y: the
+    student's probabilities are those of the true class, the loss is CE of the label's.
+    """
+    of_label = confusion.double().log().to(log_probs).t()[targets]
+    return -torch.logsumexp(log_probs + of_label, 1)
 
 
 def margin_cosine(cosine: Tensor, margin: int) -> Tensor:
@@ -218,14 +231,25 @@ BASELINES.register("large_margin")(
 
 
 def _logit_adjusted(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
-    if at.class_shares is None:
+    if at.told is None:
         raise ValueError("logit_adjusted needs the classes' shares of the training data")
-    return logit_adjusted(log_probs, targets, at.class_shares, settings["tau"])
+    return logit_adjusted(log_probs, targets, at.told, settings["tau"])
 
 
 BASELINES.register("logit_adjusted")(
-    Baseline(_logit_adjusted, {"tau": Setting(1.0, 0.0)}, needs_class_shares=True)
+    Baseline(_logit_adjusted, {"tau": Setting(1.0, 0.0)}, asks="class_shares")
 )
+
+
+def _forward_corrected(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    if at.told is None:
+        raise ValueError("forward_corrected needs the true confusion of the training labels")
+    return forward_corrected(log_probs, targets, at.told)
+
+
+BASELINES.register("forward_corrected")(Baseline(_forward_corrected, asks="label_confusion"))
 
 
 def _sigmoid(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:

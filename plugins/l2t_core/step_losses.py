@@ -45,8 +45,8 @@ class StepLoss(Protocol):
 class FixedLoss:
     """A baseline of :data:`l2t_core.baselines.BASELINES` as a loss of training steps.
 
-    ``last_layer`` and ``class_shares`` are the student's, for losses that need them. Make one
-    with :func:`fixed_loss`.
+    ``last_layer`` is the student's and ``told`` what it tells of its data, for losses that need
+    them. Make one with :func:`fixed_loss`.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class FixedLoss:
         settings: Mapping[str, float] | None = None,
         total_steps: int = 1,
         last_layer: LastLayer | None = None,
-        class_shares: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> None:
         self.baseline = BASELINES.get(name)
         self.settings = complete_settings(name, settings or {})
         self.total_steps = total_steps
         self.last_layer = last_layer
-        self.class_shares = class_shares
+        self.told = told
         self.step = 0
 
     def begin_step(self, learning_rate: float, step: int | None = None) -> None:
@@ -72,7 +72,7 @@ class FixedLoss:
     def loss(self, log_probs: Tensor, targets: Tensor) -> Tensor:
         """Return the step's per-example loss [N] for log-probabilities [N, K], targets [N]."""
         features, weight = self.last_layer.take() if self.last_layer else (None, None)
-        moment = Moment(self.step, self.total_steps, features, weight, self.class_shares)
+        moment = Moment(self.step, self.total_steps, features, weight, self.told)
         return self.baseline.loss(log_probs, targets, self.settings, moment)
 
     def commit(self, statistics: TrainStatistics) -> None:
@@ -160,19 +160,19 @@ def fixed_loss(name: str, settings: Mapping[str, float], student: Student) -> Fi
         UserError: if the loss or a setting is unknown or impossible, or the student cannot give
             what it needs.
     """
-    last_layer, shares, baseline = None, None, BASELINES.get(name)
-    if baseline.needs_class_shares:
-        counted = getattr(student, "class_shares", None)
-        if counted is None:
+    last_layer, told, baseline = None, None, BASELINES.get(name)
+    if baseline.asks:
+        ask = getattr(student, baseline.asks, None)
+        if ask is None:
             raise UserError(
-                f"{name} needs a student that tells its classes' shares of the training data "
-                f"(class_shares()), this one does not; leave {name} out"
+                f"{name} needs a student that has a method {baseline.asks}(), this one has none; "
+                f"leave {name} out"
             )
-        shares = counted()
+        told = ask()
     if baseline.needs_classifier:
         last_layer = LastLayer(student.module, student.num_classes)
         last_layer.check(student)
-    return FixedLoss(name, settings, student.total_steps, last_layer, shares)
+    return FixedLoss(name, settings, student.total_steps, last_layer, told)
 
 
 class Recorded:

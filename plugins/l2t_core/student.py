@@ -19,9 +19,11 @@ class Student(Protocol):
     depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
     are then recorded and replayed. Batches that are more than tensors of one number of rows need
     ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
-    where processes share them. ``class_shares()``, the classes' shares of the training data [K], is
-    what the baseline ``logit_adjusted`` asks for. ``num_classes`` is K, ``total_steps`` T,
-    ``measure_name`` names what :meth:`true_measure` returns.
+    where processes share them. Two baselines ask for more: ``logit_adjusted`` for
+    ``class_shares()``, the classes' shares of the training data [K], ``forward_corrected`` for
+    ``label_confusion()``, the share of training examples of class k labelled j [K, K].
+    ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names what :meth:`true_measure`
+    returns.
     """
 
     module: nn.Module

@@ -53,6 +53,17 @@ def noisy_labels(
     return result
 
 
+def label_confusion(classes: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return T [K, K], float64: the share of examples of true class k that are labelled j.
+
+    ``classes`` and ``labels`` are [N]. A class without examples is taken to be labelled rightly.
+    """
+    pairs = classes * num_classes + labels
+    counts = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes).double()
+    counts += torch.diag((counts.sum(1) == 0).double())
+    return counts / counts.sum(1, keepdim=True)
+
+
 def long_tail(labels: Tensor, imbalance: float, num_classes: int) -> Tensor:
     """Return the indices of the examples that stay, in their order, when classes get unequal.
 

@@ -22,7 +22,7 @@ from l2t_core.files import from_home
 from l2t_core.registry import Registry
 from l2t_core.user_code import imported, is_import_path
 from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
-from l2t_vision.corruption import long_tail, noisy_labels
+from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.idx import load_idx_set
 from l2t_vision.image_folder import load_image_folder
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
@@ -37,7 +37,8 @@ class ImageData:
     """Training, dev and test images, unsigned bytes [N, C, H, W], with their labels [N].
 
     ``mean`` and ``deviation`` [C] are those of the training pixels as stored (0-255, or 0-16 for
-    digits).
+    digits). ``confusion`` [K, K], float64, is the share of training images of class k that are
+    labelled j.
     """
 
     train_x: Tensor
@@ -49,6 +50,7 @@ class ImageData:
     num_classes: int
     mean: Tensor
     deviation: Tensor
+    confusion: Tensor
 
     def standardised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return unsigned bytes [N, C, H, W] as numbers of mean 0 and deviation 1 on train."""
@@ -171,6 +173,7 @@ def load_data(spec: ImageSpec) -> ImageData:
     order = stratified_order(raw.train_y, spec.data_seed + 1)
     dev, train = order.split([spec.dev_size, left])
     train, train_y = _corrupted(train[: spec.train_size or left], raw, spec, spec.data_seed + 2)
+    confusion = label_confusion(raw.train_y[train], train_y, raw.num_classes)
     dev_y = raw.train_y[dev]
     if spec.corrupt_dev:
         dev, dev_y = _corrupted(dev, raw, spec, spec.data_seed + 3)
@@ -178,7 +181,7 @@ def load_data(spec: ImageSpec) -> ImageData:
     mean, deviation = _pixel_statistics(train_x)
     return ImageData(
         train_x, train_y, raw.train_x[dev], dev_y, raw.test_x, raw.test_y,
-        raw.num_classes, mean, deviation,
+        raw.num_classes, mean, deviation, confusion,
     )
 
 

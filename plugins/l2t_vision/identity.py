@@ -16,6 +16,8 @@ from l2t_vision.recipe import ImageSpec
 
 # Where the data lie is not what they are; where they are computed on changes roundings only.
 _PLACES = ("folder", "device")
+# Follows from the settings and the labels.
+_DERIVED = ("confusion",)
 # Shown whatever they are; other settings are where they are not the default.
 _ALWAYS = ("data", "model", "steps", "batch_size")
 
@@ -36,11 +38,11 @@ def content(spec: ImageSpec, data: ImageData, module: nn.Module) -> dict[str, st
 
 
 def data_digest(data: ImageData) -> str:
-    """Return the SHA-256 of every tensor of ``data``: images, labels, statistics."""
+    """Return the SHA-256 of the tensors of ``data``: images, labels, statistics."""
     found = hashlib.sha256(f"{data.num_classes}".encode())
     for item in dataclasses.fields(data):
         value = getattr(data, item.name)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and item.name not in _DERIVED:
             found.update(f"{item.name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.contiguous().cpu().numpy().tobytes())
     return found.hexdigest()

@@ -167,6 +167,10 @@ class ImageStudent:
         counts = torch.bincount(self.data.train_y, minlength=self.num_classes).double()
         return counts / counts.sum()
 
+    def label_confusion(self) -> Tensor:
+        """Return T: the share of training images of class k that are labelled j, float64 [K, K]."""
+        return self.data.confusion
+
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the number of classes."""
         return {"kind": "classes", "num_classes": self.num_classes}

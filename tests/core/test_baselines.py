@@ -15,6 +15,7 @@ from l2t_core.baselines import (
     annealing,
     complete_settings,
     focal,
+    forward_corrected,
     generalised_cross_entropy,
     label_smoothing,
     large_margin,
@@ -38,6 +39,17 @@ def logits() -> Tensor:
 
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 0, 2])
 SHARES = torch.tensor([0.6, 0.2, 0.1, 0.07, 0.03], dtype=torch.float64)
+# T, row by true class, column by label; some labels are never given to some classes.
+CONFUSION = torch.tensor(
+    [
+        [0.9, 0.1, 0.0, 0.0, 0.0],
+        [0.1, 0.6, 0.1, 0.1, 0.1],
+        [0.1, 0.1, 0.5, 0.2, 0.1],
+        [0.0, 0.0, 0.4, 0.6, 0.0],
+        [0.1, 0.1, 0.1, 0.1, 0.6],
+    ],
+    dtype=torch.float64,
+)
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -104,6 +116,31 @@ def test_a_class_without_examples_does_not_break_logit_adjustment() -> None:
     torch.testing.assert_close(loss, F.nll_loss(two, torch.tensor([0, 1, 0]), reduction="none"))
 
 
+def test_forward_correction_is_the_published_formula(logits: Tensor) -> None:
+    # -log of the y-th entry of T' p, T' the transpose
+    noisy = torch.softmax(logits, 1) @ CONFUSION
+    expected = F.nll_loss(torch.log(noisy), TARGETS, reduction="none")
+    torch.testing.assert_close(forward_corrected(log_probs(logits), TARGETS, CONFUSION), expected)
+    right = forward_corrected(log_probs(logits), TARGETS, torch.eye(5))
+    torch.testing.assert_close(right, F.cross_entropy(logits, TARGETS, reduction="none"))
+
+
+def test_forward_correction_is_least_at_the_true_classes() -> None:
+    """Labels drawn by T from the class 2: its expected loss is least where p says so."""
+    logits = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def expected() -> Tensor:
+        optimiser.zero_grad()
+        every = forward_corrected(log_probs(logits.expand(5, 5)), torch.arange(5), CONFUSION)
+        loss = (CONFUSION[2] * every).sum()
+        loss.backward()
+        return loss.detach()
+
+    optimiser.step(expected)
+    assert float(torch.softmax(logits.detach(), 1)[0, 2]) > 0.99
+
+
 def psi(theta: Tensor, margin: int) -> Tensor:
     """Return (-1)^k cos(m theta) - 2k by its definition, interval by interval."""
     k = torch.floor(theta * margin / math.pi).clamp(max=margin - 1)
@@ -166,7 +203,8 @@ def test_gradients_are_the_finite_differences(name: str, logits: Tensor) -> None
             settings["margin"] = margin
             assert torch.autograd.gradcheck(loss, (x, weight))
         return
-    free, at = logits.requires_grad_(), Moment(5, 10, class_shares=SHARES)
+    told = {"class_shares": SHARES, "label_confusion": CONFUSION}
+    free, at = logits.requires_grad_(), Moment(5, 10, told=told.get(baseline.asks))
     assert torch.autograd.gradcheck(
         lambda z: baseline.loss(log_probs(z), TARGETS, settings, at), (free,)
     )
@@ -285,9 +323,11 @@ def test_students_without_a_linear_last_layer_are_refused(module: nn.Module) -> 
         fixed_loss("large_margin", {}, Toy(module))  # type: ignore[arg-type]
 
 
-def test_students_that_do_not_tell_their_classes_shares_are_refused() -> None:
-    with pytest.raises(UserError, match="logit_adjusted needs a student that tells"):
-        fixed_loss("logit_adjusted", {}, Toy(nn.Linear(4, 5)))  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["logit_adjusted", "forward_corrected"])
+def test_students_that_do_not_tell_what_a_loss_asks_are_refused(name: str) -> None:
+    asked = BASELINES.get(name).asks
+    with pytest.raises(UserError, match=rf"{name} needs a student that has a method {asked}\(\)"):
+        fixed_loss(name, {}, Toy(nn.Linear(4, 5)))  # type: ignore[arg-type]
 
 
 def test_the_record_keeps_curve_and_state() -> None:

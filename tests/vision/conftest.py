@@ -57,7 +57,7 @@ def make_student() -> Callable[..., ImageStudent]:
         mean, deviation = torch.full((2, shape[0]), 128.0).double()
         data = ImageData(
             images(40), labels(40), images(30), labels(30), images(20), labels(20), 4,
-            mean, deviation / 2,
+            mean, deviation / 2, torch.eye(4).double(),
         )
         spec = ImageSpec(
             **{

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
-from l2t_vision.corruption import long_tail, noisy_labels
+from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.recipe import ImageSpec
 
@@ -42,6 +42,25 @@ def test_pair_noise_names_the_next_class() -> None:
     found = transitions(LABELS, noisy(0.45, "pair"))
     for label in range(10):
         assert int(found[label, label]) == 1100 and int(found[label, (label + 1) % 10]) == 900
+
+
+def test_the_confusion_counts_what_became_what() -> None:
+    after = noisy(0.4)
+    found = label_confusion(LABELS, after, 10)
+    torch.testing.assert_close(found, transitions(LABELS, after).double() / 2000)
+    # A class that is not there is taken to be labelled rightly.
+    classes, labels = torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2])
+    expected = [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    assert label_confusion(classes, labels, 3).tolist() == expected
+
+
+def test_the_data_know_their_confusion() -> None:
+    spec = ImageSpec(data="digits", dev_size=200, label_noise=0.25, noise="pair")
+    found = load_data(spec).confusion
+    assert float((found.diagonal() - 0.75).abs().max()) < 0.01
+    assert float((found.roll(-1, 1).diagonal() - 0.25).abs().max()) < 0.01
+    clean = load_data(ImageSpec(data="digits", dev_size=200)).confusion
+    assert torch.equal(clean, torch.eye(10, dtype=torch.float64))
 
 
 def test_noise_follows_its_seed_alone() -> None:
