@@ -14,10 +14,9 @@ from l2t_cli.fairseq_process import lost_its_numbers, run_logged, this_python
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
-from l2t_cli.teacher_copies import checksum
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, file_digest
 from l2t_core.teacher_file import load_header
 from l2t_fairseq.command import (
     FairseqCommand,
@@ -25,7 +24,6 @@ from l2t_fairseq.command import (
     parse_script,
     save_dir,
     shell_text,
-    split_flags,
     teach_command,
     total_steps,
     value_of,
@@ -36,6 +34,7 @@ from l2t_fairseq.command import (
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
+from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import FLAG, start_content
 
 _MARK = "command.sh"
@@ -110,7 +109,7 @@ class FairseqApplication:
         found = {"data_sha256": data_digest(self.test_set().data_bin)}
         found |= start_content(value_of(self.command, FLAG)) | measure_content(self.scored_by)
         if self.reference:
-            found["reference_sha256"] = checksum(self.reference)
+            found["reference_sha256"] = file_digest(self.reference, "sha256")
         return found
 
     def check(self, teacher: Path) -> None:

@@ -14,6 +14,7 @@ from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
 from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_core.errors import UserError
+from l2t_fairseq.command import looks_like_training
 
 
 def command(
@@ -100,13 +101,15 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
         UserError: if it is neither a recipe nor a fairseq command nor a script.
     """
     first = target[0]
-    if is_training_command(target):
-        return _command_application().from_words(target, generate, reference)
     path = Path(first)
-    if path.suffix not in (".yaml", ".yml") and (path.is_file() or path.suffix == ".sh"):
+    is_recipe = path.suffix in (".yaml", ".yml")
+    training = not is_recipe and looks_like_training(target)
+    if path.suffix == ".sh" or (path.is_file() and not is_recipe and not training):
         if len(target) > 1:
             raise UserError(f"{target[1]!r} after the script {first}: change the script itself")
         return _command_application().from_script(path, generate, reference)
+    if training:
+        return _command_application().from_words(target, generate, reference)
     if generate or reference:
         raise UserError("--generate and --reference are for commands; a recipe has its own")
     refuse_sections(
@@ -129,16 +132,6 @@ def application_for_recipe(recipe: Recipe) -> Any:
     """
     recipe.field.require()
     return recipe.field.load("application")(recipe)
-
-
-def is_training_command(words: list[str]) -> bool:
-    """Tell a command line (``CUDA_VISIBLE_DEVICES=0 fairseq-train ...``) from a recipe's name."""
-    for word in words:
-        if "=" in word and not word.startswith("-"):
-            continue  # an environment variable, if a command follows
-        name = Path(word).name
-        return name.startswith(("fairseq-", "python", "torchrun")) or name == "train.py"
-    return False
 
 
 def _command_application() -> Any:

@@ -26,7 +26,6 @@ from l2t_fairseq.command import (
     refuse_other_user_dir,
     resumable,
     shell_text,
-    split_flags,
     total_steps,
     value_of,
     with_value,
@@ -34,6 +33,7 @@ from l2t_fairseq.command import (
     without_criterion_flags,
 )
 from l2t_fairseq.data_folder import open_data
+from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.text_form import TextForm
 
 MRT = "mrt"

@@ -15,7 +15,7 @@ from l2t_cli.recipe_loading import Recipe
 from l2t_cli.teacher_copies import TeacherCopies, TeacherCopy
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
-from l2t_core.errors import UserError, suggestion
+from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.files import from_home
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
@@ -98,27 +98,25 @@ def _wrong_numbers(spec: CompareSpec) -> Iterator[str]:
         yield f"compare.trials is {spec.trials}, fewer than the {rates} rates; give more"
     if len(set(spec.lr)) == 1:
         yield "compare.lr has one rate; give at least two, better four or more"
-    limits = [
+    ranges = [
         ("trials", spec.trials, 2, 10**6),
         ("tuning_seeds", spec.tuning_seeds, 1, 10_000),
         ("seeds", spec.seeds, 2, 10_000),
         ("seed", spec.seed, 1, 2**31 - 20_000),
     ]
-    for name, value, low, high in limits:
-        if not low <= value <= high:
-            yield f"compare.{name} is {value}; it must lie in [{low}, {high}]"
+    yield from out_of_range(
+        "compare",
+        ((name, value, low <= value <= high, f"in [{low}, {high}]")
+         for name, value, low, high in ranges),
+    )
     tuning = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + max(1, spec.tuning_seeds))
     if spec.seed < tuning.stop and tuning.start < spec.seed + spec.seeds:
         yield (
             f"compare.seed is {spec.seed}: the final students would share seeds with the tuning's "
             f"({tuning.start} to {tuning.stop - 1}); take a smaller one"
         )
-    for name, word, known in (
-        ("search", spec.search, SEARCHES), ("tune_on", spec.tune_on, TUNED_ON)
-    ):
-        if word not in known:
-            hint = suggestion(word, known) or f"; use {' or '.join(known)}"
-            yield f"compare.{name} is {word!r}{hint}"
+    yield from unknown_choice("compare.search", spec.search, SEARCHES)
+    yield from unknown_choice("compare.tune_on", spec.tune_on, TUNED_ON)
 
 
 def _known(recipe: Recipe) -> str:

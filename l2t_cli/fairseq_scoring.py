@@ -7,11 +7,12 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.teacher_file import check_teacher
-from l2t_fairseq.command import FairseqCommand, split_flags
+from l2t_fairseq.command import FairseqCommand
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.generate_flags import check_generate_flags
 from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.scoring import language_pair, score_checkpoint
+from l2t_fairseq.shell_script import split_flags
 
 DEFAULT_GENERATE = "--beam 5"
 BLEU = "expected_bleu"

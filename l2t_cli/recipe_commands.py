@@ -69,8 +69,7 @@ def validate(
     names: Annotated[list[str], typer.Argument(help="Recipes by name or file.")],
 ) -> None:
     """Check recipes and list everything that is wrong with them."""
-    from l2t_cli import compare_plan
-    from l2t_cli.recipe_values import impossible_settings, wrong_names, wrong_student
+    from l2t_cli import compare_plan, recipe_values
 
     problems: list[str] = []
     for name in names:
@@ -79,11 +78,8 @@ def validate(
         except UserError as error:
             recipe, found = None, [str(error)]
         if recipe is not None:
-            # The check of settings looks names up, too, but says less about where they are.
-            found = [*wrong_names(recipe), *wrong_student(recipe)]
             classes = recipe.field.known_classes(recipe.student)
-            found = found or impossible_settings(recipe, recipe.student.steps, classes)
-            found += compare_plan.problems(recipe)
+            found = [*recipe_values.problems(recipe, classes), *compare_plan.problems(recipe)]
         if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")
         problems += found

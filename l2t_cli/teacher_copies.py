@@ -13,7 +13,7 @@ from pathlib import Path
 
 from l2t_cli import console
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, file_digest
 
 _RECORD = "teachers.json"
 
@@ -73,7 +73,7 @@ class TeacherCopies:
                     "teacher_best.safetensors"
                 )
             path = self.folder / f"teacher-{known[:12]}.safetensors"
-            if not path.is_file() or checksum(path) != known:
+            if not path.is_file() or file_digest(path, "sha256") != known:
                 if content is None or now != known:
                     raise UserError(
                         f"{path} is missing or damaged, and {given}, which it is the copy of, has "
@@ -107,11 +107,6 @@ class TeacherCopies:
             return {str(key): str(value) for key, value in record.items()}
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); choose another --out") from None
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return _sha256(path.read_bytes())
 
 
 def _sha256(content: bytes) -> str:

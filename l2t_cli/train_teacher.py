@@ -16,7 +16,7 @@ from l2t_cli.errors import Interrupted
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
 from l2t_cli.recipe_loading import COMPARE, Recipe, load_recipe, refuse_sections
-from l2t_cli.recipe_values import impossible_settings, wrong_names
+from l2t_cli.recipe_values import refuse_impossible
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 
@@ -65,11 +65,7 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     from l2t_core.engine import Engine, describe_plan
     from l2t_core.life import Life
 
-    if wrong := wrong_names(recipe):
-        raise UserError(wrong[0])
-    student = recipe.field.build_student(recipe.student, recipe.training.seed)
-    if wrong := impossible_settings(recipe, student.total_steps, student.num_classes):
-        raise UserError(wrong[0])
+    student = _student(recipe)
     engine = Engine(Life(student, recipe.training.precision), recipe.loss, recipe.training)
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
     spec = recipe.training
@@ -82,6 +78,14 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
         + f"into {console.shown(folder)}"
     )
     console.line(f"trajectory: {describe_plan(engine)}")
+
+
+def _student(recipe: Recipe) -> Any:
+    """Return the student that a teacher is to be trained on, if anything can be learned from it."""
+    refuse_impossible(recipe)  # before data and model are loaded
+    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    refuse_impossible(recipe, student.num_classes)
+    return student
 
 
 def run(
@@ -106,9 +110,7 @@ def run(
     if processes.rank:
         log_format, tensorboard_logdir = LogFormat.none, None
     # The student first: a missing data set should not leave an empty run folder behind.
-    student = processes.agree(
-        lambda: recipe.field.build_student(recipe.student, recipe.training.seed)
-    )
+    student = processes.agree(lambda: _student(recipe))
     before = FreshFolder.before(folder)
     config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
     opened = _open(config, folder, resume, processes)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from l2t_core.errors import UserError, suggestion
+from l2t_core.errors import UserError, unknown_choice
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def device_problems(setting: str, name: str) -> list[str]:
     """Return a line if ``name``, the value of the recipe's ``setting``, is no device's."""
-    if name in DEVICES:
-        return []
-    return [f"{setting} is {name!r}{suggestion(name, DEVICES)} (known: {', '.join(DEVICES)})"]
+    return unknown_choice(setting, name, DEVICES)
 
 
 def find_device(setting: str, name: str) -> torch.device:

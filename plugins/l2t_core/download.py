@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import ssl
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from l2t_core.errors import UserError
+from l2t_core.files import file_digest
 
 OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 OnEvent = Callable[[dict[str, Any]], None]
@@ -28,15 +28,6 @@ _NETWORK_ERRORS = (
     http.client.HTTPException,
     ssl.SSLError,
 )
-
-
-def file_digest(path: Path, algorithm: str) -> str:
-    """Return the hexadecimal digest of a file's content."""
-    digest = hashlib.new(algorithm)
-    with path.open("rb") as handle:
-        for chunk in iter(lambda: handle.read(_CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download(

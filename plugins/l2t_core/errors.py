@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+Limit = tuple[str, float, bool, str]  # a number's name, value, whether it can be, what it must be
 
 
 class UserError(Exception):
@@ -24,3 +26,22 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def out_of_range(section: str, limits: Iterable[Limit]) -> list[str]:
+    """Return a line for each number of a recipe's ``section`` that cannot be.
+
+    What it must be reads on after "it must be": ``"at least 1"``.
+    """
+    return [
+        f"{section}.{name} is {value}; it must be {mend}"
+        for name, value, fine, mend in limits
+        if not fine
+    ]
+
+
+def unknown_choice(key: str, word: str, known: Sequence[str]) -> list[str]:
+    """Return a line if ``word``, the value of the recipe's ``key``, is none of ``known``."""
+    if word in known:
+        return []
+    return [f"{key} is {word!r}{suggestion(word, known)} (known: {', '.join(known)})"]

@@ -1,18 +1,26 @@
-"""Writing files so that a kill at any moment leaves the old content or the new, never a part."""
+"""Files: written so that a kill leaves the old content or the new, read where they may be damaged.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import lzma
 import os
+import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from l2t_core.errors import UserError
 
+# All that tarfile and the decompressors raise on what is cut short or something else. (A hard
+# link's missing target is a KeyError, text that is no UTF-8 a ValueError.)
+DAMAGED = (tarfile.TarError, EOFError, KeyError, zlib.error, lzma.LZMAError, OSError, ValueError)
 _LONG_AGO = 3600.0  # seconds; another process may be writing what is younger
 
 
@@ -72,6 +80,15 @@ def sweep(path: Path) -> None:
         with contextlib.suppress(OSError):
             if is_unfinished(left, path) and time.time() - left.stat().st_mtime > _LONG_AGO:
                 left.unlink()
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Return the hexadecimal digest of a file's content."""
+    digest = hashlib.new(algorithm)
+    with path.open("rb") as handle:
+        for chunk in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def from_home(path: str | Path) -> Path:

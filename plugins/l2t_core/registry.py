@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 from l2t_core.errors import UserError, suggestion
 
@@ -48,3 +48,14 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return all names in alphabetical order."""
         return sorted(self._entries)
+
+
+def unknown_names(used: Iterable[tuple[str, Registry[Any], str]]) -> list[str]:
+    """Return a line for each (key of a recipe, registry, name) whose registry has no such name."""
+    found = []
+    for key, registry, name in used:
+        try:
+            registry.get(name)
+        except UserError as error:
+            found.append(f"{key}: {error}")
+    return found

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import lzma
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from l2t_core.errors import UserError
-
-# All that tarfile and the decompressors raise on what is cut short or something else.
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
+from l2t_core.files import DAMAGED
 
 
 def read_texts(source: Path, names: Sequence[str], inner: str) -> dict[str, str]:
@@ -71,7 +67,7 @@ def _open(path: Path, names: Sequence[str], inner: str) -> dict[str, bytes]:
     try:
         with path.open("rb") as handle:
             return _members(handle, names, inner)
-    except _DAMAGE as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path} is damaged or no tar archive ({reason}); get the official archive again"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_core.errors import UserError
+from l2t_core.errors import Limit, UserError, out_of_range
 from l2t_core.registry import Registry
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, Law, sample
@@ -183,20 +183,17 @@ def candidate_problems(spec: NmtSpec) -> list[str]:
 
 def _impossible(spec: NmtSpec, source: Source) -> list[str]:
     """Return a line for each of ``source``'s own numbers that cannot be."""
-    limits: dict[str, tuple[bool, str]] = {
-        "temperature": (0 < spec.temperature < math.inf, "be above 0"),
-        "top_k": (spec.top_k >= 1, "be at least 1: the symbols to draw from"),
-        "top_p": (0 < spec.top_p < 1, "lie between 0 and 1: the mass to draw from"),
-        "beam": (
-            spec.beam == 0 or spec.beam >= spec.samples,
-            f"be 0 (as wide as nmt.samples) or at least nmt.samples, {spec.samples}",
+    where = f"with nmt.candidates={spec.candidates}"
+    limits: list[Limit] = [
+        ("temperature", spec.temperature, 0 < spec.temperature < math.inf, f"above 0 {where}"),
+        ("top_k", spec.top_k, spec.top_k >= 1, f"at least 1 {where}: the symbols to draw from"),
+        ("top_p", spec.top_p, 0 < spec.top_p < 1, f"in (0, 1) {where}: the mass to draw from"),
+        (
+            "beam", spec.beam, spec.beam == 0 or spec.beam >= spec.samples,
+            f"0 (as wide as nmt.samples) or at least nmt.samples, {spec.samples}",
         ),
-    }
-    found = [
-        f"nmt.{name} is {getattr(spec, name)}; with nmt.candidates={spec.candidates} it must {mend}"
-        for name, (fine, mend) in limits.items()
-        if name in source.parameters and not fine
     ]
+    found = out_of_range("nmt", (limit for limit in limits if limit[0] in source.parameters))
     if spec.candidates == "temperature" and spec.temperature == 1.0:
         found.append(
             "nmt.temperature is 1; with nmt.candidates=temperature set another, or use ancestral"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from l2t_core.devices import device_problems
-from l2t_core.errors import UserError, suggestion
+from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
 from l2t_fairseq.candidates import candidate_problems
-from l2t_fairseq.command import split_flags
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sentence_scores import check_measure_name
+from l2t_fairseq.shell_script import split_flags
 
 ESTIMATORS = ("mrt", "reinforce")
 
@@ -21,16 +21,14 @@ def problems(spec: NmtSpec) -> list[str]:
         check_measure_name(spec.measure)
     except UserError as error:
         found.append(str(error))
-    if spec.estimator not in ESTIMATORS:
-        hint = suggestion(spec.estimator, ESTIMATORS) or f"; use {' or '.join(ESTIMATORS)}"
-        found.append(f"unknown nmt.estimator {spec.estimator!r}{hint}")
+    found += unknown_choice("nmt.estimator", spec.estimator, ESTIMATORS)
     for key in ("train", "teach", "generate"):
         try:
             split_flags(getattr(spec, key), f"nmt.{key}")
         except UserError as error:
             found.append(str(error))
     found += device_problems("nmt.device", spec.device)
-    limits: list[tuple[str, float, bool, str]] = [
+    limits: list[Limit] = [
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
         ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),
         ("dev_sentences", spec.dev_sentences, spec.dev_sentences >= 1, "at least 1"),
@@ -44,9 +42,4 @@ def problems(spec: NmtSpec) -> list[str]:
             spec.true_measure_sentences >= 0, "0 (the whole dev set) or more",
         ),
     ]
-    found += [
-        f"nmt.{name} is {value}; it must be {mend}"
-        for name, value, fine, mend in limits
-        if not fine
-    ]
-    return found + candidate_problems(spec)
+    return [*found, *out_of_range("nmt", limits), *candidate_problems(spec)]

@@ -72,20 +72,23 @@ def parse_command(tokens: Sequence[str]) -> FairseqCommand:
     """
     if not tokens:
         raise UserError("no command given; write it after --, as in -- fairseq-train DATA --arch …")
-    environment: dict[str, str] = {}
-    rest = list(tokens)
-    while rest and (pair := _environment_pair(rest[0])):
-        environment[pair[0]] = pair[1]
-        rest.pop(0)
-    if rest and rest[0] == "env":
-        rest.pop(0)
-        while rest and (pair := _environment_pair(rest[0])):
-            environment[pair[0]] = pair[1]
-            rest.pop(0)
+    environment, rest = _after_environment(tokens)
     length = _program_length(rest)
     if length == 0:
         raise _no_training(tokens, rest)
     return FairseqCommand(environment, rest[:length], rest[length:])
+
+
+def looks_like_training(tokens: Sequence[str]) -> bool:
+    """Tell a command, perhaps misspelt, from the name of a recipe or a script."""
+    _, rest = _after_environment(tokens)
+    name = PurePosixPath(rest[0]).name if rest else ""
+    if name.startswith(("fairseq-", "torchrun")) or name == "train.py" or _PYTHON.match(name):
+        return True
+    try:
+        return _program_length(rest) > 0
+    except UserError:
+        return True  # parse_command says what is wrong with it
 
 
 def parse_script(text: str, environment: Mapping[str, str] | None = None) -> FairseqCommand:
@@ -126,18 +129,6 @@ def parse_script(text: str, environment: Mapping[str, str] | None = None) -> Fai
         environment={**command.assignments, **parsed.environment},
         left_out=command.left_out,
     )
-
-
-def split_flags(text: str, origin: str) -> list[str]:
-    """Return the words of a line of flags; ``origin`` is where the user wrote it.
-
-    Raises:
-        UserError: if a quote is left open.
-    """
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error} in the flags; close the quotes") from None
 
 
 def value_of(command: FairseqCommand, flag: str) -> str | None:
@@ -349,6 +340,16 @@ def _no_training(tokens: Sequence[str], rest: Sequence[str]) -> UserError:
     hint = suggestion(PurePosixPath(rest[0]).name, ["fairseq-train"]) if rest else ""
     mend = hint or "; give one like `fairseq-train DATA --arch …`"
     return UserError(f"`{shown}` is no fairseq-train command{mend}")
+
+
+def _after_environment(tokens: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the variables in front of a command, after ``env`` or without it, and the rest."""
+    environment: dict[str, str] = {}
+    rest = list(tokens)
+    while rest and (rest[0] == "env" or _environment_pair(rest[0])):
+        if pair := _environment_pair(rest.pop(0)):
+            environment[pair[0]] = pair[1]
+    return environment, rest
 
 
 def _environment_pair(token: str) -> tuple[str, str] | None:

@@ -22,7 +22,8 @@ from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
-from l2t_fairseq.command import FairseqCommand, refuse_unteachable, split_flags
+from l2t_fairseq.command import FairseqCommand, refuse_unteachable
+from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import fill, starting_parameters
 
 # What a command may do that is taught, and a student whose life is differentiated may not.

@@ -17,14 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2t_core.download import OnEvent, file_digest
+from l2t_core.download import OnEvent
 from l2t_core.errors import UserError
+from l2t_core.files import DAMAGED, file_digest
 from l2t_core.registry import Registry
 from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus
 from l2t_fairseq.text_form import TextForm
@@ -321,7 +321,7 @@ def read_lines(path: Path) -> list[str]:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; check the folder that should hold it") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is damaged or no text ({error}); get it again") from error
     return text.removesuffix("\n").split("\n") if text else []
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
-from l2t_fairseq.command import split_flags
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.sentence_scores import build_measure
+from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.text_form import TextForm
 
 # Symbols as the dictionary has them, the text that fairseq makes of them, and the targets.

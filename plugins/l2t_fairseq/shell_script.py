@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -283,3 +284,15 @@ def simple_commands(
     variables = _Variables(os.environ if environment is None else environment)
     commands = [_read(statement, variables) for statement in _statements(text, documents)]
     return [command for command in commands if command.words]
+
+
+def split_flags(text: str, origin: str) -> list[str]:
+    """Return the words of a line of flags; ``origin`` is where the user wrote it.
+
+    Raises:
+        UserError: if a quote is left open.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error} in the flags; close the quotes") from None

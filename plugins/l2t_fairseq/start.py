@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2t_core.download import file_digest
 from l2t_core.errors import UserError
+from l2t_core.files import file_digest
 
 if TYPE_CHECKING:  # reading a command should not wait for torch
     from torch import Tensor, nn

@@ -21,7 +21,6 @@ from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
-from l2t_fairseq.command import split_flags
 from l2t_fairseq.data_folder import DataFolder, open_data
 from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
@@ -30,6 +29,7 @@ from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
+from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.split import Split
 from l2t_fairseq.start import start_content
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from l2t_core.devices import device_problems
-from l2t_core.errors import UserError
+from l2t_core.errors import Limit, UserError, out_of_range
 from l2t_core.optimisers import OPTIMISERS, build_optimiser
-from l2t_core.registry import Registry
+from l2t_core.registry import Registry, unknown_names
+from l2t_core.schedules import SCHEDULES
 from l2t_core.user_code import is_import_path
 from l2t_vision.augmentation import AUGMENTATIONS
 from l2t_vision.corruption import NOISES
@@ -18,36 +19,29 @@ from l2t_vision.recipe import ImageSpec
 
 
 def problems(spec: ImageSpec) -> list[str]:
-    """Return a line for every unknown name and impossible number, none if there is none.
-
-    The names of optimiser and schedule are left to the core's registries.
-    """
-    return [*_unknown_names(spec), *_impossible_numbers(spec), *_impossible_optimiser(spec)]
+    """Return a line for every unknown name and impossible number, none if there is none."""
+    found = [*_unknown_names(spec), *_impossible_numbers(spec)]
+    return found or _impossible_optimiser(spec)
 
 
 def _unknown_names(spec: ImageSpec) -> list[str]:
-    registries: dict[str, Registry] = {
-        "data": LOADERS,
-        "model": MODELS,
-        "noise": NOISES,
-        "augment": AUGMENTATIONS,
-        "measure": MEASURES,
-    }
-    found = []
-    for key, registry in registries.items():
-        name = getattr(spec, key)
-        if key in ("data", "model", "augment") and is_import_path(name):
-            continue
-        try:
-            registry.get(name)
-        except UserError as error:
-            found.append(f"image.{key}: {error}")
-    return found + device_problems("image.device", spec.device)
+    # Of these there may be the user's own, by import path.
+    own: list[tuple[str, Registry, str]] = [
+        ("image.data", LOADERS, spec.data),
+        ("image.model", MODELS, spec.model),
+        ("image.augment", AUGMENTATIONS, spec.augment),
+    ]
+    known: list[tuple[str, Registry, str]] = [
+        ("image.noise", NOISES, spec.noise),
+        ("image.measure", MEASURES, spec.measure),
+        ("image.optimiser.name", OPTIMISERS, spec.optimiser.name),
+        ("image.schedule.name", SCHEDULES, spec.schedule.name),
+    ]
+    used = [*(entry for entry in own if not is_import_path(entry[2])), *known]
+    return [*unknown_names(used), *device_problems("image.device", spec.device)]
 
 
 def _impossible_optimiser(spec: ImageSpec) -> list[str]:
-    if spec.optimiser.name not in OPTIMISERS.names() or not 0.0 < spec.optimiser.lr < math.inf:
-        return []  # told elsewhere
     try:
         build_optimiser(spec.optimiser)
     except UserError as error:
@@ -59,7 +53,7 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
     scaled = spec.model in SCALABLE or is_import_path(spec.model)
     of_scaled = f"0 where the model is {spec.model}; only {' and '.join(SCALABLE)} take it"
     rate = spec.optimiser.lr
-    limits: list[tuple[str, float, bool, str]] = [
+    limits: list[Limit] = [
         ("optimiser.lr", rate, 0.0 < rate < math.inf, "above 0"),
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
         ("batch_size", spec.batch_size, spec.batch_size >= 1, "at least 1"),
@@ -89,8 +83,4 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
         ("label_noise", spec.label_noise, 0.0 <= spec.label_noise <= 1.0, "in [0, 1]"),
         ("imbalance", spec.imbalance, 1.0 <= spec.imbalance < math.inf, "1 (none) or more"),
     ]
-    return [
-        f"image.{name} is {value}; it must be {mend}"
-        for name, value, fine, mend in limits
-        if not fine
-    ]
+    return out_of_range("image", limits)

@@ -7,7 +7,6 @@ themselves. All give the same images in the same order.
 from __future__ import annotations
 
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from l2t_core.errors import UserError
+from l2t_core.files import DAMAGED
 from l2t_vision.pickles import read_pickle
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits, prepare_hint
 
@@ -157,7 +157,7 @@ def read_files(place: Path, form: Form) -> dict[str, bytes]:
                     handle = archive.extractfile(member)
                     assert handle is not None  # it is a file
                     found[name] = handle.read()
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except DAMAGED as error:
         raise UserError(f"{place} cannot be read or is cut short ({error})") from error
     missing = [name for name in form.files if name not in found]
     if missing:

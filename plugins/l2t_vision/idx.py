@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from l2t_core.errors import UserError
+from l2t_core.files import DAMAGED
 from l2t_vision.raw import RawImages, checked_splits, prepare_hint
 
 IDX_FILES = {
@@ -60,7 +60,7 @@ def idx_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be read or is cut short ({error})") from error
 
 

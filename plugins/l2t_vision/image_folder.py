@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,9 +22,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from l2t_core.download import file_digest
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import DAMAGED, atomic_write, file_digest
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -50,8 +48,7 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
         if cached is not None:
             return cached
         raw = _decode_all(source, size)
-    # A hard link's missing target is a KeyError.
-    except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as error:
+    except DAMAGED as error:
         raise UserError(f"{source} cannot be read or is cut short ({error})") from error
     _save(cache, raw)
     return raw

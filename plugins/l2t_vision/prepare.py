@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from l2t_core.download import OnEvent, fetch, file_digest, refuse_no_folder
+from l2t_core.download import OnEvent, fetch, refuse_no_folder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, file_digest
 from l2t_core.registry import Registry
 from l2t_vision.cifar import CIFAR10, CIFAR100, Cifar, find_form, load_cifar, read_files
 from l2t_vision.idx import IDX_FILES, find_idx, idx_bytes

@@ -11,7 +11,7 @@ from l2t_core.devices import find_device
 from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.optimisers import build_optimiser
-from l2t_core.schedules import SCHEDULES, learning_rate
+from l2t_core.schedules import learning_rate
 from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
 from l2t_core.user_code import imported, is_import_path
 from l2t_vision.augmentation import (
@@ -192,8 +192,6 @@ def build_student(spec: ImageSpec) -> ImageStudent:
     """
     if wrong := problems(spec):
         raise UserError(wrong[0])
-    SCHEDULES.get(spec.schedule.name)
-    build_optimiser(spec.optimiser)
     device = find_device("image.device", spec.device)
     data = load_data(spec)
     if spec.batch_size > len(data.train_y):

@@ -106,7 +106,7 @@ def test_command_trained_scored_and_compared(l2t: Run, data_bin: Path, tmp_path:
 
 def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
-    script = tmp_path / "train.sh"
+    script = tmp_path / "fairseq-train.sh"  # no command, for all that its name begins like one
     script.write_text(
         f"#!/bin/bash\nDATA={data_bin}\nfairseq-train $DATA \\\n  --criterion=label_smoothed_"
         f"cross_entropy --label-smoothing 0.1 \\\n  {TRAIN} --seed 5\n"

@@ -532,7 +532,7 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
     ("loss", "changes", "message"),
     [
         (LossSpec(ce_mix=1.0), {}, "ce_mix"),
-        (LossSpec(warmup_smoothing=1.0), {}, "loss.warmup_smoothing is 1.0; it must lie in"),
+        (LossSpec(warmup_smoothing=1.0), {}, "loss.warmup_smoothing is 1.0; it must be in"),
         (LossSpec(warmup_steps=6), {}, "warmup_steps"),
         (LOSS, {"episodes": 0}, "episodes"),
         (LOSS, {"discount": 0.0}, "discount"),

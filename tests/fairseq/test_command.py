@@ -15,6 +15,7 @@ from l2t_core.teacher_file import TeacherHeader
 from l2t_fairseq.command import (
     FairseqCommand,
     has_flag,
+    looks_like_training,
     parse_command,
     parse_script,
     save_dir,
@@ -157,6 +158,26 @@ def test_programs(text: str, program: str) -> None:
     command = parse_command(shlex.split(text))
     assert command.program == shlex.split(program)
     assert command.arguments[0] == "d"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("fairseq-train d", True),
+        ("fairseq-trian d", True),  # the mistake is told, instead of "no recipe fairseq-trian"
+        ("fairseq-hydra-train task.data=x", True),
+        ("env CUDA_VISIBLE_DEVICES=0 fairseq-train d", True),
+        ("A=1 env B=2 python -m fairseq_cli.train d", True),
+        ("srun -n 1 fairseq-train d", True),
+        ("torchrun --nproc-per-node 2 fairseq-train d", True),
+        ("train.py d", True),
+        ("demo-de-en nmt.steps=3", False),
+        ("pythonic nmt.steps=3", False),
+        ("A=1", False),
+    ],
+)
+def test_a_command_is_told_from_a_recipes_name(text: str, is_one: bool) -> None:
+    assert looks_like_training(shlex.split(text)) is is_one
 
 
 def test_environment_prefixes() -> None:

@@ -177,8 +177,8 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
     ("changes", "says"),
     [
         ({"candidates": "nucleous"}, "did you mean 'nucleus'"),
-        ({"candidates": "top-k"}, "nmt.top_k is 0; with nmt.candidates=top-k it must be at least"),
-        ({"candidates": "nucleus"}, "nmt.top_p is 1.0; .* lie between 0 and 1"),
+        ({"candidates": "top-k"}, "top_k is 0; it must be at least 1 with nmt.candidates=top-k"),
+        ({"candidates": "nucleus"}, r"nmt.top_p is 1.0; it must be in \(0, 1\) with nmt.cand"),
         ({"candidates": "nucleus", "top_p": 1.5}, "nmt.top_p is 1.5"),
         ({"candidates": "temperature"}, "set another, or use ancestral"),
         ({"candidates": "temperature", "temperature": 0.0}, "nmt.temperature is 0.0"),

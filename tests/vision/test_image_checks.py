@@ -60,9 +60,11 @@ def test_all_are_listed_at_once_and_none_where_there_is_none() -> None:
     assert problems(ImageSpec(dev_size=100, model="wide-resnet", depth=16, width=4)) == []
 
 
-def test_names_of_the_core_are_left_to_the_core() -> None:
-    spec = ImageSpec(dev_size=100, optimiser=OptimiserSpec("sgdd"))
-    assert problems(spec) == []
+def test_names_of_the_core_are_looked_up_too() -> None:
+    spec = ImageSpec(dev_size=100, optimiser=OptimiserSpec("sgdd"), schedule=ScheduleSpec("liner"))
+    optimiser, schedule = problems(spec)
+    assert optimiser.startswith("image.optimiser.name: ")
+    assert schedule.startswith("image.schedule.name: ") and "did you mean 'linear'" in schedule
     with pytest.raises(UserError, match="did you mean 'sgd'"):
         build_student(spec)
 

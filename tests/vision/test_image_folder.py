@@ -79,6 +79,16 @@ def test_an_archive_gives_the_same(pets: Path, kind: str) -> None:
         assert torch.equal(getattr(folder, name), getattr(archive, name))
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz"])
+def test_a_damaged_archive_is_named(pets: Path, kind: str) -> None:
+    archive = packed(pets, kind)
+    content = bytearray(archive.read_bytes())
+    content[40:140] = bytes(byte ^ 0xFF for byte in content[40:140])
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"pets\.tar\.\w\w (cannot be read|is neither)"):
+        load_image_folder(archive)
+
+
 def test_grey_alone_has_one_channel(pets: Path) -> None:
     for split in ("train", "test"):
         for path in (pets / split / "cat").glob("0*.png"):
