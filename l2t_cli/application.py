@@ -34,7 +34,8 @@ class Application(Protocol):
 
     ``name`` names the output folder, ``measure`` the score and ``worst`` its worst value, ``rate``
     the setting that is the learning rate; ``config`` identifies the student, so that another run's
-    folder is refused. ``teacher`` None trains by cross-entropy.
+    folder is refused, ``may_change`` are those of its dotted keys that do not. ``teacher`` None
+    trains by cross-entropy.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Application(Protocol):
     lower_is_better: bool
     worst: float
     rate: str
+    may_change: tuple[str, ...]
 
     def config(self) -> dict[str, Any]: ...
 
@@ -126,7 +128,7 @@ def apply(
         if copy.changed:
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
-    open_run(folder, config)
+    open_run(folder, config, may_change=[f"student.{key}" for key in application.may_change])
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     scores: dict[str, dict[int, Score]] = {}
     try:

@@ -53,6 +53,7 @@ class FairseqApplication:
     lower_is_better = False
     worst = 0.0
     rate = "--lr"
+    may_change: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -94,11 +95,15 @@ class FairseqApplication:
         command = without(self.command, "--seed", takes_value=True)
         return {
             **self.other_measure(),
-            "command": shell_text(command),
+            "command": self.identity_of(command),
             "generate": self.generate,
             "reference": str(self.reference) if self.reference else None,
             "content": self.content(),
         }
+
+    def identity_of(self, command: FairseqCommand) -> str:
+        """Return the part of ``command`` that tells its students from others, as one line."""
+        return shell_text(command)
 
     def other_measure(self) -> dict[str, str]:
         """Return ``scored_by`` as a setting, nothing for BLEU."""
@@ -218,6 +223,12 @@ class RecipeApplication(FairseqApplication):
         if spec.measure != LIKELIHOOD:
             self.scored_by = spec.measure
         self.measure = build_measure(self.scored_by).title
+
+    def identity_of(self, command: FairseqCommand) -> str:
+        """Return ``command`` without the place of the data, which may be moved."""
+        folder = str(data_folder(command))
+        words = [word for word in command.arguments if word != folder]
+        return shell_text(replace(command, arguments=words))
 
     def check(self, teacher: Path) -> None:
         """Refuse data that is missing or cut short, too."""

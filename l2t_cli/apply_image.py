@@ -52,6 +52,7 @@ class ImageApplication:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.name = recipe.short_name
+        self.may_change = tuple(f"image.{key}" for key in recipe.field.places)
         self._student: Any = None
 
     def config(self) -> dict[str, Any]:

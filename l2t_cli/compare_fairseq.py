@@ -15,7 +15,6 @@ from typing import Any
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, run_logged, this_python
-from l2t_cli.fairseq_scoring import data_folder
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.baselines import complete_settings
@@ -25,7 +24,6 @@ from l2t_fairseq.command import (
     has_flag,
     refuse_other_user_dir,
     resumable,
-    shell_text,
     total_steps,
     value_of,
     with_value,
@@ -98,10 +96,9 @@ class FairseqTrials:
 
         command = without(self.application.command, "--seed", takes_value=True)
         command = without(command, "--lr", takes_value=True)
-        words = [word for word in command.arguments if word != str(data_folder(command))]
         return {
             "field": "nmt",
-            "command": shell_text(replace(command, arguments=words)),
+            "command": self.application.identity_of(command),
             "generate": self.application.generate,
             **self.application.other_measure(),
             "content": self.application.content(),

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from l2t_core.errors import UserError
+from l2t_fairseq.child_failure import reason_in
 
 # All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
 UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
-_EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:?\s*(.*)")
 _DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
-_USAGE = re.compile(r"^\S+: error: (.*)")
 
 
 def run_logged(
@@ -63,7 +62,8 @@ def run_logged(
             _end(child)
     if child.returncode:
         raise UserError(
-            f"{_program(arguments)} failed ({failure(log, start)}); its full output is in {log}"
+            f"{_program(arguments)} failed ({reason_in(log, child.returncode, start)}); its full "
+            f"output is in {log}"
         )
 
 
@@ -94,28 +94,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-# What fairseq itself writes holds an argparse.Namespace.
-UNREADABLE = (
-    "it names a checkpoint that torch from 2.6 on reads with the plugin alone; make a clean copy, "
-    "`l2t export CHECKPOINT --to FILE`, and name that"
-)
-
-
-def failure(log: Path, start: int = 0) -> str:
-    """Return the most telling line that a failed fairseq command printed from ``start`` on."""
-    content = log.read_bytes()[start:].decode("utf-8", errors="replace")
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if found := _USAGE.match(line):
-            return found.group(1)
-        if found := _EXCEPTION.match(line):
-            name, text = found.groups()
-            if name == "UnpicklingError" and "eights only" in text:
-                return UNREADABLE
-            return text if name == "UserError" and text else f"{name}: {text}".rstrip(": ")
-    return lines[-1] if lines else "it printed nothing"
 
 
 def lost_its_numbers(error: UserError, log: Path) -> bool:

@@ -45,7 +45,8 @@ class Field:
     :class:`l2t_cli.application.Application`), ``trials`` trains the students of a comparison (see
     :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses``, ``datasets`` is the registry
     behind ``l2t data prepare``. ``check``, where there is one, lists what is wrong with a section,
-    before any data is read; ``classes`` returns K where files alone tell it. ``extra`` is what to
+    before any data is read; ``classes`` returns K where files alone tell it. ``places`` are the
+    section's keys that say where data lie and nothing of what comes out. ``extra`` is what to
     install where ``needs`` cannot be imported.
     """
 
@@ -56,6 +57,7 @@ class Field:
     trials: str
     losses: tuple[str, ...]
     datasets: str
+    places: tuple[str, ...] = ()
     check: str = ""
     classes: str = ""
     needs: str = ""
@@ -118,6 +120,7 @@ FIELDS.register("image")(
             "logit_adjusted", "forward_corrected", "sigmoid",
         ),
         datasets="l2t_vision.prepare:DATASETS",
+        places=("folder",),
         check="l2t_vision.checks:problems",
     )
 )
@@ -130,6 +133,7 @@ FIELDS.register("nmt")(
         trials="l2t_cli.compare_fairseq:FairseqTrials",
         losses=("cross_entropy", "label_smoothing", "mrt"),
         datasets="l2t_fairseq.prepare:DATASETS",
+        places=("data",),
         check="l2t_fairseq.checks:problems",
         classes="l2t_fairseq.data_folder:known_entries",
         needs="fairseq",

@@ -20,8 +20,8 @@ from l2t_cli.recipe_values import refuse_impossible
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 
-# How a run is made, or where its data lie: the same teacher comes out, to the bit.
-_MAY_CHANGE = ("training.memory", "training.spill", "image.folder", "nmt.data")
+# How a run is made, or what it is called: the same teacher comes out, to the bit.
+_MAY_CHANGE = ("training.memory", "training.spill", "description")
 
 PICTURE = "dev_measure.png"
 
@@ -113,7 +113,8 @@ def run(
     student = processes.agree(lambda: _student(recipe))
     before = FreshFolder.before(folder)
     config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
-    opened = _open(config, folder, resume, processes)
+    places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
+    opened = _open(config, folder, resume, (*_MAY_CHANGE, *places), processes)
     if opened.grown:
         (folder / PICTURE).unlink(missing_ok=True)  # the sign of a run that is over
     done = finished_episodes(opened.metrics)
@@ -146,14 +147,16 @@ def run(
     return result.best_path
 
 
-def _open(config: dict[str, Any], folder: Path, resume: bool, processes: Any) -> Any:
+def _open(
+    config: dict[str, Any], folder: Path, resume: bool, may_change: tuple[str, ...], processes: Any
+) -> Any:
     """Return the run's folder; the first process opens it for all."""
     from l2t_core.run_folder import RunFolder, open_run
 
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank
         else open_run(
-            folder, config, resume=resume, may_grow="training.episodes", may_change=_MAY_CHANGE
+            folder, config, resume=resume, may_grow="training.episodes", may_change=may_change
         )
     )
 

@@ -26,6 +26,7 @@ from l2t_core.download import OnEvent
 from l2t_core.errors import UserError
 from l2t_core.files import DAMAGED, file_digest
 from l2t_core.registry import Registry
+from l2t_fairseq.child_failure import reason
 from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus
 from l2t_fairseq.text_form import TextForm
 
@@ -300,13 +301,12 @@ def _preprocess(work: Path, lock: int, source: str, target: str, joined: bool) -
         command, capture_output=True, text=True, check=False, pass_fds=(lock,)
     )
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        mend = ""
-        if "No module named" in lines[-1]:
+        why, mend = reason(done.stderr, done.returncode), ""
+        if "No module named" in why:
             mend = '; pip install "l2t[nmt]"'
-        elif "No space left" in lines[-1]:
+        elif "No space left" in why:
             mend = "; free some space or choose --out"
-        raise UserError(f"fairseq-preprocess failed: {lines[-1]}{mend}")
+        raise UserError(f"fairseq-preprocess failed ({why}){mend}")
 
 
 def read_lines(path: Path) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,10 +17,10 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_fairseq.child_failure import reason_in
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
 from l2t_fairseq.sentence_scores import build_measure
-from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.text_form import TextForm
 
 # Symbols as the dictionary has them, the text that fairseq makes of them, and the targets.
@@ -29,9 +28,6 @@ SYMBOLS, TEXT, TARGETS = (
     re.compile(pattern)
     for pattern in (r"H-(\d+)\t[^\t]*\t?(.*)", r"D-(\d+)\t[^\t]*\t?(.*)", r"T-(\d+)\t(.*)")
 )
-# Notes and progress that may follow the line that says what went wrong.
-_NOISE = re.compile(r"\s|.*(Warning:|warnings\.warn)|.*\| (INFO|WARNING) \|")
-
 
 @dataclass(frozen=True)
 class ScoredOutput:
@@ -46,7 +42,7 @@ class ScoredOutput:
 def score_checkpoint(
     data: Path,
     checkpoint: Path,
-    generate_flags: Sequence[str] | str = (),
+    generate_flags: Sequence[str] = (),
     split: str = "test",
     out: Path = Path(),
     reference: Path | None = None,
@@ -55,7 +51,7 @@ def score_checkpoint(
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
     ``data`` is a prepared folder or fairseq's own (:func:`~l2t_fairseq.data_folder.open_data`).
-    ``generate_flags`` are fairseq-generate's (``--beam 5``), a list or a line. Its symbols become
+    ``generate_flags`` are fairseq-generate's (``--beam``, ``5``). Its symbols become
     text as the candidates of teacher training do, unless the flags join the subwords themselves
     (``--remove-bpe``, ``--bpe``); ``--tokenizer moses`` undoes that tokeniser. The reference is
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
@@ -66,13 +62,11 @@ def score_checkpoint(
     Raises:
         UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
     """
-    flags = generate_flags
-    if isinstance(flags, str):
-        flags = split_flags(flags, "generate_flags")
     folder = open_data(data)
     source, target = language_pair(folder.data_bin, split)
-    form = folder.form.as_generated(flags, target)
-    flags = [*flags, "--source-lang", source, "--target-lang", target, "--gen-subset", split]
+    form = folder.form.as_generated(list(generate_flags), target)
+    flags = [*generate_flags, "--source-lang", source, "--target-lang", target]
+    flags += ["--gen-subset", split]
     if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
         # At any other value some builds of fairseq drop the sentences left over at the end.
         flags += ["--required-batch-size-multiple", "1"]
@@ -125,7 +119,7 @@ def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) 
     except OSError as error:
         raise UserError(f"cannot write {log}: {error.strerror}; choose another folder") from error
     if code != 0:
-        raise UserError(f"fairseq-generate failed ({_reason(log, code)}); its output is in {log}")
+        raise UserError(f"fairseq-generate failed ({reason_in(log, code)}); its output is in {log}")
 
 
 def read_output(log: Path, kind: re.Pattern[str]) -> dict[int, str]:
@@ -178,13 +172,3 @@ def language_pair(data_bin: Path, split: str) -> tuple[str, str]:
         source, _, target = pair.partition("-")
         return source, target
     raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
-
-
-def _reason(log: Path, code: int) -> str:
-    """Return the last line of ``log`` that says something, or the signal that ended the program."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"ended by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    telling = [line.strip() for line in lines if line.strip() and not _NOISE.match(line)]
-    return telling[-1] if telling else f"exit code {code}"

@@ -217,14 +217,30 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
 
 def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", "2.6")
-    from l2t_cli.fairseq_process import failure
+    from l2t_fairseq.child_failure import reason
 
     torch.save({"args": argparse.Namespace(lr=1.0)}, tmp_path / "checkpoint_last.pt")
     read = "import sys, torch; torch.load(sys.argv[1])"
     command = [sys.executable, "-c", read, str(tmp_path / "checkpoint_last.pt")]
-    log = tmp_path / "train.log"
-    log.write_text(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
-    assert "l2t export CHECKPOINT" in failure(log)
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "l2t export CHECKPOINT" in reason(failed.stderr, failed.returncode)
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "expected"),
+    [
+        ("usage: x\nfairseq-train: error: unrecognized arguments: --x\n", 2, "unrecognized arg"),
+        ("Traceback\n  File\ntorch.OutOfMemoryError: no\n | INFO | end", 1, "OutOfMemoryError"),
+        ("2026 | INFO | train | num_updates=40\n", -9, "ended by SIGKILL, perhaps out of memory"),
+        ("2026 | INFO | train | num_updates=40\n", -15, "ended by SIGTERM"),
+        ("killed by the scheduler\n2026 | INFO | x | y\n", 1, "killed by the scheduler"),
+        ("", 3, "exit code 3"),
+    ],
+)
+def test_why_a_child_failed(output: str, code: int, expected: str) -> None:
+    from l2t_fairseq.child_failure import reason
+
+    assert reason(output, code).startswith(expected)
 
 
 def test_checkpoints_of_another_run_are_not_continued(

@@ -74,7 +74,8 @@ def test_a_checkpoint_is_scored_against_the_raw_reference(
 ) -> None:
     folder, checkpoint = prepared
     scored = score_checkpoint(
-        folder, checkpoint, "--cpu --beam 2 --max-len-b 12 --nbest 2", out=tmp_path / "out"
+        folder, checkpoint, ["--cpu", "--beam", "2", "--max-len-b", "12", "--nbest", "2"],
+        out=tmp_path / "out",
     )
     assert isinstance(scored, ScoredOutput)
     references = read_lines(folder / "raw" / "test.en")
@@ -89,7 +90,8 @@ def test_the_score_is_of_the_measure_that_is_asked_for(
 ) -> None:
     folder, checkpoint = prepared
     scored = score_checkpoint(
-        folder, checkpoint, "--cpu --beam 1 --max-len-b 9", out=tmp_path, measure="expected_ter"
+        folder, checkpoint, ["--cpu", "--beam", "1", "--max-len-b", "9"], out=tmp_path,
+        measure="expected_ter",
     )
     metric = sacrebleu.metrics.TER()
     references = read_lines(folder / "raw" / "test.en")
@@ -101,7 +103,7 @@ def test_the_score_is_of_the_measure_that_is_asked_for(
 def test_failures_name_reason_and_log(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     folder, checkpoint = prepared
     with pytest.raises(UserError, match=r"unrecognized arguments: --beem.*generate-test\.log"):
-        score_checkpoint(folder, checkpoint, "--cpu --beem 2", out=tmp_path)
+        score_checkpoint(folder, checkpoint, ["--cpu", "--beem", "2"], out=tmp_path)
     with pytest.raises(UserError, match="no checkpoint at"):
         score_checkpoint(folder, tmp_path / "none.pt", out=tmp_path)
     with pytest.raises(UserError, match="holds no split 'tset'"):
