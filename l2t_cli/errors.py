@@ -25,6 +25,10 @@ _MEMORY_SIGNS = (
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it, and torchrun to the others when a process has died."""
+
+
 class Interrupted(Exception):
     """Ctrl-C during a long run; the message says how to go on."""
 
@@ -39,7 +43,8 @@ def _told_by_the_first() -> bool:
 
     Until they have joined they all read the same command line and recipe.
     """
-    if os.environ.get("RANK", "0") == "0":
+    # The first of each machine: the recipe may be missing on one of them only.
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         return False
     distributed = sys.modules.get("torch.distributed")
     return distributed is None or not distributed.is_initialized()

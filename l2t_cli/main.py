@@ -27,7 +27,7 @@ from l2t_cli import (
     transfer,
     user_dir,
 )
-from l2t_cli.errors import exit_code_of
+from l2t_cli.errors import Terminated, exit_code_of
 from l2t_cli.options import help_alone
 
 app = typer.Typer(
@@ -73,7 +73,7 @@ def start(
 
 
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,13 +12,13 @@ import typer
 
 from l2t_cli import console
 from l2t_cli.console import LogFormat
-from l2t_cli.errors import Interrupted
+from l2t_cli.errors import Interrupted, Terminated
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
 from l2t_cli.recipe_loading import COMPARE, Recipe, load_recipe, refuse_sections
 from l2t_cli.recipe_values import refuse_impossible
 from l2t_cli.tidying import FreshFolder
-from l2t_core.errors import UserError
+from l2t_core.errors import PeerLost, UserError
 
 # How a run is made, or what it is called: the same teacher comes out, to the bit.
 _MAY_CHANGE = ("training.memory", "training.spill", "description")
@@ -66,7 +66,10 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     from l2t_core.life import Life
 
     student = _student(recipe)
-    engine = Engine(Life(student, recipe.training.precision), recipe.loss, recipe.training)
+    life, place = Life(student, recipe.training.precision), folder.absolute()
+    while not place.is_dir():  # the disk that the folder will be on
+        place = place.parent
+    engine = Engine(life, recipe.loss, recipe.training, place)
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
     spec = recipe.training
     finals = spec.finalists * spec.final_students if spec.finalists > 1 else 0
@@ -103,7 +106,7 @@ def run(
         Interrupted: after Ctrl-C; what was finished is kept.
     """
     from l2t_core.processes import join_processes
-    from l2t_core.training import train_teacher
+    from l2t_core.training import nothing_usable, train_teacher
 
     processes = join_processes()
     # The first process alone reports; a mistake that all make is told once.
@@ -122,7 +125,7 @@ def run(
     if log_format.wordy:
         _say_where_it_stands(opened, len(done))
     with (
-        _tidy(opened, before),
+        _tidy(opened, before, processes.world),
         closing(_scalars(tensorboard_logdir)) as scalars,
         view.running(done) as show,
     ):
@@ -142,6 +145,9 @@ def run(
             processes=processes,
         )
     processes.close()
+    if all(row["skipped"] for row in result.history):
+        # The teachers written are the first one, which has learnt nothing.
+        raise nothing_usable("none of the episodes", result.history[-1])
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
     return result.best_path
@@ -162,16 +168,27 @@ def _open(
 
 
 @contextmanager
-def _tidy(opened: Any, before: FreshFolder) -> Iterator[None]:
-    """Turn Ctrl-C into advice; after a failure with nothing finished take the folder back."""
+def _tidy(opened: Any, before: FreshFolder, world: int) -> Iterator[None]:
+    """Turn signals into advice; where nothing is finished take the folder back."""
     try:
         yield
-    except Exception:
-        if not opened.state.exists():
+    except BaseException as error:
+        kept = opened.state.exists()
+        if not kept:
             before.take_back()
+        how = (
+            "the finished episodes are kept; the same command continues" if kept
+            else "no episode was finished; the same command begins anew"
+        )
+        if isinstance(error, Terminated) and world > 1:
+            # torchrun ends the others so when one process has died.
+            raise PeerLost(
+                f"ended from outside, most likely because another of the {world} processes was "
+                f"lost; see that one's message; {how}"
+            ) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(how) from None
         raise
-    except KeyboardInterrupt:
-        raise Interrupted("the finished episodes are kept; the same command continues") from None
 
 
 def _say_where_it_stands(opened: Any, done: int) -> None:
@@ -235,7 +252,7 @@ def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Pa
     seconds = sum(row["seconds"] for row in run_log(folder / "metrics.jsonl"))
     rows = [
         ("recipe", recipe.name),
-        ("teacher updates", str(len(result.history) - 1)),
+        ("teacher updates", str(sum(not row["skipped"] for row in result.history[:-1]))),
         (f"dev {measure}, first teacher", f"{measured[0]['dev_measure']:.4f}" if measured else "-"),
         (
             f"dev {measure}, best teacher",

@@ -107,9 +107,10 @@ def make_plan(
             "training.spill=file"
         )
     if slots < 1:
+        unit, name = (2**20, "MiB") if point_bytes > 10 * 2**20 else (2**10, "KiB")
         raise UserError(
             f"training.memory: {_size(budget)} cannot hold one of the trajectory's states; the "
-            f"smallest budget that can is {math.ceil(point_bytes / 2**20)}MiB"
+            f"smallest budget that can is {math.ceil(point_bytes / unit)}{name}"
         )
     room = {"host": host_free if on_gpu else 0, "file": file_free}
     for where in ("host", "file"):

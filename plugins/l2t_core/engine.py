@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.checkpointing import Plan, make_plan, parse_bytes
+from l2t_core.double_backward import probe
+from l2t_core.errors import UserError
 from l2t_core.life import Life
-from l2t_core.processes import ALONE, Processes
+from l2t_core.losses import step_loss
+from l2t_core.processes import ALONE, Processes, processes_here
 from l2t_core.second_derivatives import SECOND, SecondDerivatives
 from l2t_core.specs import WITHOUT_DERIVATIVES, LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
@@ -23,15 +28,16 @@ from l2t_core.unroll import Trajectory
 class Engine:
     """What outlives an episode: a student's life, its second derivatives, and their memory.
 
-    ``folder`` is where a trajectory may be spilled to a file. ``comparable`` tells whether the
-    student has exact second derivatives that approximate ones can be held against; processes that
-    share a batch, where one may fail alone, do without.
+    ``folder`` is where a trajectory may be spilled to a file, the system's temporary one if None.
+    ``comparable`` tells whether the student has exact second derivatives that approximate ones can
+    be held against; processes that share a batch, where one may fail alone, do without.
     """
 
     def __init__(
         self, life: Life, loss: LossSpec, spec: TrainingSpec, folder: Path | None = None
     ) -> None:
-        self.life, self.loss, self.spec, self.folder = life, loss, spec, folder
+        self.life, self.loss, self.spec = life, loss, spec
+        self.folder = folder or Path(tempfile.gettempdir())
         self.second: SecondDerivatives = SECOND.get(spec.hvp)(life, loss, trace=spec.trace)
         student = life.student
         self.comparable = life.processes.world == 1
@@ -56,9 +62,33 @@ class Engine:
         on_gpu = life.flat.vector.device.type == "cuda"
         return make_plan(
             self.stretch, rows * size + buffers, parse_bytes(self.spec.memory),
-            spill=self.spec.spill, on_gpu=on_gpu, host_free=_free_memory() if on_gpu else 0,
-            file_free=shutil.disk_usage(self.folder or Path.cwd()).free,
+            spill=self.spec.spill, on_gpu=on_gpu,
+            host_free=_free_memory() // processes_here() if on_gpu else 0,
+            file_free=shutil.disk_usage(self.folder).free // processes_here(),
         )
+
+    def prepare(self, teacher: Teacher) -> None:
+        """Differentiate the first step twice and claim the trajectory's memory, before hours go.
+
+        Raises:
+            UserError: if the student has no exact second derivative and is asked for it, or there
+                is no room.
+        """
+        self.life.begin(self.spec.seed)
+        features = torch.zeros(teacher.num_features, device=self.life.flat.vector.device)
+
+        def loss() -> Tensor:
+            log_probs, targets = self.life.outputs(0)
+            phi = teacher(features)
+            return step_loss(self.loss, log_probs, targets, phi, self.loss.warmup_steps).mean()
+
+        try:
+            probe(self.life.student.module, loss)
+        except UserError:
+            if self.spec.hvp == "exact":
+                raise
+            self.comparable = False
+        self.trajectory()
 
     def trajectory(self, first: int | None = None, steps: int | None = None) -> Trajectory:
         """Return an empty trajectory of ``steps`` steps from ``first`` on; there is one at a time.

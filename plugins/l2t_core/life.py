@@ -25,6 +25,7 @@ PRECISIONS = {
 # Transformer's were off by 0.5 % instead of 1.9 %, and its H v by 0.9 instead of 29 %. The second
 # number is for what is too large with the first.
 LOSS_SCALES = (2.0**10, 1.0)
+_LARGE_BUFFER = 1 << 16  # bytes
 
 
 class Life:
@@ -45,6 +46,7 @@ class Life:
             refuse_batch_norm(student.module)
         self.flat = FlatParameters(student.module)
         self.buffers = list(student.module.buffers())
+        self._copies: list[Tensor] = []  # the latest ones
         self.shown = self.flat.vector
         self._cast = PRECISIONS[precision]
         self.half = self._cast is torch.float16
@@ -76,8 +78,17 @@ class Life:
         return self.processes.add_up(mean.mul_(self.share))
 
     def copy_buffers(self) -> list[Tensor]:
-        """Return copies of the module's buffers."""
-        return [b.clone() for b in self.buffers]
+        """Return copies of the module's buffers; a large one that is as it was is not copied anew.
+
+        Tables and masks would take their size at every step otherwise.
+        """
+        for i, buffer in enumerate(self.buffers):
+            # Small ones always: to compare costs more, and on a GPU waits for it.
+            large = buffer.numel() * buffer.element_size() >= _LARGE_BUFFER
+            if not (large and self._copies and torch.equal(buffer, self._copies[i])):
+                fresh = buffer.clone()
+                self._copies = [*self._copies[:i], fresh, *self._copies[i + 1 :]]
+        return list(self._copies)
 
     def load_buffers(self, values: list[Tensor]) -> None:
         """Copy ``values`` into the module's buffers."""

@@ -110,13 +110,29 @@ class Processes:
 ALONE = Processes()
 
 
+def processes_here() -> int:
+    """Return how many processes of the run share this machine's disk and memory."""
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"{name}={text} in the environment is no whole number; start the processes with "
+            "torchrun, or unset it"
+        ) from None
+
+
 def join_processes() -> Processes:
     """Join the group that ``torchrun`` describes in the environment; without it, run alone.
 
     Raises:
         UserError: if the environment is incomplete or the group cannot be formed.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number("WORLD_SIZE", 1)
     if world <= 1 or "RANK" not in os.environ:
         return ALONE
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
@@ -128,9 +144,9 @@ def join_processes() -> Processes:
     backend = "gloo"
     if torch.cuda.is_available():
         # Where GPUs are fewer than processes, these share them; NCCL has one GPU a process.
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
         torch.cuda.set_device(local % gpus)
-        shared = int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) > gpus
+        shared = _number("LOCAL_WORLD_SIZE", world) > gpus
         backend = f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"
     try:
         dist.init_process_group(backend, timeout=_PATIENCE)

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from l2t_core.diagnostics import finite, largest, mean
 from l2t_core.differentiation import DIFFERENTIATIONS, Outcome, true_measure
-from l2t_core.double_backward import probe
 from l2t_core.engine import Engine, Episode, describe_plan
 from l2t_core.errors import UserError
 from l2t_core.life import Life
-from l2t_core.losses import step_loss
 from l2t_core.processes import ALONE, Processes
 from l2t_core.run_folder import RunFolder
 from l2t_core.settings import check_processes, check_settings
@@ -63,6 +60,14 @@ class TrainingResult:
     best_episode: int
     skipped: int
     history: list[dict[str, Any]]
+
+
+def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
+    """Return what to say where no hypergradient of ``episodes`` could be followed."""
+    return UserError(
+        f"{episodes} gave a usable hypergradient (the last: {last['reason']}); lower the student's "
+        "learning rate or training.lr"
+    )
 
 
 class TeacherTraining:
@@ -116,7 +121,7 @@ class TeacherTraining:
         """Run the episodes that are left, saving after each, and the final students."""
         if not self._finished():
             if self.spec.differentiation not in WITHOUT_DERIVATIVES:
-                self.processes.agree(self._probe)
+                self.processes.agree(lambda: self.engine.prepare(self.teacher))
             plan = describe_plan(self.engine, self.processes)
             on_event({"event": "plan", "plan": plan, "threads": torch.get_num_threads()})
         while not self._finished():
@@ -190,10 +195,7 @@ class TeacherTraining:
         self._write_teachers()
         on_event(row)
         if p.skipped_in_a_row >= MOST_SKIPPED and not self._finished():
-            raise UserError(
-                f"{MOST_SKIPPED} episodes in a row gave no usable hypergradient (the last: "
-                f"{row['reason']}); lower the student's learning rate or training.lr"
-            )
+            raise nothing_usable(f"none of the last {MOST_SKIPPED} episodes", row)
 
     def _outcomes(self, on_event: OnEvent) -> Iterator[list[Outcome]]:
         """Yield the outcomes of all students wherever theta may be updated."""
@@ -324,23 +326,6 @@ class TeacherTraining:
             self.teacher_spec, self.loss, student.num_classes, student.total_steps,
             student.dev_interval(), student.fingerprint(), record,
         )
-
-    def _probe(self) -> None:
-        """Differentiate the first step twice before hours are spent."""
-        self.life.begin(self.spec.seed)
-        features = torch.zeros(self.teacher.num_features, device=self.life.flat.vector.device)
-
-        def loss() -> Tensor:
-            log_probs, targets = self.life.outputs(0)
-            phi = self.teacher(features)
-            return step_loss(self.loss, log_probs, targets, phi, self.loss.warmup_steps).mean()
-
-        try:
-            probe(self.student.module, loss)
-        except UserError:
-            if self.spec.hvp == "exact":
-                raise
-            self.engine.comparable = False
 
     def _save(self) -> None:
         if self.processes.rank:

@@ -23,7 +23,7 @@ class Slots:
     """
 
     def __init__(
-        self, flat: FlatParameters, rows: int, with_gradient: bool, plan: Plan, folder: Path | None
+        self, flat: FlatParameters, rows: int, with_gradient: bool, plan: Plan, folder: Path
     ) -> None:
         self.plan = plan
         self.rows = rows + int(with_gradient)
@@ -139,7 +139,7 @@ class _FileStore:
             done += moved
 
 
-def _make_store(block: Tensor, plan: Plan, folder: Path | None) -> _HostStore | _FileStore:
+def _make_store(block: Tensor, plan: Plan, folder: Path) -> _HostStore | _FileStore:
     if plan.where == "host":
         return _HostStore(block, plan.spilled)
-    return _FileStore(block, plan.spilled, folder or Path(tempfile.gettempdir()))
+    return _FileStore(block, plan.spilled, folder)

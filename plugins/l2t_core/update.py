@@ -29,7 +29,8 @@ def combine(estimates: Tensor) -> Tensor:
     """Return one estimate [D] from [N, E, D]: the students' mean, kinds mixed by their variances.
 
     Each coefficient's weights are the inverse variances of the kinds' means over the students
-    (Metz et al. 2019, section 3.2). A coefficient that no kind varies in is averaged.
+    (Metz et al. 2019, section 3.2). A coefficient that no kind varies in is averaged. A kind that
+    is zero for all students says nothing of it: a perturbation may be too small for its numbers.
 
     Raises:
         ValueError: if two kinds come from less than two students.
@@ -41,10 +42,12 @@ def combine(estimates: Tensor) -> Tensor:
     if students < 2:
         raise ValueError("variances need two students")
     variances = estimates.var(0)
-    smallest = variances.min(0).values
+    silent = (estimates == 0).all(0)  # [E, D]
+    smallest = variances.masked_fill(silent, math.inf).min(0).values
     # Ratios to the smallest variance: 0 / 0 counts as equal, x / 0 as nothing.
     weights = torch.where(variances == smallest, 1.0, smallest / variances)
-    return (weights * means).sum(0) / weights.sum(0)
+    weights = weights.masked_fill(silent, 0.0)
+    return (weights * means).sum(0) / weights.sum(0).where(~silent.all(0), 1.0)
 
 
 def signal_to_noise(estimates: Tensor) -> float:
@@ -138,12 +141,17 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
             f"differences are off by {100 * number('hvp_error'):.0f} % of H v at the last step, "
             "which may grow on its way back; set training.hvp=exact"
         )
-    if number("largest") > EXPLODED or row.get("reason") == NOT_FINITE:
-        said = f"grew {number('largest'):.0f}-fold" if number("largest") else "left all bounds"
+    reason = str(row.get("reason", ""))
+    if "diverged" in reason:
+        return f"{reason}; lower the student's learning rate, or training.lr"
+    if number("largest") > EXPLODED or reason == NOT_FINITE:
+        said = f"grew {number('largest'):.3g}-fold" if number("largest") else "left all bounds"
         mend = (
-            "let the student's rate end at zero (image.schedule.name=linear; in fairseq "
-            "--lr-scheduler polynomial_decay), lower its peak"
+            "let the student's rate end at zero if it does not yet (image.schedule.name=linear; "
+            "in fairseq --lr-scheduler polynomial_decay), lower its peak"
         )
+        if row.get("hvp_error") is not None:  # small at the end, and larger where Adam divides
+            mend = "it may be the differences' own noise: set training.hvp=exact; else " + mend
         if spec.discount == 1.0:
             mend += ", or set training.discount below 1 (0.99)"
         return f"the hypergradient {said} on its way back; {mend}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,11 +62,37 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(
     assert "2 processes share the students" in out
     assert process.returncode != 0
     (line,) = our_lines(err)
+    assert "another" in line and "lost" in line, line
     assert "the same command continues" in line
     assert 2 <= len(log.read_text().splitlines()) < 13 + 2
     assert l2t("train-teacher", digits, *SIZE, "--out", "parts").code == 0
     for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
         assert (folder / "parts" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find a rank")
+def test_a_process_lost_in_the_first_life_leaves_nothing(digits: Path) -> None:
+    """The others are in the middle of a long life: torchrun's SIGTERM finds them first."""
+    folder = digits.parent
+    process = start(folder, digits, "image.steps=100000", "training.students=2", "--out", "early")
+    wait_for(lambda: (folder / "early/config.yaml").exists(), process)
+    time.sleep(1.0)
+    for child in children(process.pid):
+        if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(child, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    (line,) = our_lines(err)
+    assert "another of the 2 processes was lost" in line
+    assert "no episode was finished; the same command begins anew" in line
+    assert not (folder / "early").exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_an_environment_that_is_none(
+    l2t: Run, digits: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "two")
+    assert f"{name}=two in the environment" in l2t("train-teacher", digits).error()
 
 
 @pytest.mark.parametrize(

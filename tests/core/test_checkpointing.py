@@ -83,8 +83,11 @@ def test_plans():
 
 
 def test_impossible_plans_are_refused():
-    with pytest.raises(UserError, match="smallest budget that can is 2MiB"):
+    with pytest.raises(UserError, match="smallest budget that can is 2048KiB"):
         make_plan(100, 2 * MIB, MIB)
+    with pytest.raises(UserError, match="smallest budget that can is 41MiB"):
+        make_plan(100, 40 * MIB + 1, MIB)
+    make_plan(100, 2 * MIB, parse_bytes("2048KiB"))
     with pytest.raises(UserError, match="spill=file needs 750 B"):
         make_plan(100, 10, 250, spill="file", file_free=100)
     with pytest.raises(UserError, match="students on a GPU"):

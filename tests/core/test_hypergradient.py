@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_students import knows_autocast
+from toy_students import STUDENTS, knows_autocast
 
 from l2t_core.diagnostics import Beside
 from l2t_core.differentiation import exact
@@ -360,3 +360,22 @@ def test_replayed_dropout_changes_with_the_step(make_student):
     first, again, other = (life.outputs(s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_large_buffers_that_stay_as_they_are_are_copied_once(make_student):
+    """A mask of a megabyte would take a gigabyte in a life of a thousand steps."""
+    student = make_student(next(iter(STUDENTS)), OptimiserSpec("sgd", 0.1))
+    student.module.register_buffer("table", torch.arange(40_000.0))
+    student.module.register_buffer("counts", torch.zeros(3))
+    life = Life(student)
+    first = life.copy_buffers()
+    life.buffers[1].add_(1.0)
+    second = life.copy_buffers()
+    assert second[0] is first[0] and second[1] is not first[1]
+    assert first[1].tolist() == [0.0] * 3 and second[1].tolist() == [1.0] * 3
+    life.buffers[0][7] = -1.0
+    third = life.copy_buffers()
+    assert float(third[0][7]) == -1.0 and float(first[0][7]) == 7.0
+    life.load_buffers(first)
+    assert float(life.buffers[0][7]) == 7.0
+    assert torch.equal(life.copy_buffers()[0], first[0])

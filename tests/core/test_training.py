@@ -275,7 +275,7 @@ def test_theta_goes_half_the_way_back_from_where_students_die(student, tmp_path)
         return (log_probs * float("nan") if thetas else log_probs), targets
 
     student.predict = dies_after_the_first
-    with pytest.raises(UserError, match="8 episodes in a row"):
+    with pytest.raises(UserError, match="none of the last 8 episodes gave a usable"):
         training.run(observed)
     assert len(thetas) == 9
     for before, after in itertools.pairwise(thetas):

@@ -28,6 +28,13 @@ def test_two_kinds_are_weighed_by_their_inverse_variances():
         combine(torch.zeros(1, 2, 3))
 
 
+def test_a_kind_that_is_zero_for_all_students_says_nothing():
+    """A perturbation too small for float32 leaves no difference: no variance, and no direction."""
+    estimates = torch.tensor([[[1.0, 3.0], [0.0, 0.0]], [[2.0, 3.0], [0.0, 0.0]]])
+    assert combine(estimates).tolist() == [1.5, 3.0]
+    assert combine(torch.zeros(2, 2, 3)).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_the_mix_has_less_variance_than_either_kind():
     """Where one kind is calm in some coefficients and the other in the rest."""
     generator = torch.Generator().manual_seed(1)
@@ -77,6 +84,10 @@ def test_advice_names_the_remedy():
     lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec)
     assert "left all bounds" in lost and "image.schedule.name=linear" in lost
     assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)
+    rough = advice({"largest": 1e6, "hvp_error": 0.02}, spec)  # small at the end, and it grows
+    assert "set training.hvp=exact; else let" in rough
+    dead = advice({"reason": "the student diverged at step 3"}, spec)
+    assert dead.endswith("at step 3; lower the student's learning rate, or training.lr")
 
 
 def far_below_zero(name, form, sigma="identity"):
