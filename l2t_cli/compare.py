@@ -115,7 +115,7 @@ class Comparison:
         self.tuning = compare_plan.Tuning(recipe, self.arms, self.field)
         self.store = TrialStore(folder, self.field.identity())
         self.total = self.tuning.total() + len(self.arms) * len(self.seeds)
-        _refuse_foreign(folder)
+        _refuse_foreign(folder, recipe)
 
     def show_plan(self) -> None:
         """Print the trials, by loss, and do nothing."""
@@ -173,7 +173,14 @@ class Comparison:
 
             self.copies.write()
             run_trials(self.tuning, self.store, pool, jobs, receive)
-            finals = compare_plan.Finals(self.arms, self.tuning.chosen(), self.seeds)
+            chosen = self.tuning.chosen()
+            if chosen[self.arms[0].name] is None:
+                raise UserError(
+                    f"cross-entropy, which the others are measured against, diverged at every rate "
+                    f"({', '.join(f'{rate:g}' for rate in sorted(self.tuning.rates))}); give "
+                    "compare.lr lower ones"
+                )
+            finals = compare_plan.Finals(self.arms, chosen, self.seeds)
             run_trials(finals, self.store, pool, jobs, receive)
         summary = compare_report.summarise(
             self.recipe.name, self.arms, self.tuning, finals, results, self.field
@@ -194,31 +201,57 @@ def _order(arms: Sequence[compare_plan.Arm], trial: Any) -> tuple[Any, ...]:
     return trial.final, names.index(trial.arm), trial.settings, trial.lr, trial.seed
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_foreign(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder of something else, or of a comparison of other students."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     config = folder / "config.json"
     if not folder.is_dir() or all(is_unfinished(path, config) for path in folder.iterdir()):
         return
     try:
-        ours = set(json.loads(config.read_text("utf-8"))) >= {"recipe", "compare", "teachers"}
+        stored = json.loads(config.read_text("utf-8"))
+        ours = set(stored) >= {"recipe", "compare", "teachers"}
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
         raise UserError(
             f"{folder} is not empty and holds no comparison of ours; choose another --out"
         )
+    if changed := _changed(stored, _content(recipe, ()), recipe):
+        raise UserError(f"{folder} holds another comparison ({changed}); choose another --out")
+
+
+def _changed(stored: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> str:
+    """Say in what the students of a comparison differ from those asked for now, if they do.
+
+    Its losses, grids, seeds and teachers may be others: their trials are added.
+    """
+    from l2t_core.run_folder import flattened
+
+    field = recipe.field.name
+    if field not in stored:
+        return f"of {stored['recipe']}"
+    before, after = flattened(stored[field], field), flattened(now[field], field)
+    # A rate is what is tuned; where data lie, or a student runs, is not what they are.
+    free = {f"{field}.{key}" for key in ("optimiser.lr", "device", *recipe.field.places)}
+    for key in sorted((before.keys() & after.keys()) - free):
+        if before[key] != after[key]:
+            return f"{key} is {before[key]!r} there, {after[key]!r} here"
+    return ""
 
 
 def _mark(folder: Path, recipe: Recipe, arms: Sequence[compare_plan.Arm]) -> None:
     """Write down what is compared, the last time that it was asked for."""
-    content = {
+    atomic_write(folder / "config.json", json.dumps(_content(recipe, arms), indent=2) + "\n")
+
+
+def _content(recipe: Recipe, arms: Sequence[compare_plan.Arm]) -> dict[str, Any]:
+    return {
         "recipe": recipe.name,
         recipe.field.name: recipe.config()[recipe.field.name],
         "compare": asdict(recipe.compare),
         "teachers": {arm.name: str(arm.teacher.given) for arm in arms if arm.teacher},
     }
-    atomic_write(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

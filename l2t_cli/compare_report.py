@@ -34,6 +34,8 @@ COLUMNS = (
     "loss", "chosen on dev", "dev {dev}", "test {test}", "change", "95 % interval", "p", "time",
     "steps",
 )
+# On a screen that is too narrow for all: what came out, and how.
+_RESULT, _MAKING = (0, 3, 4, 5, 6), (0, 1, 2, 7, 8)
 
 Summary = dict[str, Any]
 
@@ -186,8 +188,8 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     digits = 4 if summary["dev_measure"] == "accuracy" else 2
     for row in summary["losses"]:
-        own = [f"{name} {row['settings'][name]:g}" for name in row["tuned_settings"]]
-        chosen = ", ".join([f"lr {row['lr']:g}", *own]) if row["lr"] is not None else "diverged"
+        own = [f"{name} {row['settings'][name]:.3g}" for name in row["tuned_settings"]]
+        chosen = ", ".join([f"lr {row['lr']:.3g}", *own]) if row["lr"] is not None else "diverged"
         against = row["against_cross_entropy"]
         seconds = row["students_seconds"] + (row["teacher_seconds"] or 0.0)
         unknown = " + ?" if row["teacher_seconds"] is None else ""
@@ -225,6 +227,8 @@ def verdict(summary: Summary) -> str:
             row["label"]
         )
     said = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    if not said:
+        return ""
     return f"against tuned cross-entropy over {len(summary['seeds'])} seeds: " + "; ".join(said)
 
 
@@ -274,7 +278,8 @@ def markdown(summary: Summary) -> str:
     lines = [f"# {summary['name']}: losses compared", "", how(summary) + ".", ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(summary)]
-    lines += ["", verdict(summary) + "."]
+    if said := verdict(summary):
+        lines += ["", said + "."]
     if summary["warnings"]:
         lines += ["", *(f"- warning: {line}" for line in summary["warnings"])]
     lines += ["", f"signature: `{summary['signature']}`", "", "![](scores.png)", ""]
@@ -302,15 +307,19 @@ def students_csv(results: Mapping[Trial, Result]) -> str:
 
 def show(summary: Summary, files: Sequence[tuple[str, Path]]) -> None:
     """Print the table, what it says, the warnings and the files."""
-    heads = columns(summary)
-    console.table(
-        f"{summary['name']}: losses compared", heads, table_rows(summary),
-        numbers=range(2, len(heads)),
-    )
+    heads, rows = columns(summary), table_rows(summary)
+    console.line(f"{summary['name']}: losses compared", style="bold")
+    every = range(len(heads))
+    for part in (every,) if console.fits(heads, rows) else (_RESULT, _MAKING):
+        console.table(
+            "", [heads[i] for i in part], [tuple(row[i] for i in part) for row in rows],
+            numbers=[place for place, i in enumerate(part) if i > 1],
+        )
     console.line(how(summary))
-    if len(summary["losses"]) > 1:
-        console.line(verdict(summary))
+    if said := verdict(summary):
+        console.line(said)
     for text in summary["warnings"]:
         console.line(f"warning: {text}")
     console.line(f"signature: {summary['signature']}")
-    console.files(files)
+    if files:
+        console.files(files)

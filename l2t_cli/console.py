@@ -75,11 +75,20 @@ def table(
         line(title, style="bold")
     grid = Table(box=box.ROUNDED, show_header=any(columns))
     for position, name in enumerate(columns):
-        # Folded, never cut: a path or a signature has to stay whole.
-        grid.add_column(name, overflow="fold", justify="right" if position in numbers else "left")
+        # Folded, never cut: a path or a signature has to stay whole; a number in one piece.
+        number = position in numbers
+        grid.add_column(
+            name, overflow="fold", justify="right" if number else "left", no_wrap=number
+        )
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     out().print(grid)
+
+
+def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Tell whether a table of these is as wide as the screen at most, no cell wrapped."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    return sum(widths) + 3 * len(widths) + 1 <= out().width
 
 
 def files(paths: Iterable[tuple[str, Path]]) -> None:

@@ -45,6 +45,7 @@ def command(
     if not names:
         raise UserError("no recipe to transfer to; give one (see `l2t recipes ls`)")
     folder = out or Path("runs") / f"{teacher.resolve().parent.name}-transfer"
+    _refuse_foreign(folder)
     copies = TeacherCopies(folder)
     comparisons: dict[str, Comparison] = {}
     for name in names:
@@ -66,7 +67,7 @@ def command(
 def run(
     comparisons: Mapping[str, Comparison], folder: Path, jobs: int, log_format: LogFormat
 ) -> None:
-    """Run the comparisons and report on all of them in one table.
+    """Run the comparisons and report on all of them.
 
     Raises:
         UserError: as :meth:`Comparison.run`.
@@ -83,27 +84,32 @@ def run(
             before.take_back()
         raise
     path = folder / "transfer.json"
-    atomic_write(path, json.dumps(summaries, indent=2) + "\n")
+    atomic_write(path, json.dumps(_with_earlier(path, summaries), indent=2) + "\n")
     if log_format is LogFormat.json:
         print(json.dumps({"event": "result", "targets": summaries}), flush=True)
     elif log_format is not LogFormat.none:
         _show(summaries, path, folder)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse the folder of a run or of one comparison: here each recipe has one below it."""
+    for name in ("config.yaml", "config.json"):
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds no transfer of ours ({name}); choose another --out")
+
+
+def _with_earlier(path: Path, summaries: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of other recipes that ``path`` holds, and these."""
+    try:
+        return {**json.loads(path.read_text("utf-8")), **summaries}
+    except (OSError, ValueError, TypeError):
+        return summaries
+
+
 def _show(summaries: Mapping[str, dict[str, Any]], path: Path, folder: Path) -> None:
     from l2t_cli import compare_report
 
-    rows = [
-        # Targets may be measured differently: the measure stands beside the score.
-        (name, cells[0], cells[1], f"{cells[3]} {summary['measure']}", *cells[4:7])
-        for name, summary in summaries.items()
-        for cells in compare_report.table_rows(summary)
-    ]
-    heads = ["recipe", "loss", "chosen on dev", "test", "change", "95 % interval", "p"]
-    console.table("transfer", heads, rows, numbers=(3, 4, 5, 6))
-    for name, summary in summaries.items():
-        console.line(f"{name}: {compare_report.verdict(summary)}")
-        for text in summary["warnings"]:
-            console.line(f"warning: {name}: {text}")
+    for summary in summaries.values():
+        compare_report.show(summary, [])
     files = [("result", path)]
     console.files([*files, *((name, folder / name / "comparison.md") for name in summaries)])

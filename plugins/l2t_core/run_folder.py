@@ -139,7 +139,7 @@ def _check_same_run(
         stored = json.loads(folder.config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
-    before, now = _flattened(stored), _flattened(json.loads(json.dumps(config)))
+    before, now = flattened(stored), flattened(json.loads(json.dumps(config)))
     changed = set()
     for key in sorted(before.keys() | now.keys()):
         if key == may_grow and before.get(key, 0) < now.get(key, 0):
@@ -161,10 +161,11 @@ def _check_same_run(
     return changed
 
 
-def _flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flattened(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flattened(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat

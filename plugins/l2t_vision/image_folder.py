@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "test")
 # Of the cached file and of the way to decode; archives' links were once left out without a word.
-_FOLDER_FORMAT, _ARCHIVE_FORMAT = "1", "2"
+_FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "4"
 
 
 def load_image_folder(source: Path, size: int = 0) -> RawImages:
@@ -88,9 +88,14 @@ def _pictures(source: Path) -> Iterator[Path]:
 
     Raises:
         UserError: if a split, a class or a picture is a link to nothing.
+        OSError: if a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     above = {source: {os.path.realpath(source)}}  # of each folder, itself and those it lies in
-    for place, folders, files in os.walk(source, followlinks=True):
+    for place, folders, files in os.walk(source, onerror=refuse, followlinks=True):
         here = Path(place)
         around = above.pop(here)
         for name in list(folders):
@@ -180,7 +185,14 @@ def _decode(content: bytes, name: str, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits for each colour; save it with 8")
-            picture: Any = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
+            picture: Any = ImageOps.exif_transpose(opened)  # as its camera was held
+            grey = picture.mode in ("1", "L", "LA")
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                # Drawn on nothing: as on paper.
+                picture = picture.convert("RGBA")
+                paper = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(paper, picture)
+            picture = picture.convert("L" if grey else "RGB")
         if size:
             side = min(picture.size)
             left, top = ((length - side) // 2 for length in picture.size)

