@@ -59,19 +59,33 @@ def plain_checkpoint(state: Any) -> Any:
 
 
 def save_plainly() -> None:
-    """Make fairseq write plain checkpoints from now on; a second call does nothing."""
+    """Make fairseq write plain checkpoints from now on, each whole or not at all.
+
+    It writes the first of a save beside its place and copies the others, ``checkpoint_last.pt``
+    among them, over what is there: killed in between, it could not go on. A second call does
+    nothing.
+    """
     from fairseq import checkpoint_utils
 
     module: Any = checkpoint_utils
-    save = module.torch_persistent_save
+    save, manager = module.torch_persistent_save, module.PathManager
     if getattr(save, "l2t_plain", False):
         return
 
     def torch_persistent_save(obj: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
         return save(plain_checkpoint(obj), filename, *args, **kwargs)
 
+    class WholeCopies(manager):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+            if "://" in dst_path:  # a store of its own kind
+                return manager.copy(src_path, dst_path, overwrite)
+            copied = manager.copy(src_path, f"{dst_path}.tmp", True)
+            Path(f"{dst_path}.tmp").replace(dst_path)
+            return copied
+
     torch_persistent_save.l2t_plain = True  # type: ignore[attr-defined]
-    module.torch_persistent_save = torch_persistent_save
+    module.torch_persistent_save, module.PathManager = torch_persistent_save, WholeCopies
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ OWN_FLAGS = {
     "--l2t-warmup-steps": True,
     "--l2t-debug": False,
 }
+_REMAKE = "--update-epoch-batch-itr"  # batches made anew for each epoch
 # Other spellings that fairseq accepts for the same setting.
 _ALIASES = {"--arch": ("-a",)}
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
@@ -75,7 +76,10 @@ def parse_command(tokens: Sequence[str]) -> FairseqCommand:
     environment, rest = _after_environment(tokens)
     length = _program_length(rest)
     if length == 0:
-        raise _no_training(tokens, rest)
+        shown = shlex.join(tokens[:3]) + (" …" if len(tokens) > 3 else "")
+        hint = suggestion(PurePosixPath(rest[0]).name, ["fairseq-train"]) if rest else ""
+        mend = hint or "; give one like `fairseq-train DATA --arch …`"
+        raise UserError(f"`{shown}` is no fairseq-train command{mend}")
     return FairseqCommand(environment, rest[:length], rest[length:])
 
 
@@ -239,6 +243,8 @@ def teach_command(
     added = {"--user-dir": str(user_dir), "--l2t-teacher": str(teacher)}
     if value_of(command, "--validate-interval-updates") is None:
         added["--validate-interval-updates"] = str(header.dev_interval_for(steps))
+    if _orders_batches_by_epoch(command):
+        added[_REMAKE] = "True"
     for flag, value in added.items():
         if value_of(command, flag) != value:
             command = with_value(command, flag, value)
@@ -265,7 +271,16 @@ def resumable(command: FairseqCommand, user_dir: Path) -> FairseqCommand:
     if not ours or (value_of(command, "--task") or "translation") not in TASKS:
         return command
     command = with_value(command, "--task", "l2t_translation")
+    if _orders_batches_by_epoch(command):
+        command = with_value(command, _REMAKE, "True")
     return with_value(command, "--user-dir", str(user_dir))
+
+
+def _orders_batches_by_epoch(command: FairseqCommand) -> bool:
+    """Tell whether a resumed run would only by ``_REMAKE`` find the first run's batches again."""
+    ordered = has_flag(command, "--update-ordered-indices-seed")
+    ordered = ordered or value_of(command, "--curriculum") not in (None, "0")
+    return ordered and value_of(command, _REMAKE) is None
 
 
 def refuse_unteachable(command: FairseqCommand) -> None:
@@ -333,13 +348,6 @@ def _occurrences(arguments: Sequence[str], flag: str, takes_value: bool) -> list
         separate = takes_value and "=" not in argument and position + 1 < len(arguments)
         found.append((position, 2 if separate else 1))
     return found
-
-
-def _no_training(tokens: Sequence[str], rest: Sequence[str]) -> UserError:
-    shown = shlex.join(tokens[:3]) + (" …" if len(tokens) > 3 else "")
-    hint = suggestion(PurePosixPath(rest[0]).name, ["fairseq-train"]) if rest else ""
-    mend = hint or "; give one like `fairseq-train DATA --arch …`"
-    return UserError(f"`{shown}` is no fairseq-train command{mend}")
 
 
 def _after_environment(tokens: Sequence[str]) -> tuple[dict[str, str], list[str]]:

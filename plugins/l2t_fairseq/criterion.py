@@ -19,6 +19,7 @@ from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
+from fairseq.tasks.translation import TranslationTask
 from omegaconf import II
 from torch import Tensor
 
@@ -35,6 +36,20 @@ logger = logging.getLogger(__name__)
 
 # Marks the logging outputs of training batches; they are summed, so it counts batches.
 TRAINING = "l2t_training"
+
+
+def refuse_other_task(task: Any, criterion: str) -> None:
+    """Refuse a task whose students and dictionaries are not those of translation.
+
+    Raises:
+        UserError: naming the task.
+    """
+    # Tasks of an older kind have no configuration, although they build on translation.
+    if not isinstance(task, TranslationTask) or getattr(task, "cfg", None) is None:
+        raise UserError(
+            f"--criterion {criterion} teaches translation, and this is a {type(task).__name__}; "
+            "use --task translation or l2t_translation"
+        )
 
 
 @dataclass
@@ -101,6 +116,8 @@ class L2TDynamicCriterion(FairseqCriterion):
                 "--criterion l2t_dynamic has to know how long the student trains; "
                 "add --max-update N (or --l2t-total-steps N)"
             )
+        if l2t_warmup_steps is not None and l2t_warmup_steps < 0:
+            raise UserError(f"--l2t-warmup-steps is {l2t_warmup_steps}; it must be 0 or more")
         self.sentence_avg, self.debug = sentence_avg, debug
         self.applied = AppliedTeacher.from_file(
             l2t_teacher, l2t_total_steps, warmup_steps=l2t_warmup_steps
@@ -119,6 +136,7 @@ class L2TDynamicCriterion(FairseqCriterion):
         """Build the criterion for fairseq; the user's mistakes end the program in one line."""
         steps = cfg.max_update if cfg.l2t_total_steps is None else cfg.l2t_total_steps
         try:
+            refuse_other_task(task, "l2t_dynamic")
             return cls(
                 task,
                 cfg.l2t_teacher,
@@ -144,10 +162,15 @@ class L2TDynamicCriterion(FairseqCriterion):
             logger.info(
                 "the student's state starts anew at update %d%s",
                 update,
-                "; --task l2t_translation carries it through checkpoints" if update else "",
+                f"; {self._how_to_carry_it()}" if update else "",
             )
             self._restart(update)
         self.applied.begin_step(learning_rate)
+
+    def _how_to_carry_it(self) -> str:
+        if self.fed_by_task:
+            return "it is kept with the train iterator, which --reset-dataloader leaves out"
+        return "--task l2t_translation carries it through checkpoints"
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True

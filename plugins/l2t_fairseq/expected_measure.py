@@ -25,7 +25,13 @@ from l2t_core.losses import cross_entropy
 from l2t_core.measures import distinct_mask, mrt_expectations
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
-from l2t_fairseq.criterion import announced_update, is_best, log_losses, summed
+from l2t_fairseq.criterion import (
+    announced_update,
+    is_best,
+    log_losses,
+    refuse_other_task,
+    summed,
+)
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with
@@ -110,6 +116,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         names = ("measure", "samples", "alpha", "candidates", "temperature", "top_k", "top_p")
         spec = NmtSpec(**{name: getattr(cfg, f"l2t_{name}") for name in (*names, "beam")})
         try:
+            refuse_other_task(task, "l2t_expected_measure")
             return cls(
                 task,
                 spec,
@@ -119,7 +126,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
                 cfg.sentence_avg,
             )
         except UserError as error:
-            raise end_with(error) from None
+            raise end_with(UserError(_as_flags(str(error)))) from None
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
@@ -222,8 +229,6 @@ def _refuse(
         refuse_wide_beam(spec, words)
     except UserError as error:
         found.append(str(error))
-    # A recipe's settings are flags here.
-    found = [re.sub(r"nmt\.(\w+)", _flag, text) for text in found]
     if spec.measure == LIKELIHOOD:
         found.append(
             f"--l2t-measure {LIKELIHOOD} has no candidates; use --criterion cross_entropy"
@@ -235,11 +240,12 @@ def _refuse(
     if tokenizer not in ("none", "moses"):
         found.append(f"--l2t-tokenizer is {tokenizer!r}; use moses or none")
     if found:
-        raise UserError(found[0])
+        raise UserError(_as_flags(found[0]))  # a recipe's settings are flags here
 
 
-def _flag(name: "re.Match[str]") -> str:
-    return "--l2t-" + name[1].replace("_", "-")
+def _as_flags(text: str) -> str:
+    """Return what is said of a recipe's settings as said of this criterion's flags."""
+    return re.sub(r"nmt\.(\w+)", lambda name: "--l2t-" + name[1].replace("_", "-"), text)
 
 
 def _unwrapped(model: Any) -> Any:

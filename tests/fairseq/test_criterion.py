@@ -27,7 +27,11 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from fairseq_cli.train import validate  # noqa: E402
 
-from l2t_fairseq.criterion import L2TDynamicCriterion  # noqa: E402
+from l2t_fairseq.criterion import L2TDynamicCriterion, L2TDynamicCriterionConfig  # noqa: E402
+from l2t_fairseq.expected_measure import (  # noqa: E402
+    L2TExpectedMeasureConfig,
+    L2TExpectedMeasureCriterion,
+)
 from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
 
 
@@ -314,3 +318,15 @@ def test_the_best_class_is_the_argmax() -> None:
     assert torch.equal(is_best(log_probs, nll), log_probs.argmax(1) == target)
     uniform = torch.zeros(3, 7).log_softmax(1)  # a model that has not begun to learn
     assert not is_best(uniform, -uniform[:, 0]).any()
+
+
+@pytest.mark.parametrize("kind", [L2TDynamicCriterion, L2TExpectedMeasureCriterion])
+def test_other_tasks_are_refused(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their dictionary need not be the target's: a wrong teacher would be taken for the right."""
+    names = [*L2TDynamicCriterionConfig.__dataclass_fields__]
+    names += L2TExpectedMeasureConfig.__dataclass_fields__
+    cfg = SimpleNamespace(**dict.fromkeys(names, 1))
+    with pytest.raises(SystemExit) as ended:
+        kind.build_criterion(cfg, SimpleNamespace(target_dictionary=None))
+    assert ended.value.code == 2
+    assert "and this is a SimpleNamespace; use --task translation" in capsys.readouterr().err

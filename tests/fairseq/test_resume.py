@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from toy_fairseq import run_module, start_module
+from toy_fairseq import USER_DIR, run_module, start_module
 from toy_runs import STEPS, Runs, same_parameters
 
-from l2t_fairseq.command import FairseqCommand, with_value
+from l2t_core.teacher_file import load_header
+from l2t_fairseq.command import FairseqCommand, has_flag, resumable, teach_command, with_value
 
 pytest.importorskip("fairseq")
+
+from l2t_fairseq.checkpoints import save_plainly
 
 
 def updates(output: str) -> dict[int, dict[str, str]]:
@@ -107,3 +110,59 @@ def test_running_averages_and_grouped_updates_resume_too(runs: Runs, tmp_path: P
     averages = [checkpoint["extra_state"]["ema"] for checkpoint in (whole, resumed)]
     assert same_parameters({"model": averages[0]}, {"model": averages[1]})
     assert not same_parameters(whole, {"model": averages[0]})
+
+
+@pytest.mark.parametrize("flags", [["--curriculum", "2"], ["--update-ordered-indices-seed"]])
+def test_batches_that_follow_the_epoch_are_found_again(
+    runs: Runs, tmp_path: Path, flags: list[str]
+) -> None:
+    """fairseq keeps the first epoch's batches; a resumed run would keep others."""
+    plain = FairseqCommand({}, [], [*runs.plain().arguments, *flags])
+    teacher = runs.teachers["real"]
+    taught = teach_command(plain, teacher, load_header(teacher), USER_DIR)
+    assert "--update-epoch-batch-itr True" in taught.changes
+    assert has_flag(resumable(plain, USER_DIR), "--update-epoch-batch-itr")
+    (tmp_path / "resumed").mkdir()
+    for name in ("whole", "resumed"):
+        if name == "resumed":
+            at_end = tmp_path / "whole/checkpoint2.pt"
+            shutil.copy(at_end, tmp_path / "resumed/checkpoint_last.pt")
+        command = with_value(taught.command, "--save-dir", str(tmp_path / name))
+        done = run_module("fairseq_cli.train", command.arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "resumed")
+    assert same_parameters(whole, resumed)
+    assert teacher_state(whole) == teacher_state(resumed)
+
+
+def test_a_kill_while_a_checkpoint_is_copied_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fairseq import checkpoint_utils
+
+    save_plainly()
+    first, last = tmp_path / "checkpoint_2_4.pt", tmp_path / "checkpoint_last.pt"
+    first.write_bytes(b"new" * 1000)
+    last.write_bytes(b"old")
+
+    def killed(source: str, target: str) -> None:
+        Path(target).write_bytes(b"ne")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", killed)
+        patch.setattr("fairseq.file_io.IOPathManager", None)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint_utils.PathManager.copy(str(first), str(last), overwrite=True)
+    assert last.read_bytes() == b"old"
+    assert checkpoint_utils.PathManager.copy(str(first), str(last), overwrite=True)
+    assert last.read_bytes() == first.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [first, last]
+
+
+def test_a_state_that_a_flag_leaves_out_is_told(runs: Runs, tmp_path: Path) -> None:
+    shutil.copy(runs.root / "real/checkpoint_2_10.pt", tmp_path / "checkpoint_last.pt")
+    command = with_value(runs.taught("real"), "--save-dir", str(tmp_path))
+    done = run_module("fairseq_cli.train", [*command.arguments, "--reset-dataloader"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "starts anew at update 10; it is kept with the train iterator" in done.stdout
