@@ -75,7 +75,6 @@ class ApplicationResult:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the table's column names and rows; a column that would be empty is left out."""
         against = self.against()
-        chance = against is not None and len(self.scores[TAUGHT]) >= FEWEST_PAIRS
         rows: list[dict[str, str]] = []
         for arm, by_seed in self.scores.items():
             first, last, dead = min(by_seed), max(by_seed), self.diverged(arm)
@@ -86,7 +85,7 @@ class ApplicationResult:
                     "seeds": str(first) if first == last else f"{first}-{last}",
                     f"test {self.measure}": mean_and_deviation(self.values(arm)),
                     "difference": f"{found.difference:+.2f}" if found else "",
-                    "95 % interval": interval(found) if found and chance else "",
+                    "95 % interval": interval(found, len(by_seed)) if found else "",
                     "p": p_value(found.t_p) if found else "",
                     "diverged": f"{dead} of {len(by_seed)}" if dead else "",
                     "time each": console.duration(mean([s.seconds for s in by_seed.values()])),
@@ -182,8 +181,10 @@ def worded(measure: str, value: float) -> str:
     return f"test {name} {value:.2f} {unit}".rstrip()
 
 
-def interval(found: PairedComparison) -> str:
-    """Return ``-0.52 to +0.10``, the middle 95 % of the bootstrap's means."""
+def interval(found: PairedComparison, pairs: int) -> str:
+    """Return ``-0.52 to +0.10``, the middle 95 % of the bootstrap's means; nothing of too few."""
+    if pairs < FEWEST_PAIRS:
+        return ""
     return f"{found.low:+.2f} to {found.high:+.2f}"
 
 

@@ -55,10 +55,7 @@ class Arm:
 
 def problems(recipe: Recipe) -> list[str]:
     """Return a line for everything that is wrong with the recipe's ``compare`` section."""
-    found = [
-        *_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare),
-        *_too_few_trials(recipe),
-    ]
+    found = [*_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare)]
     return [f"{recipe.source}: {text}" for text in found]
 
 
@@ -91,18 +88,6 @@ def _wrong_grids(recipe: Recipe) -> Iterator[str]:
                     complete_settings(name, {key: value})
                 except UserError as error:
                     yield f"compare.{error}"
-
-
-def _too_few_trials(recipe: Recipe) -> Iterator[str]:
-    if recipe.compare.search != "grid":
-        return
-    for name in recipe.compare.losses:
-        own = math.prod(map(len, _grid(recipe, name).values()))
-        if own > recipe.compare.trials >= 2:
-            yield (
-                f"compare.trials is {recipe.compare.trials}, fewer than the {own} combinations of "
-                f"compare.{name}; give more (each with two rates: {2 * own}) or fewer values"
-            )
 
 
 def _wrong_numbers(spec: CompareSpec) -> Iterator[str]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
-from l2t_cli.application_result import mean_and_deviation, p_value
+from l2t_cli.application_result import interval, mean_and_deviation, p_value
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
-from l2t_core.comparison import SIGNIFICANT, Point, at_edge, compare_paired, counted
+from l2t_core.comparison import PairedComparison, Point, at_edge, compare_paired, counted
 from l2t_core.files import atomic_write
 from l2t_core.teacher_file import load_header
 
@@ -152,6 +153,12 @@ def _warnings(
     if point is None:
         return [f"{label} diverged at every point: no students; give compare.lr lower rates"]
     found = []
+    combinations = math.prod(map(len, arm.own.values()))
+    if combinations > len(tuning.scores[arm.name]):
+        found.append(
+            f"{label}: only {len(tuning.scores[arm.name])} of its {combinations} combinations of "
+            f"own values were tried; give compare.trials={2 * combinations}, or fewer values"
+        )
     if edge := at_edge(point.lr, tuning.rates, ratio=1.05):
         found.append(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
@@ -190,7 +197,7 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
     for row in summary["losses"]:
         own = [f"{name} {row['settings'][name]:.3g}" for name in row["tuned_settings"]]
         chosen = ", ".join([f"lr {row['lr']:.3g}", *own]) if row["lr"] is not None else "diverged"
-        against = row["against_cross_entropy"]
+        against = _against(row)
         seconds = row["students_seconds"] + (row["teacher_seconds"] or 0.0)
         unknown = " + ?" if row["teacher_seconds"] is None else ""
         rows.append(
@@ -199,14 +206,19 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
                 chosen,
                 mean_and_deviation(row["dev"], digits) if row["dev"] else "-",
                 mean_and_deviation(row["test"]) if row["test"] else "-",
-                _percent(against["relative"]) if against else "",
-                f"{against['low']:+.2f} to {against['high']:+.2f}" if against else "",
-                p_value(against["t_p"]) if against else "",
+                _percent(against.relative) if against else "",
+                interval(against, len(row["test"])) if against else "",
+                p_value(against.t_p) if against else "",
                 console.duration(seconds) + unknown,
                 f"{row['students_steps'] + row['teacher_steps']:,}",
             )
         )
     return rows
+
+
+def _against(row: dict[str, Any]) -> PairedComparison | None:
+    found = row["against_cross_entropy"]
+    return PairedComparison(**found) if found else None
 
 
 def _percent(relative: float | None) -> str:
@@ -218,14 +230,11 @@ def verdict(summary: Summary) -> str:
     sign = -1 if summary["lower_is_better"] else 1
     kinds: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for row in summary["losses"][1:]:
-        against = row["against_cross_entropy"]
+        against = _against(row)
         if against is None:
             continue
-        clear = against["t_p"] is not None and against["t_p"] < SIGNIFICANT
-        gain = sign * against["difference"]
-        kinds["not told apart" if not clear else "better" if gain > 0 else "worse"].append(
-            row["label"]
-        )
+        word = "better" if sign * against.difference > 0 else "worse"
+        kinds[word if against.told_apart else "not told apart"].append(row["label"])
     said = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if not said:
         return ""

@@ -60,7 +60,7 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
         axes.set_ylabel(panel["measure"])
         axes.set_title(panel["title"], fontsize=10)
         axes.margins(y=0.15)
-        _write_png(figure, to)
+    _write_png(figure, to)
 
 
 def plot_learning_curves(

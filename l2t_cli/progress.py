@@ -41,7 +41,6 @@ class TeacherView:
         import torch
 
         self.episodes, self.measure, self.format = episodes, measure, log_format
-        self.best: tuple[float, int] | None = None
         self._bars: _EpisodeBars | None = None
         self._last = time.monotonic()
         self._threads = torch.get_num_threads()
@@ -49,8 +48,6 @@ class TeacherView:
     @contextmanager
     def running(self, done: list[Event]) -> Iterator[OnEvent]:
         """Yield the receiver of events; ``done`` are the episodes of an earlier start."""
-        for row in done:
-            self._remember(row)
         if self.format is LogFormat.rich:
             self._bars = _EpisodeBars(self.episodes, len(done))
             with self._bars.live:
@@ -75,7 +72,6 @@ class TeacherView:
         if event["event"] == "final":
             self._note(self.final(event))
             return
-        self._remember(event)
         if self._bars:
             self._bars.episode(event)
         self._note(self.summary(event))
@@ -100,10 +96,6 @@ class TeacherView:
             what, done = _phase(event)
             head = f"episode {event['episode']:>3}/{self.episodes - 1}"
             console.line(f"{head}  {what} {done}/{event['of']}")
-
-    def _remember(self, row: Event) -> None:
-        if row.get("best"):
-            self.best = (row["dev_measure"], row["episode"])
 
     def final(self, row: Event) -> str:
         """Return one line about a teacher's final students."""

@@ -43,7 +43,6 @@ class FlatParameters:
                     f"the student mixes {first.dtype} on {first.device} with {p.dtype} on "
                     f"{p.device}; keep all its parameters in one dtype on one device"
                 )
-        self.names = {id(p): name for name, p in module.named_parameters()}
         self.sizes = [p.numel() for p in self.parameters]
         self.size = sum(self.sizes)
         self.vector = self.empty(1)[0]

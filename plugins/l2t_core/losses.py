@@ -291,7 +291,7 @@ def differences(spec: LossSpec, num_classes: int, slots: int, scale: float) -> C
     return found
 
 
-def unbounded_weights(spec: LossSpec) -> tuple[str, ...]:
+def weights_to_bound(spec: LossSpec) -> tuple[str, ...]:
     """Return the parts of phi with which, none below zero, the loss has a lower bound.
 
     All of which W is made (a ``lowrank`` one's factors) under the identity, none under a sigma

@@ -9,7 +9,7 @@ from l2t_core.checkpointing import SPILLS, parse_bytes
 from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
-from l2t_core.losses import FORMS, SIGMAS, unbounded_weights
+from l2t_core.losses import FORMS, SIGMAS, weights_to_bound
 from l2t_core.registry import unknown_names
 from l2t_core.second_derivatives import SECOND
 from l2t_core.specs import (
@@ -102,7 +102,7 @@ def _wrong_together(
         )
     if (
         spec.bounded
-        and unbounded_weights(loss)
+        and weights_to_bound(loss)
         and TEACHERS.get(teacher.name).keep_from_below_zero is Teacher.keep_from_below_zero
     ):
         yield (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from l2t_core.differentiation import Outcome
-from l2t_core.losses import neutral_coefficients, unbounded_weights
+from l2t_core.losses import neutral_coefficients, weights_to_bound
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
 
@@ -125,7 +125,7 @@ def ascend(
 
 def keep_bounded(teacher: Teacher, loss: LossSpec, spec: TrainingSpec) -> None:
     """Move theta, in place, to where the loss has a lower bound, if ``spec.bounded`` says so."""
-    if spec.bounded and (parts := unbounded_weights(loss)):
+    if spec.bounded and (parts := weights_to_bound(loss)):
         teacher.keep_from_below_zero(parts)
 
 

@@ -30,6 +30,7 @@ from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
 from l2t_cli.train_teacher import run as train
 from l2t_core.baselines import BASELINES
+from l2t_core.comparison import PairedComparison
 from l2t_vision.student import ImageStudent
 
 COMPARE = """\
@@ -180,7 +181,8 @@ def test_the_report_is_what_the_trial_files_say(watched: Watched) -> None:
 )
 def test_the_verdict_goes_by_sign_and_p(lower_is_better: bool, better: str, worse: str) -> None:
     def row(label: str, difference: float, p: float) -> dict[str, Any]:
-        return {"label": label, "against_cross_entropy": {"difference": difference, "t_p": p}}
+        found = asdict(PairedComparison(difference, None, 0.0, 0.0, None, p))
+        return {"label": label, "against_cross_entropy": found}
 
     rows = [{"label": "cross-entropy"}, row("a", -1, 0.01), row("b", 1, 0.01), row("c", -9, 0.06)]
     summary = {"losses": rows, "seeds": [1, 2], "lower_is_better": lower_is_better}
@@ -310,6 +312,15 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
     for one in (tmp_path / "one" / "trials").glob("*.json"):
         first, second = (json.loads(p.read_text())["result"] for p in (one, trials / one.name))
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_too_few_trials_for_a_losss_own_values_are_told(l2t: Run, tiny: Path) -> None:
+    outcome = l2t(
+        "compare", tiny, "--jobs", "1", "compare.losses=[large_margin]", "compare.seeds=2",
+        "compare.large_margin.lambda_min=[1,5]",
+    )
+    assert "large margin: only 3 of its 6 combinations" in outcome.out
+    assert "give compare.trials=12, or fewer values" in outcome.out
 
 
 def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> None:
@@ -442,7 +453,6 @@ def test_no_number_is_broken_on_a_narrow_screen(
         ("compare.lr=[fast]", "compare.lr"),
         ("compare.trials=1", "compare.trials is 1"),
         ("compare.lr=[0.1,0.2,0.3,0.4]", "compare.trials is 3, fewer than the 4 rates"),
-        ("compare.large_margin.lambda_min=[1,5]", "fewer than the 6 combinations of compare.lar"),
         ("compare.seeds=1", "compare.seeds is 1"),
         ("compare.seed=900001", "share seeds"),
         ("compare.search=tpe", "is 'tpe' (known: grid, optuna)"),
