@@ -46,7 +46,7 @@ class Life:
             refuse_batch_norm(student.module)
         self.flat = FlatParameters(student.module)
         self.buffers = list(student.module.buffers())
-        self._copies: list[Tensor] = []  # the latest ones
+        self._copies: list[Tensor | None] = [None] * len(self.buffers)  # the latest ones
         self.shown = self.flat.vector
         self._cast = PRECISIONS[precision]
         self.half = self._cast is torch.float16
@@ -82,13 +82,14 @@ class Life:
 
         Tables and masks would take their size at every step otherwise.
         """
-        for i, buffer in enumerate(self.buffers):
+        copies = []
+        for buffer, latest in zip(self.buffers, self._copies, strict=True):
             # Small ones always: to compare costs more, and on a GPU waits for it.
             large = buffer.numel() * buffer.element_size() >= _LARGE_BUFFER
-            if not (large and self._copies and torch.equal(buffer, self._copies[i])):
-                fresh = buffer.clone()
-                self._copies = [*self._copies[:i], fresh, *self._copies[i + 1 :]]
-        return list(self._copies)
+            same = large and latest is not None and torch.equal(buffer, latest)
+            copies.append(latest if same and latest is not None else buffer.clone())
+        self._copies = [*copies]
+        return copies
 
     def load_buffers(self, values: list[Tensor]) -> None:
         """Copy ``values`` into the module's buffers."""

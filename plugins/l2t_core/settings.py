@@ -39,6 +39,7 @@ def problems(
     ``num_classes`` is the student's K; None where it is not known yet.
     """
     found = _unknown(loss, teacher, spec, num_classes or 2)
+    total_steps = max(total_steps, 1)  # the field says what is wrong with fewer
     found += out_of_range("training", _training_limits(spec, total_steps))
     found += out_of_range("teacher", _teacher_limits(teacher))
     found += out_of_range("loss", _loss_limits(loss, total_steps))
