@@ -128,7 +128,7 @@ def apply(
         if copy.changed:
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
-    open_run(folder, config, may_change=[f"student.{key}" for key in application.may_change])
+    claimed = open_run(folder, config, may_change=[f"student.{key}" for key in application.may_change])
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     scores: dict[str, dict[int, Score]] = {}
     try:
@@ -147,7 +147,7 @@ def apply(
         raise _taken_back(before, error) from None
     result = ApplicationResult(
         application.name, application.measure, application.lower_is_better, application.worst,
-        scores, folder,
+        scores, claimed.path,
     )
     _write_result(result, teacher, config)
     return result

@@ -11,8 +11,10 @@ teacher_last.safetensors   the teacher after the last episode
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ def open_run(
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
-            ``resume`` is false, or if it cannot be written.
+            ``resume`` is false, if another command is at work in it, or if it cannot be written.
     """
     folder, changed = RunFolder(path), set[str]()
     if path.exists() and not path.is_dir():
@@ -120,11 +122,26 @@ def open_run(
         _write_config(folder, config)
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
+    _claim(folder)
     if changed:
         _write_config(folder, config)
     for file in folder.files():
         sweep(file)
     return folder
+
+
+def _claim(folder: RunFolder) -> None:
+    """Lock the folder as long as ``folder`` lives: two commands would write over each other."""
+    handle = os.open(folder.path, os.O_RDONLY)
+    weakref.finalize(folder, os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another command is at work in {folder.path}; wait for it, or choose another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _write_config(folder: RunFolder, config: dict[str, Any]) -> None:

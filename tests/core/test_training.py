@@ -654,3 +654,12 @@ def test_a_teacher_that_cannot_be_kept_there_is_refused_before_the_run(student, 
         assert trained("softplus").skipped == 0  # is bounded by itself
     finally:
         del TEACHERS._entries["of one's own"]
+
+
+def test_two_commands_do_not_write_into_one_folder(tmp_path):
+    first = open_run(tmp_path / "run", {"a": 1})
+    with pytest.raises(UserError, match=r"another command is at work in .*run; wait for it"):
+        open_run(tmp_path / "run", {"a": 1})
+    path = first.path
+    del first
+    assert open_run(path, {"a": 1}).config.exists()
