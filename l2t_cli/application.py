@@ -128,7 +128,8 @@ def apply(
         if copy.changed:
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
-    claimed = open_run(folder, config, may_change=[f"student.{key}" for key in application.may_change])
+    free = [f"student.{key}" for key in application.may_change]
+    claimed = open_run(folder, config, may_change=free)  # its own as long as this lives
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     scores: dict[str, dict[int, Score]] = {}
     try:

@@ -1,0 +1,50 @@
+"""Print the peak memory, in MiB, of a process that walks one life of so many steps back.
+
+``python episode_memory.py STEPS SPILL``: a student with 24 MiB of state (Adam's moments count) and
+a table of 8 MiB that it never changes, on a trajectory of 120 MiB.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from torch import Tensor, nn
+from toy_students import ToyStudent  # type: ignore[import-not-found]
+
+from l2t_core.differentiation import exact
+from l2t_core.engine import Engine, Episode
+from l2t_core.life import Life
+from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
+from l2t_core.student_state import feature_count
+from l2t_core.teachers import build_teacher
+
+
+class Large(nn.Module):
+    """1000 -> 2000 -> 3, and a table."""
+
+    input_shape = (1000,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1000, 2000), nn.Tanh(), nn.Linear(2000, 3))
+        self.register_buffer("table", torch.ones(2 * 2**20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * self.table[:3]
+
+
+def main() -> None:
+    steps, spill = int(sys.argv[1]), sys.argv[2]
+    student = ToyStudent(Large, OptimiserSpec("adam", 1e-4), steps, torch.float32)
+    spec, loss = TrainingSpec(memory="120MiB", spill=spill), LossSpec("shared", "identity")
+    engine = Engine(Life(student), loss, spec)
+    features = tuple(student.default_features)
+    teacher = build_teacher(TeacherSpec(slots=2), loss, 3, feature_count(features, 3), seed=1)
+    outcome = exact(Episode(engine, features, 3, 0), teacher, lambda phase, step: None)
+    assert bool(outcome.estimates[0].isfinite().all())
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10)
+
+
+main()
