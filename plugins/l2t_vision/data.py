@@ -114,7 +114,7 @@ def own_data(folder: Path, spec: ImageSpec) -> RawImages:
         try:
             found: Any = function(str(folder), train=train)
             images, labels = found if isinstance(found, tuple) else (found.data, found.targets)
-            splits.append((_unsigned_bytes(images), torch.as_tensor(labels).long().flatten()))
+            splits.append((_unsigned_bytes(images), _class_numbers(labels)))
         except Exception as error:  # the user's own code
             raise UserError(
                 f"image.data {spec.data} failed ({type(error).__name__}: {error}); it is called "
@@ -123,6 +123,17 @@ def own_data(folder: Path, spec: ImageSpec) -> RawImages:
     train_split, test_split = splits
     classes = max((int(y.max()) for _, y in splits if len(y)), default=0) + 1
     return checked_splits(f"image.data {spec.data}", train_split, test_split, classes)
+
+
+def _class_numbers(labels: Any) -> Tensor:
+    """Return labels [N] as whole numbers from 0 on."""
+    tensor = torch.as_tensor(labels).flatten()
+    whole = tensor.long()
+    if not torch.equal(whole.to(tensor.dtype), tensor):
+        raise TypeError("labels are not whole numbers")
+    if bool((whole < 0).any()):
+        raise TypeError(f"a label is {int(whole.min())}; classes are numbered from 0 on")
+    return whole
 
 
 def _unsigned_bytes(images: Any) -> Tensor:

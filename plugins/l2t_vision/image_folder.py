@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -201,7 +201,9 @@ def _decode(content: bytes, name: str, size: int) -> np.ndarray:
         return np.array(picture)
     # Pillow fails on damaged pictures in many ways, SyntaxError among them.
     except Exception as error:
-        raise UserError(f"{name} is no picture that can be read ({error})") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "of no known format, or damaged" if unknown else str(error)
+        raise UserError(f"{name} is no picture that can be read ({why})") from error
 
 
 def _cache_folder() -> Path:

@@ -167,3 +167,26 @@ def test_real_mnist() -> None:
     assert float(data.mean / 255) == pytest.approx(0.1307, abs=2e-4)
     assert float(data.deviation / 255) == pytest.approx(0.3081, abs=2e-4)
     assert data.test_y[:6].tolist() == [7, 2, 1, 0, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "labels, says",
+    [
+        ("[0.5, 1.0]", "labels are not whole numbers"),
+        ("[-1, 1]", "a label is -1; classes are numbered from 0 on"),
+    ],
+)
+def test_labels_of_ones_own_data_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, says: str
+) -> None:
+    code = (
+        "import torch\n"
+        "def load(folder, train):\n"
+        f"    return torch.zeros(2, 3, 3, dtype=torch.uint8), torch.tensor({labels})\n"
+    )
+    module = f"own_labels_{len(labels)}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=says):
+        load(tmp_path, data=f"{module}:load")
