@@ -133,7 +133,7 @@ def checkpoints(prepared_toy, tokenised, tmp_path_factory):
 def score_dev(checkpoints, name, tokenizer, out):
     data, checkpoint = checkpoints[name]
     flags = f"--cpu --beam 2 --max-len-b 12 {tokenizer}"
-    scored = score_checkpoint(data, checkpoint, flags, "valid", out)
+    scored = score_checkpoint(data, checkpoint, flags.split(), "valid", out)
     return scored, read_lines(scored.hypotheses), make_student(data, generate=flags)
 
 
