@@ -248,7 +248,7 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": RUN}, "does not accept the flags"),
         ({"train": TRANSFORMER + RUN + " --max-tokens 1"}, "cannot make batches"),
         ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
-        ({"estimator": "x"}, "use mrt or reinforce"),
+        ({"estimator": "x"}, "known: mrt, reinforce"),
         ({"steps": 0}, "nmt.steps"),
         ({"samples": 1}, "at least 2"),
         ({"candidates": "beam", "beam": 600}, "a beam of 600 is too wide"),
