@@ -140,7 +140,7 @@ def logit_adjusted(log_probs: Tensor, targets: Tensor, shares: Tensor, tau: floa
 
 
 def forward_corrected(log_probs: Tensor, targets: Tensor, confusion: Tensor) -> Tensor:
-    """Return -log sum_k p_k T[k, y], [N] (Patrini et al. 2017, section 4.2, equation 6).
+    """Return -log sum_k p_k T[k, y], [N] (Patrini et al. 2017, theorem 2).
 
     ``confusion`` T [K, K] is the share of examples of the true class k that are labelled y: the
     student's probabilities are those of the true class, the loss is CE of the label's.
