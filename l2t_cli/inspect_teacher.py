@@ -22,7 +22,7 @@ def command(
     """Show a teacher file's header and a summary of the coefficients it writes."""
     import dataclasses
 
-    from l2t_core.losses import FORMS
+    from l2t_core.loss_forms import FORMS, square_parts
     from l2t_core.teacher_file import load_header, load_teacher
 
     if as_json:
@@ -44,13 +44,15 @@ def command(
             ["classes", *middle],
             _band_rows(middle, header.num_classes),
         )
-    if "W" in middle and header.num_classes <= MATRIX_CLASSES:
+    if header.num_classes <= MATRIX_CLASSES:
         classes = range(header.num_classes)
-        console.table(
-            f"W at {when}: what the target in front gives to -log p of the class above",
-            ["target", *map(str, classes)],
-            [[str(y), *(f"{middle['W'][k, y]:.2f}" for k in classes)] for y in classes],
-        )
+        for name, part in square_parts(middle, header.num_classes).items():
+            what = "-log p" if name == "W" else "p"
+            console.table(
+                f"{name} at {when}: what the target in front gives to {what} of the class above",
+                ["target", *map(str, classes)],
+                [[str(y), *(f"{part[k, y]:.2f}" for k in classes)] for y in classes],
+            )
     if header.num_classes < 2:
         return
     console.table(
@@ -138,7 +140,8 @@ def _band_rows(phi: Any, num_classes: int) -> list[list[str]]:
 
 
 def _pull_rows(written: list[Any], header: Any) -> list[list[str]]:
-    from l2t_core.losses import FORMS, pull_beside_cross_entropy
+    from l2t_core.loss_forms import FORMS
+    from l2t_core.losses import pull_beside_cross_entropy
 
     # Without a part of phi for each class, one target stands for all.
     most = 64 if FORMS.get(header.loss.form).per_class else 1

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_core.losses import Coefficients, step_loss
+from l2t_core.loss_forms import Coefficients
+from l2t_core.losses import step_loss
 from l2t_core.specs import LossSpec
 from l2t_core.student_state import DevStatistics, StudentState, TrainStatistics
 from l2t_core.teacher_file import TeacherHeader, load_teacher

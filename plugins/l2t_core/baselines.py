@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError, suggestion
-from l2t_core.losses import cross_entropy, label_smoothing, neutral_coefficients, step_loss
+from l2t_core.loss_forms import neutral_coefficients
+from l2t_core.losses import cross_entropy, label_smoothing, step_loss
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 

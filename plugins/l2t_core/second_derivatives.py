@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from l2t_core.double_backward import twice_differentiable
 from l2t_core.life import LOSS_SCALES, Life, over
-from l2t_core.losses import Coefficients, step_loss, taught_at
+from l2t_core.loss_forms import Coefficients
+from l2t_core.losses import step_loss, taught_at
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 from l2t_core.tracing import TracedFunction, Untraceable

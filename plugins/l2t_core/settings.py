@@ -9,7 +9,8 @@ from l2t_core.checkpointing import SPILLS, parse_bytes
 from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
-from l2t_core.losses import FORMS, SIGMAS, weights_to_bound
+from l2t_core.loss_forms import FORMS, coefficient_shapes, weights_to_bound
+from l2t_core.losses import SIGMAS
 from l2t_core.registry import unknown_names
 from l2t_core.second_derivatives import SECOND
 from l2t_core.specs import (
@@ -24,7 +25,7 @@ from l2t_core.teachers import TEACHERS, Teacher
 
 PARALLELS = ("students", "data")
 # A dense W beyond this many classes takes more memory than any student of that size.
-DENSE_LIMIT = 1000
+PAIRS_LIMIT = 1000
 
 
 def problems(
@@ -96,11 +97,13 @@ def _unknown(
 def _wrong_together(
     loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, num_classes: int | None
 ) -> Iterator[str]:
-    if loss.form == "dense" and num_classes is not None and num_classes > DENSE_LIMIT:
-        yield (
-            f"loss.form=dense would hold {num_classes} x {num_classes} numbers in every slot; use "
-            "diagonal, lowrank, banded, shared or network"
-        )
+    if num_classes is not None and num_classes > PAIRS_LIMIT:
+        shapes = coefficient_shapes(loss, num_classes).values()
+        if (num_classes, num_classes) in shapes:
+            yield (
+                f"loss.form={loss.form} would hold {num_classes} x {num_classes} numbers in every "
+                "slot; use diagonal, lowrank, banded, shared or network"
+            )
     if (
         spec.bounded
         and weights_to_bound(loss)

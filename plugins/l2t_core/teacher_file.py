@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
-from l2t_core.losses import FORMS, SIGMAS
+from l2t_core.loss_forms import FORMS
+from l2t_core.losses import SIGMAS
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import TEACHERS, Teacher, build_teacher

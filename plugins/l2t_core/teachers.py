@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from l2t_core.losses import (
+from l2t_core.loss_forms import (
     FORMS,
     Coefficients,
     coefficient_shapes,

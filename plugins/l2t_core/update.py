@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from l2t_core.differentiation import Outcome
-from l2t_core.losses import neutral_coefficients, weights_to_bound
+from l2t_core.loss_forms import neutral_coefficients, weights_to_bound
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
 

@@ -14,7 +14,8 @@ import typer
 
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.life import Life
-from l2t_core.losses import neutral_coefficients, step_loss
+from l2t_core.loss_forms import neutral_coefficients
+from l2t_core.losses import step_loss
 from l2t_core.second_derivatives import Exact
 from l2t_core.specs import LossSpec
 

@@ -13,7 +13,7 @@ from l2t_core.diagnostics import Beside
 from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.life import Life
-from l2t_core.losses import neutral_coefficients
+from l2t_core.loss_forms import FORMS, neutral_coefficients
 from l2t_core.second_derivatives import Exact, OneSidedDifference
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
@@ -97,7 +97,7 @@ def test_exact_hypergradient_equals_central_differences(make_student, name, opti
 
 
 @pytest.mark.parametrize("sigma", ["sigmoid", "softplus", "identity"])
-@pytest.mark.parametrize("form", ["dense", "diagonal", "lowrank", "banded", "shared", "network"])
+@pytest.mark.parametrize("form", FORMS.names())
 def test_every_loss_form(make_student, form, sigma):
     student = make_student("mlp", OptimiserSpec("momentum", 0.3))
     check_against_differences(student, loss=LossSpec(form, sigma, rank=2))

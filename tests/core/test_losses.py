@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from toy_students import knows_autocast
 
+from l2t_core.baselines import BASELINES, Moment
 from l2t_core.errors import UserError
-from l2t_core.losses import (
+from l2t_core.loss_forms import (
+    FORMS,
     bands,
     coefficient_shapes,
     neutral_coefficients,
-    pull_beside_cross_entropy,
-    step_loss,
-    taught_at,
-    taught_loss,
+    square_parts,
+    weights_to_bound,
 )
+from l2t_core.losses import pull_beside_cross_entropy, step_loss, taught_at, taught_loss
 from l2t_core.specs import LossSpec
-
-FORMS = ["dense", "diagonal", "lowrank", "banded", "shared", "network"]
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def doubled(phi):
     return {k: v.double() for k, v in phi.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS.names())
 def test_neutral_identity_is_cross_entropy(form, batch):
     _, log_probs, targets = batch
     spec = LossSpec(form, "identity", rank=2)
@@ -142,6 +141,36 @@ def test_structured_forms_equal_the_dense_matrix(rank, batch):
     )
 
 
+def test_the_confusion_form_is_the_forward_correction_by_its_matrix(batch):
+    """Patrini et al. 2017: -log of the label's probability, sum_k P(label y | class k) p_k."""
+    _, log_probs, targets = batch
+    generator = torch.Generator().manual_seed(2)
+    confusion = torch.rand(5, 5, generator=generator, dtype=torch.float64).softmax(1)
+    expected = BASELINES.get("forward_corrected").loss(
+        log_probs, targets, {}, Moment(0, 1, told=confusion)
+    )
+    phi = {"C": confusion, "d": torch.ones(5, dtype=torch.float64)}
+    loss = taught_loss(LossSpec("confusion"), log_probs, targets, phi)
+    torch.testing.assert_close(loss, expected)
+    weighted = phi | {"d": torch.tensor([2.0, 1.0, 0.5, 1.0, 1.0], dtype=torch.float64)}
+    loss = taught_loss(LossSpec("confusion"), log_probs, targets, weighted)
+    torch.testing.assert_close(loss, weighted["d"][targets] * expected)
+
+
+def test_the_confusion_form_where_a_label_is_impossible():
+    """Finite, with finite derivatives, though C or the student gives it no probability."""
+    log_probs = torch.tensor([[-1e4, 0.0]]).log_softmax(1).requires_grad_()
+    phi = {"C": torch.eye(2).requires_grad_(), "d": torch.ones(2)}
+    for negative in (0.0, 0.5):
+        part = phi["C"] - negative * (1 - torch.eye(2))  # below zero counts as zero
+        loss = taught_loss(LossSpec("confusion"), log_probs, torch.tensor([0]), phi | {"C": part})
+        assert loss.item() == pytest.approx(-math.log(1e-8))
+        for gradient in torch.autograd.grad(loss, (log_probs, phi["C"])):
+            assert bool(gradient.isfinite().all())
+    assert weights_to_bound(LossSpec("confusion", "sigmoid")) == ("C",)
+    assert weights_to_bound(LossSpec("confusion", "identity")) == ("C", "d")
+
+
 def test_the_network_form_is_the_shared_one_and_a_small_network(batch):
     """Written out example by example; and the same whatever the classes are called."""
     log_probs, targets = batch[1].detach(), batch[2]
@@ -230,11 +259,12 @@ def test_structured_forms_are_twice_differentiable(form, constant):
     assert torch.autograd.gradgradcheck(losses, (logits, *phi))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS.names())
 @pytest.mark.parametrize("low", filter(knows_autocast, [torch.bfloat16, torch.float16]))
 def test_autocast_does_not_touch_the_loss(form, low):
     """fairseq's --amp and torch's loops compute the loss inside autocast, from float32."""
-    classes, spec = 20_000 if form != "dense" else 50, LossSpec(form, "identity", rank=2)
+    spec = LossSpec(form, "identity", rank=2)
+    classes = 50 if square_parts(neutral_coefficients(spec, 5), 5) else 20_000
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, classes, generator=generator)
     targets = torch.randint(classes, (4,), generator=generator)
@@ -260,7 +290,7 @@ def test_autocast_does_not_touch_the_loss(form, low):
 @pytest.mark.parametrize("p_y", [0.1, 0.5, 0.99])
 def test_the_pull_at_an_example(p_y):
     """1 for cross-entropy; label smoothing's, and the sigmoid's at its start, by hand."""
-    for form in FORMS:
+    for form in FORMS.names():
         phi = neutral_coefficients(LossSpec(form), 5)
         pull = pull_beside_cross_entropy(LossSpec(form), phi, 5, p_y)
         targets = 3 if form == "banded" else 5  # one of each band
@@ -272,5 +302,6 @@ def test_the_pull_at_an_example(p_y):
     spec = LossSpec("dense", "sigmoid", warmup_steps=7)
     pull = pull_beside_cross_entropy(spec, neutral_coefficients(spec, 5), 5, p_y, most=2)
     assert pull.tolist() == pytest.approx([p_y / (1.0 + p_y) ** 2] * 2)
+    phi = neutral_coefficients(LossSpec("network"), 5)
     many = pull_beside_cross_entropy(LossSpec("network"), phi, 1_000_000, p_y, most=1)
     assert many.tolist() == pytest.approx([1.0])

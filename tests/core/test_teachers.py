@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from l2t_core.losses import FORMS, neutral_coefficients, taught_loss
+from l2t_core.loss_forms import FORMS, neutral_coefficients
+from l2t_core.losses import taught_loss
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.teachers import build_teacher
 
