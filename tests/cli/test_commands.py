@@ -51,6 +51,7 @@ SHIPPED = [
     "nmt/iwslt14-de-en-lstm2",
     "nmt/iwslt14-de-en-transformer",
     "nmt/multi30k-de-en-lstm1",
+    "nmt/multi30k-de-en-lstm1-whole",
     "nmt/multi30k-de-en-transformer",
     "nmt/multi30k-de-en-whole",
     "nmt/wmt-en-de-transformer",
