@@ -28,10 +28,11 @@ the same for all classes and zero at the start: the idea of the loss network of 
 al. 2023), in a form whose cost does not grow with K and that begins at cross-entropy. What
 ``shared`` can only weigh it can bend: bounded losses are in its reach.
 
-``confusion`` is z = -d_y log sum_k C_ky p_k, C [K, K] and d [K]: the logarithm of a sum of
-probabilities, which no W can write. Where C_ky is how often class k is labelled y it is the
-forward correction of Patrini et al. (2017, section 3.2), here with a C that the teacher learns
-from the dev set; d weighs the targets.
+``confusion`` is z = -d_y log sum_k C_ky^2 p_k, C [K, K] and d [K]: the logarithm of a sum of
+probabilities, which no W can write. Where C_ky^2 is how often class k is labelled y it is the
+forward correction of Patrini et al. (2017, theorem 2), here with a C that the teacher learns from
+the dev set; d weighs the targets. In C^2 itself the derivative at cross-entropy has no bound where
+the student is sure that a label is wrong, p_k / p_y; in C it is small there.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ from l2t_core.specs import LossSpec
 
 Coefficients = dict[str, Tensor]
 
-# What ``confusion`` adds to a label's probability: a derivative in C of at most its inverse where
-# the label has none. It limits that loss to 18 nats.
+# What ``confusion`` adds to a label's probability, which may be nothing: 18 nats are its most.
 CONFUSION_FLOOR = 1e-8
 
 _WIDTH = 16
@@ -67,9 +67,9 @@ class LossForm:
 
     ``others`` is the part of phi that weighs classes other than the target, ``mean_of_others``
     whether z has their mean over the classes, not their sum. ``weights`` are the parts of phi of
-    which W is made: where none of them is below zero, z is bounded below. ``positive`` are those
-    that mean nothing below zero, whatever the sigma. ``per_class``: phi has a part for each class,
-    so that the classes' order matters; ``per_band``: one for each band of classes.
+    which W is made: where none of them is below zero, z is bounded below. ``per_class``: phi has a
+    part for each class, so that the classes' order matters; ``per_band``: one for each band of
+    classes.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
@@ -80,7 +80,6 @@ class LossForm:
     per_class: bool = True
     per_band: bool = False
     weights: tuple[str, ...] = ()
-    positive: tuple[str, ...] = ()
 
 
 def target_log_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
@@ -198,9 +197,8 @@ def _network_neutral(num_classes: int, rank: int) -> Coefficients:
 
 
 def _confusion_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    # Below zero, where only a step too long or training.bounded=false leads, C counts as zero.
-    weights = phi["C"].clamp_min(0.0).t()[targets]
-    label = (log_probs.exp() * weights).sum(1)  # the label's probability, up to a factor
+    # The label's probability, up to a factor of the target's.
+    label = (log_probs.exp() * phi["C"].square().t()[targets]).sum(1)
     return -phi["d"][targets] * (label + CONFUSION_FLOOR).log()
 
 
@@ -282,10 +280,7 @@ FORMS.register("confusion")(
         shapes=lambda k, r: {"C": (k, k), "d": (k,)},
         neutral=lambda k, r: {"C": torch.eye(k), "d": torch.ones(k)},
         logit=_confusion_logit,
-        weights=("C", "d"),
-        positive=("C",),
-        others="C",
-        mean_of_others=False,
+        weights=("d",),
     )
 )
 
@@ -327,14 +322,13 @@ def differences(spec: LossSpec, num_classes: int, slots: int, scale: float) -> C
 def weights_to_bound(spec: LossSpec) -> tuple[str, ...]:
     """Return the parts of phi with which, none below zero, the loss has a lower bound.
 
-    All of which W is made (a ``lowrank`` one's factors) under the identity; under a sigma that is
-    itself bounded below, those that mean nothing below zero.
+    All of which W is made (a ``lowrank`` one's factors) under the identity, none under a sigma
+    that is itself bounded below.
 
     Raises:
         UserError: if the form is unknown.
     """
-    form = FORMS.get(spec.form)
-    return form.weights if spec.sigma == "identity" else form.positive
+    return FORMS.get(spec.form).weights if spec.sigma == "identity" else ()
 
 
 def neutral_coefficients(spec: LossSpec, num_classes: int) -> Coefficients:
