@@ -187,6 +187,8 @@ def step_vjp(
     """
     theta = list(teacher.parameters())
     rate = life.student.learning_rate(step)
+    # In float16 a direction is asked for again where the first scale was too large.
+    before = cotangent.clone() if life.half else cotangent
     pulled: list[Tensor] = []
 
     def direction(get_gradient: Callable[[], Tensor]) -> Tensor:
@@ -194,8 +196,10 @@ def step_vjp(
         if known is None and optimiser.needs_gradient:
             known = get_gradient()
         with torch.no_grad():
+            if pulled:
+                cotangent.copy_(before)
             pulled.append(optimiser.pull_back(state, known, cotangent, step, rate))
-        return pulled[0]
+        return pulled[-1]
 
     with torch.enable_grad():
         phi = teacher(features)
@@ -204,12 +208,15 @@ def step_vjp(
         curved, d_phi = _over_processes(life, curved, d_phi)
     with torch.no_grad():
         life.flat.add(cotangent[0], curved)
-    pairs = [(p, d) for p, d in zip(phi.values(), d_phi, strict=True) if d is not None]
+    pairs = [
+        (p, d) for p, d in zip(phi.values(), d_phi, strict=True)
+        if d is not None and p.requires_grad  # a teacher may write a constant
+    ]
     d_theta: list[Tensor | None] = [None] * len(theta)
     if pairs:
         outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
         d_theta = list(torch.autograd.grad(outputs, theta, directions, allow_unused=True))
-    return StepBack(step, pulled[0], curved, rate, d_theta)
+    return StepBack(step, pulled[-1], curved, rate, d_theta)
 
 
 def _over_processes(
