@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.checkpointing import Recompute, Release, first_kept, way_back
-from l2t_core.life import Life, taught_step
+from l2t_core.life import Life, training_steps
 from l2t_core.losses import step_loss
 from l2t_core.second_derivatives import SecondDerivatives
 from l2t_core.specs import LossSpec
@@ -108,28 +107,24 @@ def run_forward(
     if trajectory is not None and span.start in kept:
         state = trajectory.place(span.start, True).copy_(state)
     life.show(state[0])
-    for step in span:
-        observe(step, state)
-        out = gradient_out = None
-        if trajectory is not None:
-            out = trajectory.place(step + 1, step + 1 in kept)
-            if step in kept:
-                trajectory.buffers[step] = life.copy_buffers()
-                gradient_out = trajectory.place_of_gradient(step)
-        elif spare is not None:
-            out = spare[step % 2]
-        state, statistics = taught_step(life, applied, state, step, out, gradient_out)
+
+    def places(step: int) -> tuple[Tensor | None, Tensor | None]:
+        if trajectory is None:
+            return None if spare is None else spare[step % 2], None
+        out = trajectory.place(step + 1, step + 1 in kept)
+        if step not in kept:
+            return out, None
+        trajectory.buffers[step] = life.copy_buffers()
+        return out, trajectory.place_of_gradient(step)
+
+    observe(span.start, state)
+    for step, state, _ in training_steps(life, applied, state, span, places):  # noqa: B020
         if trajectory is not None:
             trajectory.record_features(step, applied.features)
             if step in kept:
                 trajectory.slots.seal(step - trajectory.first)
-        if not math.isfinite(statistics.nll):
-            raise FloatingPointError(f"the student diverged at step {step}")
         on_step("forward", step)
-    # The last update has no following loss to show that it went wrong.
-    if not bool(state[0].isfinite().all()):
-        raise FloatingPointError(f"the student diverged at step {span.stop - 1}")
-    observe(span.stop, state)
+        observe(step + 1, state)
     return state
 
 
