@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from l2t_core.life import Life, taught_step
+from l2t_core.life import Life, training_steps
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.step_losses import FixedLoss, StepLoss
 from l2t_core.student import Student
@@ -46,16 +46,16 @@ def train_student(
         loss.load_state_dict(record["applied"])
     life.show(state[0])
     spare = life.flat.empty(2, len(state))  # a step reads one state and writes the other
-    for step in range(first, student.total_steps):
-        state, statistics = taught_step(life, loss, state, step, spare[step % 2])
+    steps = range(first, student.total_steps)
+    for step, after, statistics in training_steps(
+        life, loss, state, steps, lambda step: (spare[step % 2], None)
+    ):
         on_event(
             {"event": "student_step", "step": step, "of": student.total_steps,
              "train_nll": statistics.nll, "train_accuracy": statistics.accuracy}
         )
-        if not bool(state[0].isfinite().all()):
-            raise FloatingPointError(f"the student diverged at step {step}")
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
-            _save_snapshot(snapshot, state, life.buffers, step + 1, loss)
+            _save_snapshot(snapshot, after, life.buffers, step + 1, loss)
     if snapshot:
         snapshot.unlink(missing_ok=True)
 

@@ -21,6 +21,8 @@ _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 SPILLS = ("auto", "none", "host", "file")
 # Beyond so many recomputed steps a step, spilling to a file is what "auto" prefers.
 _MOST_RECOMPUTATION = 2.0
+# What the way back holds beside the trajectory, in states: measured, see docs/engine.md.
+WORKING_STATES = 10
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,32 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan and its cost in one line."""
+        beside = size_text(WORKING_STATES * self.point_bytes)
+        return f"{self._held()}; about {WORKING_STATES} more ({beside}) to work with"
+
+    def _held(self) -> str:
         held = (self.slots - self.spilled) * self.point_bytes
-        size = f"{self.steps:,} states of {_size(self.point_bytes)}"
+        size = f"{self.steps:,} states of {size_text(self.point_bytes)}"
         if self.spilled:
             return (
-                f"{size}: {self.slots - self.spilled:,} in memory ({_size(held)}), "
+                f"{size}: {self.slots - self.spilled:,} in memory ({size_text(held)}), "
                 f"{self.spilled:,} in {'a file' if self.where == 'file' else 'host memory'} "
-                f"({_size(self.spilled * self.point_bytes)}), nothing recomputed"
+                f"({size_text(self.spilled * self.point_bytes)}), nothing recomputed"
             )
         if not self.recomputed:
-            return f"{size}: all kept ({_size(held)}), nothing recomputed"
+            return f"{size}: all kept ({size_text(held)}), nothing recomputed"
         return (
-            f"{size}: {self.slots:,} kept at a time ({_size(held)}), "
+            f"{size}: {self.slots:,} kept at a time ({size_text(held)}), "
             f"{self.recomputed / self.steps:.2f} steps recomputed for each"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return ``count`` bytes as people write it, such as ``5.94 MiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            value = count / size
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count} B"
 
 
@@ -109,15 +117,17 @@ def make_plan(
     if slots < 1:
         unit, name = (2**20, "MiB") if point_bytes > 10 * 2**20 else (2**10, "KiB")
         raise UserError(
-            f"training.memory: {_size(budget)} cannot hold one of the trajectory's states; the "
-            f"smallest budget that can is {math.ceil(point_bytes / unit)}{name}"
+            f"training.memory: {size_text(budget)} cannot hold one of the trajectory's states; the "
+            f"smallest budget that can is {math.ceil(point_bytes / unit)}{name} (and about "
+            f"{WORKING_STATES} times as much is held beside it)"
         )
     room = {"host": host_free if on_gpu else 0, "file": file_free}
     for where in ("host", "file"):
         if spill == where and rest * point_bytes > room[where]:
             raise UserError(
-                f"training.spill={where} needs {_size(rest * point_bytes)} beyond training.memory, "
-                f"{_size(room[where])} are free; raise training.memory or use training.spill=none"
+                f"training.spill={where} needs {size_text(rest * point_bytes)} beyond "
+                f"training.memory, {size_text(room[where])} are free; raise training.memory or use "
+                "training.spill=none"
             )
     recomputed = recomputed_steps(steps, slots)
     too_much = recomputed > _MOST_RECOMPUTATION * steps

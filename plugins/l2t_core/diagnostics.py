@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.engine import Engine
+from l2t_core.flat import as_vector
 from l2t_core.life import Life
 from l2t_core.second_derivatives import Exact
 from l2t_core.teachers import Teacher
@@ -124,12 +125,7 @@ class Beside:
                 self.cotangent = None
 
     def _add(self, total: Tensor, back: StepBack) -> None:
-        theta = self.teacher.parameters()
-        parts = [
-            torch.zeros_like(p) if d is None else d
-            for p, d in zip(theta, back.d_theta, strict=True)
-        ]
-        total += torch.cat([d.reshape(-1) for d in parts])
+        total += as_vector(back.d_theta, list(self.teacher.parameters()))
 
     def tail_error(self) -> float | None:
         """Return how far d theta of these steps is off, over its norm; None if that is zero."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from l2t_core.diagnostics import Beside, Watch, WayBack
 from l2t_core.engine import Episode
+from l2t_core.flat import as_vector, pieces_of
 from l2t_core.readout import Readout, smoothed_measure, smoothed_value
 from l2t_core.registry import Registry
 from l2t_core.teachers import Teacher
@@ -74,10 +75,10 @@ def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
     """
     engine, life = episode.engine, episode.life
     readout = Readout(life, engine.spec, episode.measure_seed, differentiate=True)
-    start = life.begin(episode.student_seed)
     trajectory = engine.trajectory()
-    final = run_forward(
-        life, episode.follow(teacher), start, trajectory, on_step, readout.observe
+    final = run_forward(  # which lets go of the start: no name holds it here
+        life, episode.follow(teacher), life.begin(episode.student_seed), trajectory, on_step,
+        readout.observe,
     )
     true = life.student.true_measure()
     cotangent = readout.final_cotangent(final)
@@ -132,7 +133,7 @@ def _back(
     seen = watch.result()
     if beside:
         seen.hvp_error, seen.tail_error = beside.hvp_error, beside.tail_error()
-    return torch.cat([g.reshape(-1) for g in gradient]), seen
+    return as_vector(gradient, gradient), seen
 
 
 @DIFFERENTIATIONS.register("exact")
@@ -184,12 +185,24 @@ def _noise(episode: Episode, teacher: Teacher, draw: int = 0) -> Tensor:
 @contextmanager
 def _moved(teacher: Teacher, by: Tensor) -> Iterator[None]:
     """Move theta by ``by`` [D] for the while."""
-    theta = parameters_to_vector(teacher.parameters()).detach().clone()
+    theta = parameters_to_vector(teacher.parameters()).detach()
     try:
-        vector_to_parameters(theta + by, teacher.parameters())
+        _put(teacher, theta + by)
         yield
     finally:
-        vector_to_parameters(theta, teacher.parameters())
+        _put(teacher, theta)
+
+
+def _put(teacher: Teacher, theta: Tensor) -> None:
+    """Overwrite the teacher's parameters by ``theta`` [D], in place.
+
+    In place, for products of matrices may round differently where memory is aligned differently,
+    and a resumed run has the bits of one that was not interrupted.
+    """
+    parameters = list(teacher.parameters())
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, pieces_of(theta, parameters), strict=True):
+            parameter.copy_(piece)
 
 
 def _evolutionary(episode: Episode, plus: float, minus: float, noise: Tensor) -> Tensor:

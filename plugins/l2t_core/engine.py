@@ -46,6 +46,8 @@ class Engine:
         self.stretch = student.total_steps - self.first
         if spec.window:
             self.stretch = min(self.stretch, spec.window)
+        if spec.differentiation in WITHOUT_DERIVATIVES:
+            self.stretch = 0
         optimiser = student.optimiser
         self.keeps_gradient = self.second.needs_gradient or (
             optimiser.needs_gradient and self.second.wants_gradient

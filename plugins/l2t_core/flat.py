@@ -23,6 +23,23 @@ _ALIGNMENT = 16
 _BIG = 2**23
 
 
+def as_vector(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], out: Tensor | None = None
+) -> Tensor:
+    """Return ``parts`` as one vector [sum of sizes of ``like``]; None counts as zeros."""
+    pieces = [
+        (torch.zeros_like(p) if part is None else part).reshape(-1)
+        for part, p in zip(parts, like, strict=True)
+    ]
+    return torch.cat(pieces, out=out)
+
+
+def pieces_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of ``vector``, as :func:`as_vector` makes it, in the shapes of ``like``."""
+    split = vector.split([p.numel() for p in like])
+    return [piece.view_as(p) for piece, p in zip(split, like, strict=True)]
+
+
 class FlatParameters:
     """Makes all trainable parameters of ``module`` views of one vector omega [P].
 
@@ -43,8 +60,7 @@ class FlatParameters:
                     f"the student mixes {first.dtype} on {first.device} with {p.dtype} on "
                     f"{p.device}; keep all its parameters in one dtype on one device"
                 )
-        self.sizes = [p.numel() for p in self.parameters]
-        self.size = sum(self.sizes)
+        self.size = sum(p.numel() for p in self.parameters)
         self.vector = self.empty(1)[0]
         torch.cat([p.detach().reshape(-1) for p in self.parameters], out=self.vector)
         self.show(self.vector)
@@ -61,18 +77,11 @@ class FlatParameters:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of ``vector`` [P] in the parameters' shapes."""
-        return [
-            piece.view_as(p)
-            for piece, p in zip(vector.split(self.sizes), self.parameters, strict=True)
-        ]
+        return pieces_of(vector, self.parameters)
 
     def gather(self, gradients: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """Return gradients, one per parameter, as one vector [P]; None counts as zero."""
-        pieces = [
-            (torch.zeros_like(p) if g is None else g).reshape(-1)
-            for g, p in zip(gradients, self.parameters, strict=True)
-        ]
-        return torch.cat(pieces, out=out)
+        return as_vector(gradients, self.parameters, out)
 
     def add(self, vector: Tensor, parts: Sequence[Tensor | None]) -> None:
         """Add ``parts``, one per parameter, to ``vector`` [P] in place; None counts as zero."""

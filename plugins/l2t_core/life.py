@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -268,3 +269,26 @@ def taught_step(
     if dev is not None:
         applied.observe_dev(dev)
     return state, statistics
+
+
+def training_steps(
+    life: Life,
+    applied: StepLoss,
+    state: Tensor,
+    span: range,
+    places: Callable[[int], tuple[Tensor | None, Tensor | None]],
+) -> Iterator[tuple[int, Tensor, TrainStatistics]]:
+    """Make the steps of ``span`` from ``state`` [R, P]; yield each with its result, once made.
+
+    ``places(step)`` returns where the state after it and its gradient go, as in :meth:`Life.step`.
+
+    Raises:
+        FloatingPointError: if the student diverges. A step's loss tells whether the step before
+            it went wrong; after the last one the parameters are looked at.
+    """
+    for step in span:
+        state, statistics = taught_step(life, applied, state, step, *places(step))
+        last = step == span[-1]
+        if not math.isfinite(statistics.nll) or (last and not bool(state[0].isfinite().all())):
+            raise FloatingPointError(f"the student diverged at step {step}")
+        yield step, state, statistics

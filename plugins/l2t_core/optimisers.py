@@ -72,8 +72,10 @@ def pull_back_clip(gradient: Tensor, max_norm: float, cotangent: Tensor) -> Tens
         return cotangent
     norm = torch.linalg.vector_norm(gradient)
     scale = max_norm / (norm + _CLIP_EPS)
-    if not bool(scale < 1.0):  # as in clamp, nothing flows through a scale of exactly one
+    if bool(scale > 1.0):
         return cotangent
+    if not bool(norm):  # clipped all the same if max_norm is below eps; the norm has no slope
+        return scale * cotangent
     # d scale / d gradient = -max_norm / (norm + eps)^2 * gradient / norm
     along = torch.dot(cotangent, gradient) * (scale / (norm + _CLIP_EPS) / norm)
     return scale * cotangent - along * gradient

@@ -21,6 +21,8 @@ from l2t_core.errors import PeerLost, UserError
 T = TypeVar("T")
 # A student may take days longer than another; a process that ends is noticed at once.
 _PATIENCE = timedelta(days=30)
+# But all begin alike: one that has not come by then is lost, or was never started.
+_MEETING = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,22 @@ def _number(name: str, default: int) -> int:
         ) from None
 
 
+def _form_group(backend: str) -> None:
+    """Meet the others soon, to wait for them as long as it takes from then on."""
+    store, rank, world = next(dist.rendezvous("env://", timeout=_MEETING))
+    here = dist.PrefixStore("here", store)
+    here.set(str(rank), "")
+    here.wait([str(other) for other in range(world)], _MEETING)
+    store.set_timeout(_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+
+
 def join_processes() -> Processes:
     """Join the group that ``torchrun`` describes in the environment; without it, run alone.
 
     Raises:
-        UserError: if the environment is incomplete or the group cannot be formed.
+        UserError: if the environment is incomplete or the group cannot be formed, as where one
+            of the processes does not come within minutes.
     """
     world = _number("WORLD_SIZE", 1)
     if world <= 1 or "RANK" not in os.environ:
@@ -149,10 +162,10 @@ def join_processes() -> Processes:
         shared = _number("LOCAL_WORLD_SIZE", world) > gpus
         backend = f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"
     try:
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        _form_group(backend)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the {world} processes could not meet ({str(error).splitlines()[0]}); check "
-            "MASTER_ADDR and MASTER_PORT"
+            f"the {world} processes could not meet ({str(error).splitlines()[0][:120]}); "
+            "start all of them with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from l2t_core.checkpointing import Plan
+from l2t_core.checkpointing import Plan, size_text
 from l2t_core.errors import UserError
 from l2t_core.flat import FlatParameters
 
@@ -20,6 +20,9 @@ class Slots:
     Reused from episode to episode: the first touch of fresh memory costs more than a step of a
     small student. The states that a plan spills are those of the earliest steps, which are
     needed last.
+
+    Raises:
+        UserError: if there is no such memory, or no room for the file.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class Slots:
     ) -> None:
         self.plan = plan
         self.rows = rows + int(with_gradient)
-        self._block = flat.empty(max(1, plan.slots - plan.spilled), self.rows)
+        self._block = _claim(flat, max(1, plan.slots - plan.spilled), self.rows)
         self._free = list(range(len(self._block)))
         self._at: dict[int, int] = {}
         self._fetched = -1
@@ -75,6 +78,18 @@ class Slots:
             self.release(step)
 
 
+def _claim(flat: FlatParameters, count: int, rows: int) -> Tensor:
+    """Return memory for ``count`` states, [count, rows, P]."""
+    try:
+        return flat.empty(count, rows)
+    except (OSError, RuntimeError) as error:  # the system's refusal, or torch's
+        size = size_text(count * rows * flat.size * flat.vector.element_size())
+        raise UserError(
+            f"training.memory: {size} for the trajectory's states are not to be had here "
+            f"({str(error).splitlines()[0][:120]}); lower training.memory"
+        ) from error
+
+
 class _HostStore:
     """States of a GPU student in pinned host memory."""
 
@@ -114,7 +129,8 @@ class _FileStore:
         )
 
     def _bytes(self) -> memoryview:
-        return memoryview(self._staging.numpy()).cast("B")  # type: ignore[arg-type]
+        # As bytes: numpy has no bfloat16.
+        return memoryview(self._staging.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def put(self, index: int, value: Tensor) -> None:
         self._staging.copy_(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.checkpointing import Recompute, Release, first_kept, way_back
-from l2t_core.life import Life, taught_step
+from l2t_core.life import Life, training_steps
 from l2t_core.losses import step_loss
 from l2t_core.second_derivatives import SecondDerivatives
 from l2t_core.specs import LossSpec
@@ -108,28 +107,24 @@ def run_forward(
     if trajectory is not None and span.start in kept:
         state = trajectory.place(span.start, True).copy_(state)
     life.show(state[0])
-    for step in span:
-        observe(step, state)
-        out = gradient_out = None
-        if trajectory is not None:
-            out = trajectory.place(step + 1, step + 1 in kept)
-            if step in kept:
-                trajectory.buffers[step] = life.copy_buffers()
-                gradient_out = trajectory.place_of_gradient(step)
-        elif spare is not None:
-            out = spare[step % 2]
-        state, statistics = taught_step(life, applied, state, step, out, gradient_out)
+
+    def places(step: int) -> tuple[Tensor | None, Tensor | None]:
+        if trajectory is None:
+            return None if spare is None else spare[step % 2], None
+        out = trajectory.place(step + 1, step + 1 in kept)
+        if step not in kept:
+            return out, None
+        trajectory.buffers[step] = life.copy_buffers()
+        return out, trajectory.place_of_gradient(step)
+
+    observe(span.start, state)
+    for step, state, _ in training_steps(life, applied, state, span, places):  # noqa: B020
         if trajectory is not None:
             trajectory.record_features(step, applied.features)
             if step in kept:
                 trajectory.slots.seal(step - trajectory.first)
-        if not math.isfinite(statistics.nll):
-            raise FloatingPointError(f"the student diverged at step {step}")
         on_step("forward", step)
-    # The last update has no following loss to show that it went wrong.
-    if not bool(state[0].isfinite().all()):
-        raise FloatingPointError(f"the student diverged at step {span.stop - 1}")
-    observe(span.stop, state)
+        observe(step + 1, state)
     return state
 
 
@@ -187,6 +182,8 @@ def step_vjp(
     """
     theta = list(teacher.parameters())
     rate = life.student.learning_rate(step)
+    # In float16 a direction is asked for again where the first scale was too large.
+    before = cotangent.clone() if life.half else cotangent
     pulled: list[Tensor] = []
 
     def direction(get_gradient: Callable[[], Tensor]) -> Tensor:
@@ -194,8 +191,10 @@ def step_vjp(
         if known is None and optimiser.needs_gradient:
             known = get_gradient()
         with torch.no_grad():
+            if pulled:
+                cotangent.copy_(before)
             pulled.append(optimiser.pull_back(state, known, cotangent, step, rate))
-        return pulled[0]
+        return pulled[-1]
 
     with torch.enable_grad():
         phi = teacher(features)
@@ -204,12 +203,15 @@ def step_vjp(
         curved, d_phi = _over_processes(life, curved, d_phi)
     with torch.no_grad():
         life.flat.add(cotangent[0], curved)
-    pairs = [(p, d) for p, d in zip(phi.values(), d_phi, strict=True) if d is not None]
+    pairs = [
+        (p, d) for p, d in zip(phi.values(), d_phi, strict=True)
+        if d is not None and p.requires_grad  # a teacher may write a constant
+    ]
     d_theta: list[Tensor | None] = [None] * len(theta)
     if pairs:
         outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
         d_theta = list(torch.autograd.grad(outputs, theta, directions, allow_unused=True))
-    return StepBack(step, pulled[0], curved, rate, d_theta)
+    return StepBack(step, pulled[-1], curved, rate, d_theta)
 
 
 def _over_processes(

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from l2t_core.differentiation import Outcome
+from l2t_core.flat import as_vector, pieces_of
 from l2t_core.loss_forms import neutral_coefficients, weights_to_bound
+from l2t_core.optimisers import clip_by_norm
 from l2t_core.specs import LossSpec, TrainingSpec
 from l2t_core.teachers import Teacher
 
@@ -81,11 +83,7 @@ def phi_penalty(
     numbers = sum(part.numel() for part in neutral.values())
     value = weight * vmap(distances)(torch.stack(list(features))).mean() / numbers
     gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    flat = [
-        (torch.zeros_like(p) if g is None else g).reshape(-1)
-        for p, g in zip(parameters.values(), gradients, strict=True)
-    ]
-    return float(value.detach()), torch.cat(flat)
+    return float(value.detach()), as_vector(gradients, list(parameters.values()))
 
 
 def penalised(
@@ -112,13 +110,10 @@ def ascend(
 
     Then, if ``spec.bounded``, to a theta near by whose loss is bounded below in any state.
     """
-    norm = float(gradient.norm())
-    scale = min(1.0, spec.clip_norm / (norm + 1e-12)) if spec.clip_norm > 0 else 1.0
-    start = 0
-    for parameter in teacher.parameters():
-        piece = gradient[start : start + parameter.numel()]
-        parameter.grad = (-scale * piece).view_as(parameter)  # ascent
-        start += parameter.numel()
+    theta = list(teacher.parameters())
+    descent = -clip_by_norm(gradient, spec.clip_norm)
+    for parameter, piece in zip(theta, pieces_of(descent, theta), strict=True):
+        parameter.grad = piece
     optimiser.step()
     keep_bounded(teacher, loss, spec)
 

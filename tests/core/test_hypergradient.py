@@ -18,7 +18,7 @@ from l2t_core.second_derivatives import Exact, OneSidedDifference
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
-from l2t_core.unroll import run_forward
+from l2t_core.unroll import run_forward, step_vjp
 from l2t_core.update import advice
 
 OPTIMISERS = [
@@ -73,8 +73,9 @@ def central_difference(episode, teacher, direction, recorded, h=1e-5):
     return (value(+1) - value(-1)) / (2 * h)
 
 
-def check_against_differences(student, **options):
+def check_against_differences(student, change=lambda teacher: teacher, **options):
     episode, teacher = build(student, **options)
+    teacher = change(teacher)
     _, trajectory = final_state(episode, teacher)
     # Buffers of batch norm are state without derivative: M-tilde sees the same ones throughout.
     student.frozen_buffers = [b.clone() for b in student.module.buffers()]
@@ -107,6 +108,23 @@ def test_every_loss_form(make_student, form, sigma):
 def test_other_teachers(make_student, name):
     student = make_student("mlp", OptimiserSpec("adam", 0.05, eps=1e-3))
     check_against_differences(student, teacher_spec=TeacherSpec(name, slots=2, init_scale=0.3))
+
+
+class ConstantOffset(torch.nn.Module):
+    """A teacher that leaves b alone."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features):
+        phi = self.inner(features)
+        return {**phi, "b": torch.zeros_like(phi["b"])}
+
+
+def test_a_teacher_may_write_a_constant(make_student):
+    student = make_student("mlp", OptimiserSpec("adam", 0.05, eps=1e-3))
+    check_against_differences(student, ConstantOffset)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +260,34 @@ def test_float16_sees_small_directions_and_gradients(make_student, name, fixed_s
         assert 0.0 < float((low - full).norm() / full.norm()) < 0.01
     phi["d"] = torch.tensor(1e5)  # and what is too large for the scale goes without
     for low, full in zip(found("float16"), found("float32"), strict=True):
+        assert float((low - full).norm() / full.norm()) < 0.05
+
+
+@pytest.mark.skipif(not knows_autocast(torch.float16), reason="torch before 2.4")
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["by autograd", "recorded"])
+@pytest.mark.parametrize("optimiser", OPTIMISERS, ids=lambda o: o.name)
+def test_a_step_back_that_float16_repeats_is_made_once(make_student, optimiser, fixed_shapes):
+    """What is too large with the first scale is made again with the second, from the same start."""
+    student = make_student("mlp", optimiser, dtype=torch.float32)
+    student.fixed_shapes = fixed_shapes
+    loss = LossSpec("shared", "identity")
+    features = torch.zeros(feature_count(student.default_features, 3))
+    teacher = build_teacher(TeacherSpec("static"), loss, 3, len(features), seed=1)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1e5)
+
+    def pulled_back(precision):
+        life = Life(student, precision)
+        state = life.begin(1)
+        life.show(state[0])
+        cotangent = torch.randn(state.shape, generator=torch.Generator().manual_seed(4))
+        back = step_vjp(
+            life, teacher, Exact(life, loss), state, None, features, 0, cotangent
+        )
+        return [back.direction, *cotangent]
+
+    for low, full in zip(pulled_back("float16"), pulled_back("float32"), strict=True):
         assert float((low - full).norm() / full.norm()) < 0.05
 
 

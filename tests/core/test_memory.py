@@ -1,4 +1,4 @@
-"""What an episode takes does not grow with its length, whichever way it is held."""
+"""The memory of an episode: it does not grow with its length, whichever way it is held."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import run_python  # type: ignore[import-not-found]
+
+from l2t_core.checkpointing import make_plan
+from l2t_core.errors import UserError
+from l2t_core.flat import FlatParameters
+from l2t_core.trajectory import Slots
 
 SCRIPT = Path(__file__).parent / "episode_memory.py"
 
@@ -23,3 +29,29 @@ def test_peak_memory_is_flat(spill: str) -> None:
     """48 more steps: 1,152 MiB of states if kept, 384 MiB of tables."""
     short, long = peak(12, spill), peak(60, spill)
     assert long - short < 32, (short, long)
+
+
+class Filling:
+    """As much of ``FlatParameters`` as memory for states asks for."""
+
+    size, vector = 100, torch.zeros(100)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+
+def test_memory_that_the_machine_lacks_is_one_line(tmp_path: Path) -> None:
+    plan = make_plan(10, 400, 4000)
+    with pytest.raises(UserError, match=r"training\.memory: 3.91 KiB .*allocate.*; lower"):
+        Slots(Filling(), 1, False, plan, tmp_path)
+
+
+def test_bfloat16_states_are_spilled_to_the_same_bits(tmp_path: Path) -> None:
+    flat = FlatParameters(torch.nn.Linear(5, 3).bfloat16())
+    slots = Slots(flat, 2, False, make_plan(4, 128, 128, spill="file", file_free=2**20), tmp_path)
+    states = torch.randn(4, 2, flat.size).bfloat16()
+    for step, state in enumerate(states):
+        slots.claim(step).copy_(state)
+        slots.seal(step)
+    for step in reversed(range(4)):
+        assert torch.equal(slots.fetch(step), states[step])

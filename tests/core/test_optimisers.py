@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
-from l2t_core.optimisers import build_optimiser
+from l2t_core.optimisers import build_optimiser, clip_by_norm, pull_back_clip
 from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
 
@@ -135,3 +135,20 @@ def test_schedules_by_hand(name, expected):
 def test_impossible_settings_are_refused(spec):
     with pytest.raises(UserError, match=r"optimiser\.\w+ is .*; it must"):
         build_optimiser(spec)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "max_norm"),
+    [
+        ([3.0, 4.0], 5.0 + 1e-6),  # at the norm: the scale is one
+        ([3.0, 4.0], 5.0),
+        ([0.0, 0.0], 1.0),
+        ([0.0, 0.0], 1e-8),  # scaled down although it is zero, as torch does it
+    ],
+)
+def test_clipping_is_autograds_at_its_corners(gradient, max_norm):
+    g = torch.tensor(gradient, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    (expected,) = torch.autograd.grad(clip_by_norm(g, max_norm), g, cotangent)
+    found = pull_back_clip(g.detach(), max_norm, cotangent)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

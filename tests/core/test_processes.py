@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,14 @@ def together(rank, port, folder, work):
     processes.close()
 
 
-def in_two_processes(folder, work):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(together, (port, folder, work), nprocs=2)
+        return probe.getsockname()[1]
+
+
+def in_two_processes(folder, work):
+    mp.spawn(together, (free_port(), folder, work), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -239,6 +243,18 @@ def test_a_lost_process_is_noticed(tmp_path):
     assert "the same command continues" in first
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_not_waited_for(monkeypatch, rank):
+    """Started by hand, nobody else would tell: the first hosts the meeting, the others go there."""
+    monkeypatch.setattr("l2t_core.processes._MEETING", timedelta(seconds=2))
+    for name, value in {
+        "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"2 processes could not meet .*start all of them"):
+        join_processes()
+
+
 def test_rows_are_shared_without_rest():
     batch = {"x": torch.arange(14).view(7, 2), "y": torch.arange(7)}
     pieces = [shard_rows(batch, rank, 3) for rank in range(3)]
@@ -275,7 +291,7 @@ def test_processes_share_gpus_that_are_too_few(monkeypatch, local, gpus, takes, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     dist = torch.distributed
-    monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: seen.append(name))
+    monkeypatch.setattr("l2t_core.processes._form_group", seen.append)
     monkeypatch.setattr(dist, "get_rank", lambda: local)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     assert join_processes().rank == local

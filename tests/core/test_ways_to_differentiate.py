@@ -201,3 +201,24 @@ def test_a_student_that_dies_in_a_window_says_so(make_student):
     next(outcomes)
     with pytest.raises(FloatingPointError, match="step"):
         next(outcomes)
+
+
+@pytest.mark.parametrize("way", ["antithetic-es", "persistent-es"])
+def test_ways_without_derivatives_need_no_memory_for_states(make_student, way):
+    """A budget that holds none is no reason to refuse them."""
+    window = 4 if way == "persistent-es" else 0
+    spec = TrainingSpec(differentiation=way, window=window, memory="1B")
+    episode, teacher = build(make_student, spec)
+    assert episode.engine.plan.steps == 0
+    for outcome in DIFFERENTIATIONS.get(way)(episode, teacher, no_step):
+        assert outcome.estimates[0].isfinite().all()
+
+
+def test_noise_is_taken_back_in_place(make_student):
+    """A matrix elsewhere in memory may give other last bits, and a resumed run has its own."""
+    spec = TrainingSpec(differentiation="antithetic-es")
+    episode, teacher = build(make_student, spec)
+    before = [(p.data_ptr(), p.detach().clone()) for p in teacher.parameters()]
+    next(DIFFERENTIATIONS.get("antithetic-es")(episode, teacher, no_step))
+    for (place, value), p in zip(before, teacher.parameters(), strict=True):
+        assert p.data_ptr() == place and torch.equal(p, value)
