@@ -9,17 +9,14 @@ on every process. The student's state s_t moves there and nowhere else.
 # No `from __future__ import annotations`: fairseq reads the types of its configurations.
 
 import logging
-import math
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 import torch
-from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
-from fairseq.tasks.translation import TranslationTask
 from omegaconf import II
 from torch import Tensor
 
@@ -31,25 +28,18 @@ from l2t_core.teacher_file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, refuse_differences
+from l2t_fairseq.reporting import (
+    announced_update,
+    log_losses,
+    logging_output,
+    refuse_other_task,
+    summed,
+)
 
 logger = logging.getLogger(__name__)
 
 # Marks the logging outputs of training batches; they are summed, so it counts batches.
 TRAINING = "l2t_training"
-
-
-def refuse_other_task(task: Any, criterion: str) -> None:
-    """Refuse a task whose students and dictionaries are not those of translation.
-
-    Raises:
-        UserError: naming the task.
-    """
-    # Tasks of an older kind have no configuration, although they build on translation.
-    if not isinstance(task, TranslationTask) or getattr(task, "cfg", None) is None:
-        raise UserError(
-            f"--criterion {criterion} teaches translation, and this is a {type(task).__name__}; "
-            "use --task translation or l2t_translation"
-        )
 
 
 @dataclass
@@ -184,9 +174,7 @@ class L2TDynamicCriterion(FairseqCriterion):
         log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         with torch.no_grad():
-            nll = cross_entropy(log_probs, target)
-            correct = (is_best(log_probs, nll) & ~pad).sum()
-            nll = nll.masked_fill(pad, 0.0)
+            nll = cross_entropy(log_probs, target).masked_fill(pad, 0.0)
         if training:
             if not self.fed_by_task:
                 self.begin_update(*announced_update())
@@ -195,27 +183,15 @@ class L2TDynamicCriterion(FairseqCriterion):
             loss = nll
         if reduce:
             loss = loss.sum()
-        sample_size = self._sample_size(sample)
-        outputs = {
-            "loss": loss.data if reduce else loss.data.sum(),
-            "nll_loss": nll.sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
-            "sample_size": sample_size,
-            "n_correct": correct,
-            TRAINING: int(training),
-        }
-        return loss, sample_size, outputs
-
-    def _sample_size(self, sample: dict[str, Any]) -> Any:
-        return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        outputs = logging_output(sample, loss, nll, log_probs, pad, self.sentence_avg)
+        return loss, outputs["sample_size"], {**outputs, TRAINING: int(training)}
 
     # -- what happened
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss and nll_loss (base 2), ppl and accuracy; move the student's state s_t on."""
-        sums = summed(logging_outputs, "loss", "nll_loss", "n_correct", TRAINING)
+        sums = summed(logging_outputs, TRAINING)
         if not sums["ntokens"]:
             return  # nothing but dummy batches, which only keep processes in step
         nll, accuracy = log_losses(sums)
@@ -277,37 +253,6 @@ class L2TDynamicCriterion(FairseqCriterion):
         return True
 
 
-def summed(logging_outputs: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
-    """Return the sums of ``keys``, of tokens and of sample sizes over batches and processes."""
-    return {
-        key: sum(log.get(key, 0) for log in logging_outputs)
-        for key in ("ntokens", "sample_size", *keys)
-    }
-
-
-def log_losses(sums: dict[str, Any]) -> tuple[Any, Any]:
-    """Log loss and nll_loss (base 2), ppl and accuracy; return nll in nats and accuracy a token."""
-    ntokens, sample_size = sums["ntokens"], sums["sample_size"]
-    nll, accuracy = sums["nll_loss"] / ntokens, sums["n_correct"] / ntokens
-    # The same expressions, in the same order, as fairseq's cross_entropy: base 2, 3 digits.
-    loss = sums["loss"] / sample_size / math.log(2)
-    metrics.log_scalar("loss", loss, sample_size, round=3)
-    metrics.log_scalar("nll_loss", nll / math.log(2), ntokens, round=3)
-    metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-    metrics.log_scalar("l2t_accuracy", accuracy, ntokens, round=4)
-    return nll, accuracy
-
-
-def is_best(log_probs: Tensor, nll: Tensor) -> Tensor:
-    """Tell [N] where no class is more probable than the target, whose -log p_y is ``nll`` [N].
-
-    As the argmax tells it, in a fifth of the time on a CPU. Where all classes are equally
-    probable, nothing is predicted, and nothing counts as correct.
-    """
-    chance = math.log(log_probs.shape[1])
-    return (-nll >= log_probs.amax(1)) & (nll < chance - 1e-5)
-
-
 class _DevPass:
     """Sums of one pass over the first validation subset."""
 
@@ -330,16 +275,3 @@ class _DevPass:
         nll, correct, tokens = self._sums
         self._sums, self._root = (0.0, 0.0, 0.0), None
         return DevStatistics(nll / tokens, correct / tokens) if tokens else None
-
-
-def announced_update() -> tuple[int, float]:
-    """Return update number and learning rate as fairseq's trainer logged them last.
-
-    The path of tasks that do not feed the criterion. The trainer logs the rate before the first
-    update and the number after it. Read from the live aggregator: after a resume, the one called
-    "default" is a copy from the checkpoint that nobody writes to.
-    """
-    live = metrics.get_active_aggregators()[0]
-    update = live.get_smoothed_value("num_updates") if "num_updates" in live else 0
-    rate = next((live.get_smoothed_value(k) for k in ("lr", "lr_default") if k in live), 0.0)
-    return int(update), float(rate)

@@ -309,7 +309,7 @@ def test_another_dictionary_is_refused(make_bench: MakeBench, tmp_path: Path) ->
 
 
 def test_the_best_class_is_the_argmax() -> None:
-    from l2t_fairseq.criterion import is_best
+    from l2t_fairseq.reporting import is_best
 
     generator = torch.Generator().manual_seed(1)
     log_probs = torch.randn(200, 7, generator=generator).log_softmax(1)
