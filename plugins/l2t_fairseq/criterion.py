@@ -30,6 +30,7 @@ from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, refuse_differences
 from l2t_fairseq.reporting import (
     announced_update,
+    end_at_other_model,
     log_losses,
     logging_output,
     refuse_other_task,
@@ -171,6 +172,7 @@ class L2TDynamicCriterion(FairseqCriterion):
         """
         type(self)._live = weakref.ref(self)
         training = self.training and torch.is_grad_enabled()
+        end_at_other_model(model)
         log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         with torch.no_grad():

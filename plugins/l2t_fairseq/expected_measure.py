@@ -26,11 +26,12 @@ from l2t_core.measures import distinct_mask, mrt_expectations
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
 from l2t_fairseq.data_folder import open_data
-from l2t_fairseq.predictions import predictions
+from l2t_fairseq.predictions import predictions, unwrapped
 from l2t_fairseq.ranks import end_with
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.reporting import (
     announced_update,
+    end_at_other_model,
     log_losses,
     logging_output,
     refuse_other_task,
@@ -135,6 +136,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
 
         With ``reduce`` False the loss is one value per target position, zero at padding.
         """
+        end_at_other_model(model)
         log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         nll = cross_entropy(log_probs, target).masked_fill(pad, 0.0)
@@ -157,7 +159,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
 
     def expectations(self, model: Any, sample: dict[str, Any]) -> Tensor:
         """Return each sentence's expected measure [B] over its candidates, differentiable."""
-        model, net_input, words = _unwrapped(model), sample["net_input"], self.words
+        model, net_input, words = unwrapped(model), sample["net_input"], self.words
         # fairseq seeds this generator anew at every update, so that a resumed run draws the same.
         seed = int(torch.randint(2**31, ()))
         training = model.training
@@ -177,7 +179,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
 
     def greedy_scores(self, model: Any, sample: dict[str, Any]) -> Tensor:
         """Return the measure [B] of each sentence's greedy translation."""
-        model, net_input, words = _unwrapped(model), sample["net_input"], self.words
+        model, net_input, words = unwrapped(model), sample["net_input"], self.words
         found = greedy(
             model, net_input, length_limit(model, net_input), eos=words.eos(), pad=words.pad()
         )
@@ -237,10 +239,3 @@ def _refuse(
 def _as_flags(text: str) -> str:
     """Return what is said of a recipe's settings as said of this criterion's flags."""
     return re.sub(r"nmt\.(\w+)", lambda name: "--l2t-" + name[1].replace("_", "-"), text)
-
-
-def _unwrapped(model: Any) -> Any:
-    """Return the encoder-decoder itself: gradients reach its parameters all the same."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model

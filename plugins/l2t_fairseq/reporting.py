@@ -12,6 +12,8 @@ from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_fairseq.predictions import refuse_other_model
+from l2t_fairseq.ranks import end_with
 
 
 def refuse_other_task(task: Any, criterion: str) -> None:
@@ -32,6 +34,14 @@ def refuse_other_task(task: Any, criterion: str) -> None:
             f"--criterion {criterion} teaches translation, and this is a {kind.__name__}; "
             "use --task translation or l2t_translation"
         )
+
+
+def end_at_other_model(model: Any) -> None:
+    """End the program in one line where ``model`` cannot be taught: fairseq would show a trace."""
+    try:
+        refuse_other_model(model)
+    except UserError as error:
+        raise end_with(error) from None
 
 
 def logging_output(
