@@ -313,10 +313,7 @@ def refuse_unteachable(command: FairseqCommand) -> None:
 
 def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
     """Refuse a command that never looks at dev where the teacher reads what is seen there."""
-    needs_dev = any(
-        name.startswith("dev_") or name == "class_accuracy" for name in header.teacher.features
-    )
-    if needs_dev and has_flag(command, "--disable-validation"):
+    if header.teacher.reads_dev and has_flag(command, "--disable-validation"):
         raise UserError(
             "--disable-validation leaves the teacher without the dev statistics that it reads; "
             "remove it"

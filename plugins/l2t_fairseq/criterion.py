@@ -11,6 +11,7 @@ on every process. The student's state s_t moves there and nowhere else.
 import logging
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
+from l2t_core.files import file_digest
 from l2t_core.losses import cross_entropy
 from l2t_core.student_state import DevStatistics, TrainStatistics
 from l2t_core.teacher_file import check_fits
@@ -110,15 +112,20 @@ class L2TDynamicCriterion(FairseqCriterion):
         if l2t_warmup_steps is not None and l2t_warmup_steps < 0:
             raise UserError(f"--l2t-warmup-steps is {l2t_warmup_steps}; it must be 0 or more")
         self.sentence_avg, self.debug = sentence_avg, debug
+        # In full: hydra changes the working folder, and a message has to say where it looked.
+        file = Path(l2t_teacher).absolute()
         self.applied = AppliedTeacher.from_file(
-            l2t_teacher, l2t_total_steps, warmup_steps=l2t_warmup_steps
+            file, l2t_total_steps, warmup_steps=l2t_warmup_steps
         )
         header = self.applied.header
         assert header is not None  # from_file always has one
-        check_fits(header, dictionary_fingerprint(task.target_dictionary), l2t_teacher)
+        check_fits(header, dictionary_fingerprint(task.target_dictionary), file)
+        # What a resumed run should have in common with the one that it goes on with.
+        self._origin = {"teacher_sha256": file_digest(file, "sha256"), "steps": l2t_total_steps}
         self._dev_interval = header.dev_interval_for(l2t_total_steps)
         self._dev = _DevPass()
         self._dev_counted_at = 0
+        self._may_miss_dev = header.teacher.reads_dev  # until it was said
         # Set by a task that calls begin_update itself.
         self.fed_by_task = False
 
@@ -126,6 +133,14 @@ class L2TDynamicCriterion(FairseqCriterion):
     def build_criterion(cls, cfg: Any, task: Any) -> "L2TDynamicCriterion":
         """Build the criterion for fairseq; the user's mistakes end the program in one line."""
         steps = cfg.max_update if cfg.l2t_total_steps is None else cfg.l2t_total_steps
+        if 0 < steps < cfg.max_update:
+            logger.warning(
+                "--l2t-total-steps %d is less than --max-update %d; from update %d on the teacher "
+                "takes every update for the last",
+                steps,
+                cfg.max_update,
+                steps,
+            )
         try:
             refuse_other_task(task, "l2t_dynamic")
             return cls(
@@ -219,6 +234,20 @@ class L2TDynamicCriterion(FairseqCriterion):
             except UserError as error:
                 raise end_with(error) from None
         self.applied.commit(statistics)
+        self._tell_if_dev_is_missed()
+
+    def _tell_if_dev_is_missed(self) -> None:
+        """Say once that the teacher sees the dev set more rarely than in its training."""
+        since = self.applied.step - self._dev_counted_at
+        if self._may_miss_dev and since > 2 * self._dev_interval and not self._dev:
+            self._may_miss_dev = False
+            logger.warning(
+                "the teacher has not seen the dev set for %d updates; in its training it saw it "
+                "every %d, scaled to this run; add --validate-interval-updates %d",
+                since,
+                self._dev_interval,
+                self._dev_interval,
+            )
 
     def _settle_dev(self) -> None:
         """Give the teacher the finished pass over the dev set, if there is one and it is due.
@@ -241,10 +270,24 @@ class L2TDynamicCriterion(FairseqCriterion):
     def teacher_state(self) -> dict[str, Any]:
         """Return s_t and the update it belongs to as plain Python values, for a checkpoint."""
         self._settle_dev()
-        return {"applied": self.applied.state_dict(), "dev_counted_at": self._dev_counted_at}
+        return {
+            "applied": self.applied.state_dict(),
+            "dev_counted_at": self._dev_counted_at,
+            "origin": self._origin,
+        }
 
     def load_teacher_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`teacher_state` returned."""
+        """Take over what :meth:`teacher_state` returned, and say what has changed since."""
+        before = {**self._origin, **state.get("origin", {})}  # none in those of early versions
+        if before["teacher_sha256"] != self._origin["teacher_sha256"]:
+            logger.warning("the run goes on under another teacher than it began with")
+        if before["steps"] != self._origin["steps"]:
+            logger.warning(
+                "the run goes on as one of %d updates and began as one of %d; its progress and "
+                "the teacher's warm-up follow the new length",
+                self._origin["steps"],
+                before["steps"],
+            )
         self.applied.load_state_dict(state["applied"])
         self._dev_counted_at = int(state["dev_counted_at"])
         self._dev = _DevPass()
@@ -271,6 +314,9 @@ class _DevPass:
         if root is self._root:
             old = self._sums
             self._sums = (old[0] + nll, old[1] + correct, old[2] + tokens)
+
+    def __bool__(self) -> bool:
+        return self._root is not None
 
     def take(self) -> DevStatistics | None:
         """Return the statistics, if there are any, and begin anew."""
