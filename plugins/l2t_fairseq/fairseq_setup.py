@@ -23,6 +23,7 @@ from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
 from l2t_fairseq.command import FairseqCommand, refuse_unteachable
+from l2t_fairseq.compat import newer_settings
 from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import fill, starting_parameters
@@ -222,12 +223,8 @@ class FairseqSetup:
 
     def _epoch(self, model: Any, seed: int, epoch: int) -> Any:
         data, config = self.config.dataset, self.config
-        # Newer versions of fairseq know more arguments; 0.12.2 does not.
-        newer = {
-            name: getattr(data, name)
-            for name in ("grouped_shuffling", "update_epoch_batch_itr")
-            if hasattr(data, name)
-        }
+        newer = newer_settings(data, "grouped_shuffling", "update_epoch_batch_itr")
+        by_epoch = any(newer_settings(data, "update_ordered_indices_seed").values())
         return self._batches(
             dataset=self.task.dataset(self.train_subset),
             max_tokens=data.max_tokens,
@@ -235,7 +232,7 @@ class FairseqSetup:
             max_positions=self.longest(model, data.max_tokens),
             ignore_invalid_inputs=True,
             required_batch_size_multiple=data.required_batch_size_multiple,
-            seed=seed + epoch if getattr(data, "update_ordered_indices_seed", False) else seed,
+            seed=seed + epoch if by_epoch else seed,
             num_workers=0,
             epoch=epoch,
             data_buffer_size=0,
