@@ -39,6 +39,7 @@ _REMAKE = "--update-epoch-batch-itr"  # batches made anew for each epoch
 _ALIASES = {"--arch": ("-a",)}
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
 _HYDRA = {"fairseq-hydra-train", "fairseq_cli.hydra_train", "hydra_train.py"}
+_QUOTED = re.compile(r"\bfairseq(?:-|_cli\.)train\b.*\s|\s.*\bfairseq(?:-|_cli\.)train\b")
 _PYTHON = re.compile(r"python[\d.]*$|pypy[\d.]*$")
 
 
@@ -79,6 +80,8 @@ def parse_command(tokens: Sequence[str]) -> FairseqCommand:
         shown = shlex.join(tokens[:3]) + (" …" if len(tokens) > 3 else "")
         hint = suggestion(PurePosixPath(rest[0]).name, ["fairseq-train"]) if rest else ""
         mend = hint or "; give one like `fairseq-train DATA --arch …`"
+        if any(_QUOTED.search(token) for token in rest):  # bash -c 'exec fairseq-train "$@"'
+            mend = " outside quotes; give that one plain, with --dry-run, and quote what it prints"
         raise UserError(f"`{shown}` is no fairseq-train command{mend}")
     return FairseqCommand(environment, rest[:length], rest[length:])
 
@@ -313,10 +316,7 @@ def refuse_unteachable(command: FairseqCommand) -> None:
 
 def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
     """Refuse a command that never looks at dev where the teacher reads what is seen there."""
-    needs_dev = any(
-        name.startswith("dev_") or name == "class_accuracy" for name in header.teacher.features
-    )
-    if needs_dev and has_flag(command, "--disable-validation"):
+    if header.teacher.reads_dev and has_flag(command, "--disable-validation"):
         raise UserError(
             "--disable-validation leaves the teacher without the dev statistics that it reads; "
             "remove it"

@@ -86,6 +86,11 @@ def _distribution() -> str:
     return "FOLDER_OF_FAIRSEQ"
 
 
+def newer_settings(config: Any, *names: str) -> dict[str, Any]:
+    """Return those of the settings ``names`` that this fairseq knows: 0.12.2 has fewer."""
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def _numpy_globals() -> list[Any]:
     """Return the numpy types and functions that occur in fairseq's checkpoints.
 

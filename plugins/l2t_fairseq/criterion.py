@@ -9,47 +9,40 @@ on every process. The student's state s_t moves there and nowhere else.
 # No `from __future__ import annotations`: fairseq reads the types of its configurations.
 
 import logging
-import math
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 import torch
-from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
-from fairseq.tasks.translation import TranslationTask
 from omegaconf import II
 from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
+from l2t_core.files import file_digest
 from l2t_core.losses import cross_entropy
 from l2t_core.student_state import DevStatistics, TrainStatistics
 from l2t_core.teacher_file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, refuse_differences
+from l2t_fairseq.reporting import (
+    announced_update,
+    end_at_other_model,
+    log_losses,
+    logging_output,
+    refuse_other_task,
+    summed,
+)
 
 logger = logging.getLogger(__name__)
 
 # Marks the logging outputs of training batches; they are summed, so it counts batches.
 TRAINING = "l2t_training"
-
-
-def refuse_other_task(task: Any, criterion: str) -> None:
-    """Refuse a task whose students and dictionaries are not those of translation.
-
-    Raises:
-        UserError: naming the task.
-    """
-    # Tasks of an older kind have no configuration, although they build on translation.
-    if not isinstance(task, TranslationTask) or getattr(task, "cfg", None) is None:
-        raise UserError(
-            f"--criterion {criterion} teaches translation, and this is a {type(task).__name__}; "
-            "use --task translation or l2t_translation"
-        )
 
 
 @dataclass
@@ -119,15 +112,20 @@ class L2TDynamicCriterion(FairseqCriterion):
         if l2t_warmup_steps is not None and l2t_warmup_steps < 0:
             raise UserError(f"--l2t-warmup-steps is {l2t_warmup_steps}; it must be 0 or more")
         self.sentence_avg, self.debug = sentence_avg, debug
+        # In full: hydra changes the working folder, and a message has to say where it looked.
+        file = Path(l2t_teacher).absolute()
         self.applied = AppliedTeacher.from_file(
-            l2t_teacher, l2t_total_steps, warmup_steps=l2t_warmup_steps
+            file, l2t_total_steps, warmup_steps=l2t_warmup_steps
         )
         header = self.applied.header
         assert header is not None  # from_file always has one
-        check_fits(header, dictionary_fingerprint(task.target_dictionary), l2t_teacher)
+        check_fits(header, dictionary_fingerprint(task.target_dictionary), file)
+        # What a resumed run should have in common with the one that it goes on with.
+        self._origin = {"teacher_sha256": file_digest(file, "sha256"), "steps": l2t_total_steps}
         self._dev_interval = header.dev_interval_for(l2t_total_steps)
         self._dev = _DevPass()
         self._dev_counted_at = 0
+        self._may_miss_dev = header.teacher.reads_dev  # until it was said
         # Set by a task that calls begin_update itself.
         self.fed_by_task = False
 
@@ -135,6 +133,14 @@ class L2TDynamicCriterion(FairseqCriterion):
     def build_criterion(cls, cfg: Any, task: Any) -> "L2TDynamicCriterion":
         """Build the criterion for fairseq; the user's mistakes end the program in one line."""
         steps = cfg.max_update if cfg.l2t_total_steps is None else cfg.l2t_total_steps
+        if 0 < steps < cfg.max_update:
+            logger.warning(
+                "--l2t-total-steps %d is less than --max-update %d; from update %d on the teacher "
+                "takes every update for the last",
+                steps,
+                cfg.max_update,
+                steps,
+            )
         try:
             refuse_other_task(task, "l2t_dynamic")
             return cls(
@@ -181,12 +187,11 @@ class L2TDynamicCriterion(FairseqCriterion):
         """
         type(self)._live = weakref.ref(self)
         training = self.training and torch.is_grad_enabled()
+        end_at_other_model(model)
         log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         with torch.no_grad():
-            nll = cross_entropy(log_probs, target)
-            correct = (is_best(log_probs, nll) & ~pad).sum()
-            nll = nll.masked_fill(pad, 0.0)
+            nll = cross_entropy(log_probs, target).masked_fill(pad, 0.0)
         if training:
             if not self.fed_by_task:
                 self.begin_update(*announced_update())
@@ -195,27 +200,15 @@ class L2TDynamicCriterion(FairseqCriterion):
             loss = nll
         if reduce:
             loss = loss.sum()
-        sample_size = self._sample_size(sample)
-        outputs = {
-            "loss": loss.data if reduce else loss.data.sum(),
-            "nll_loss": nll.sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
-            "sample_size": sample_size,
-            "n_correct": correct,
-            TRAINING: int(training),
-        }
-        return loss, sample_size, outputs
-
-    def _sample_size(self, sample: dict[str, Any]) -> Any:
-        return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        outputs = logging_output(sample, loss, nll, log_probs, pad, self.sentence_avg)
+        return loss, outputs["sample_size"], {**outputs, TRAINING: int(training)}
 
     # -- what happened
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss and nll_loss (base 2), ppl and accuracy; move the student's state s_t on."""
-        sums = summed(logging_outputs, "loss", "nll_loss", "n_correct", TRAINING)
+        sums = summed(logging_outputs, TRAINING)
         if not sums["ntokens"]:
             return  # nothing but dummy batches, which only keep processes in step
         nll, accuracy = log_losses(sums)
@@ -241,6 +234,20 @@ class L2TDynamicCriterion(FairseqCriterion):
             except UserError as error:
                 raise end_with(error) from None
         self.applied.commit(statistics)
+        self._tell_if_dev_is_missed()
+
+    def _tell_if_dev_is_missed(self) -> None:
+        """Say once that the teacher sees the dev set more rarely than in its training."""
+        since = self.applied.step - self._dev_counted_at
+        if self._may_miss_dev and since > 2 * self._dev_interval and not self._dev:
+            self._may_miss_dev = False
+            logger.warning(
+                "the teacher has not seen the dev set for %d updates; in its training it saw it "
+                "every %d, scaled to this run; add --validate-interval-updates %d",
+                since,
+                self._dev_interval,
+                self._dev_interval,
+            )
 
     def _settle_dev(self) -> None:
         """Give the teacher the finished pass over the dev set, if there is one and it is due.
@@ -263,10 +270,24 @@ class L2TDynamicCriterion(FairseqCriterion):
     def teacher_state(self) -> dict[str, Any]:
         """Return s_t and the update it belongs to as plain Python values, for a checkpoint."""
         self._settle_dev()
-        return {"applied": self.applied.state_dict(), "dev_counted_at": self._dev_counted_at}
+        return {
+            "applied": self.applied.state_dict(),
+            "dev_counted_at": self._dev_counted_at,
+            "origin": self._origin,
+        }
 
     def load_teacher_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`teacher_state` returned."""
+        """Take over what :meth:`teacher_state` returned, and say what has changed since."""
+        before = {**self._origin, **state.get("origin", {})}  # none in those of early versions
+        if before["teacher_sha256"] != self._origin["teacher_sha256"]:
+            logger.warning("the run goes on under another teacher than it began with")
+        if before["steps"] != self._origin["steps"]:
+            logger.warning(
+                "the run goes on as one of %d updates and began as one of %d; its progress and "
+                "the teacher's warm-up follow the new length",
+                self._origin["steps"],
+                before["steps"],
+            )
         self.applied.load_state_dict(state["applied"])
         self._dev_counted_at = int(state["dev_counted_at"])
         self._dev = _DevPass()
@@ -275,37 +296,6 @@ class L2TDynamicCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Tell fairseq that all logging outputs are numbers which may be added up."""
         return True
-
-
-def summed(logging_outputs: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
-    """Return the sums of ``keys``, of tokens and of sample sizes over batches and processes."""
-    return {
-        key: sum(log.get(key, 0) for log in logging_outputs)
-        for key in ("ntokens", "sample_size", *keys)
-    }
-
-
-def log_losses(sums: dict[str, Any]) -> tuple[Any, Any]:
-    """Log loss and nll_loss (base 2), ppl and accuracy; return nll in nats and accuracy a token."""
-    ntokens, sample_size = sums["ntokens"], sums["sample_size"]
-    nll, accuracy = sums["nll_loss"] / ntokens, sums["n_correct"] / ntokens
-    # The same expressions, in the same order, as fairseq's cross_entropy: base 2, 3 digits.
-    loss = sums["loss"] / sample_size / math.log(2)
-    metrics.log_scalar("loss", loss, sample_size, round=3)
-    metrics.log_scalar("nll_loss", nll / math.log(2), ntokens, round=3)
-    metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-    metrics.log_scalar("l2t_accuracy", accuracy, ntokens, round=4)
-    return nll, accuracy
-
-
-def is_best(log_probs: Tensor, nll: Tensor) -> Tensor:
-    """Tell [N] where no class is more probable than the target, whose -log p_y is ``nll`` [N].
-
-    As the argmax tells it, in a fifth of the time on a CPU. Where all classes are equally
-    probable, nothing is predicted, and nothing counts as correct.
-    """
-    chance = math.log(log_probs.shape[1])
-    return (-nll >= log_probs.amax(1)) & (nll < chance - 1e-5)
 
 
 class _DevPass:
@@ -325,21 +315,11 @@ class _DevPass:
             old = self._sums
             self._sums = (old[0] + nll, old[1] + correct, old[2] + tokens)
 
+    def __bool__(self) -> bool:
+        return self._root is not None
+
     def take(self) -> DevStatistics | None:
         """Return the statistics, if there are any, and begin anew."""
         nll, correct, tokens = self._sums
         self._sums, self._root = (0.0, 0.0, 0.0), None
         return DevStatistics(nll / tokens, correct / tokens) if tokens else None
-
-
-def announced_update() -> tuple[int, float]:
-    """Return update number and learning rate as fairseq's trainer logged them last.
-
-    The path of tasks that do not feed the criterion. The trainer logs the rate before the first
-    update and the number after it. Read from the live aggregator: after a resume, the one called
-    "default" is a copy from the checkpoint that nobody writes to.
-    """
-    live = metrics.get_active_aggregators()[0]
-    update = live.get_smoothed_value("num_updates") if "num_updates" in live else 0
-    rate = next((live.get_smoothed_value(k) for k in ("lr", "lr_default") if k in live), 0.0)
-    return int(update), float(rate)

@@ -25,17 +25,18 @@ from l2t_core.losses import cross_entropy
 from l2t_core.measures import distinct_mask, mrt_expectations
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
-from l2t_fairseq.criterion import (
+from l2t_fairseq.data_folder import open_data
+from l2t_fairseq.predictions import predictions, unwrapped
+from l2t_fairseq.ranks import end_with
+from l2t_fairseq.recipe import NmtSpec
+from l2t_fairseq.reporting import (
     announced_update,
-    is_best,
+    end_at_other_model,
     log_losses,
+    logging_output,
     refuse_other_task,
     summed,
 )
-from l2t_fairseq.data_folder import open_data
-from l2t_fairseq.predictions import predictions
-from l2t_fairseq.ranks import end_with
-from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
 
@@ -135,11 +136,10 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
 
         With ``reduce`` False the loss is one value per target position, zero at padding.
         """
+        end_at_other_model(model)
         log_probs, target = predictions(model, sample)
         pad = target.eq(self.padding_idx)
         nll = cross_entropy(log_probs, target).masked_fill(pad, 0.0)
-        with torch.no_grad():
-            correct = (is_best(log_probs, nll) & ~pad).sum()
         measured = None
         loss = nll
         if not (self.training and torch.is_grad_enabled()):
@@ -150,23 +150,16 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
             loss = self.ce_mix * nll + (1.0 - self.ce_mix) * risk.masked_fill(pad, 0.0)
         if reduce:
             loss = loss.sum()
-        sentences = sample["target"].size(0)
-        sample_size = sentences if self.sentence_avg else sample["ntokens"]
-        outputs = {
-            "loss": loss.data if reduce else loss.data.sum(),
-            "nll_loss": nll.data.sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sentences,
-            "sample_size": sample_size,
-            "n_correct": correct,
-            MEASURE: 0.0 if measured is None else measured.data.sum(),
-            MEASURED: 0 if measured is None else sentences,
+        outputs = logging_output(sample, loss, nll, log_probs, pad, self.sentence_avg)
+        counted = {
+            MEASURE: 0.0 if measured is None else measured.detach().sum(),
+            MEASURED: 0 if measured is None else len(measured),
         }
-        return loss, sample_size, outputs
+        return loss, outputs["sample_size"], {**outputs, **counted}
 
     def expectations(self, model: Any, sample: dict[str, Any]) -> Tensor:
         """Return each sentence's expected measure [B] over its candidates, differentiable."""
-        model, net_input, words = _unwrapped(model), sample["net_input"], self.words
+        model, net_input, words = unwrapped(model), sample["net_input"], self.words
         # fairseq seeds this generator anew at every update, so that a resumed run draws the same.
         seed = int(torch.randint(2**31, ()))
         training = model.training
@@ -186,7 +179,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
 
     def greedy_scores(self, model: Any, sample: dict[str, Any]) -> Tensor:
         """Return the measure [B] of each sentence's greedy translation."""
-        model, net_input, words = _unwrapped(model), sample["net_input"], self.words
+        model, net_input, words = unwrapped(model), sample["net_input"], self.words
         found = greedy(
             model, net_input, length_limit(model, net_input), eos=words.eos(), pad=words.pad()
         )
@@ -208,7 +201,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss, nll_loss, ppl and accuracy, and the measure where it was taken."""
-        sums = summed(logging_outputs, "loss", "nll_loss", "n_correct", MEASURE, MEASURED)
+        sums = summed(logging_outputs, MEASURE, MEASURED)
         if not sums["ntokens"]:
             return  # nothing but dummy batches, which only keep processes in step
         log_losses(sums)
@@ -246,10 +239,3 @@ def _refuse(
 def _as_flags(text: str) -> str:
     """Return what is said of a recipe's settings as said of this criterion's flags."""
     return re.sub(r"nmt\.(\w+)", lambda name: "--l2t-" + name[1].replace("_", "-"), text)
-
-
-def _unwrapped(model: Any) -> Any:
-    """Return the encoder-decoder itself: gradients reach its parameters all the same."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model

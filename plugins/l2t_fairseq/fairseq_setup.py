@@ -23,6 +23,8 @@ from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
 from l2t_fairseq.command import FairseqCommand, refuse_unteachable
+from l2t_fairseq.compat import newer_settings
+from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import fill, starting_parameters
 
@@ -64,12 +66,15 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
             f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
         ) from None
     except Exception as error:  # fairseq and omegaconf raise all kinds on a user's mistake
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(
-            f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
+            f"nmt.train: fairseq does not accept the flags ({_one_line(error)}); mend the recipe"
         ) from error
     _refuse(namespace, config)
     return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _shortened(reason: str) -> str:
@@ -171,14 +176,18 @@ class FairseqSetup:
         """Return the model as ``fairseq-train --seed seed`` begins with it.
 
         Raises:
-            UserError: if fairseq refuses the model's settings.
+            UserError: if fairseq refuses the model's settings, or it cannot be taught.
         """
         with quiet_fairseq():
             utils.set_torch_seed(seed)
             try:
                 model = self.task.build_model(copy.deepcopy(self.config.model))
-            except (ValueError, AssertionError) as error:
-                raise UserError(f"nmt.train: fairseq cannot build the model: {error}") from error
+                refuse_other_model(model)
+            except UserError as error:
+                raise UserError(f"nmt.train: {error}") from None
+            except Exception as error:  # fairseq's models raise all kinds on a user's mistake
+                reason = _one_line(error)
+                raise UserError(f"nmt.train: fairseq cannot build the model: {reason}") from error
         return model if self._start is None else fill(model, self._start, self.config.model)
 
     def updates(self, model: Any, seed: int) -> Iterator[tuple[list[Any], bool]]:
@@ -214,12 +223,8 @@ class FairseqSetup:
 
     def _epoch(self, model: Any, seed: int, epoch: int) -> Any:
         data, config = self.config.dataset, self.config
-        # Newer versions of fairseq know more arguments; 0.12.2 does not.
-        newer = {
-            name: getattr(data, name)
-            for name in ("grouped_shuffling", "update_epoch_batch_itr")
-            if hasattr(data, name)
-        }
+        newer = newer_settings(data, "grouped_shuffling", "update_epoch_batch_itr")
+        by_epoch = any(newer_settings(data, "update_ordered_indices_seed").values())
         return self._batches(
             dataset=self.task.dataset(self.train_subset),
             max_tokens=data.max_tokens,
@@ -227,7 +232,7 @@ class FairseqSetup:
             max_positions=self.longest(model, data.max_tokens),
             ignore_invalid_inputs=True,
             required_batch_size_multiple=data.required_batch_size_multiple,
-            seed=seed + epoch if getattr(data, "update_ordered_indices_seed", False) else seed,
+            seed=seed + epoch if by_epoch else seed,
             num_workers=0,
             epoch=epoch,
             data_buffer_size=0,
@@ -245,8 +250,9 @@ class FairseqSetup:
         try:
             return self.task.get_batch_iterator(**settings)
         except Exception as error:  # a sentence too long for the model is a bare Exception there
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"nmt.train: fairseq cannot make batches ({reason})") from error
+            raise UserError(
+                f"nmt.train: fairseq cannot make batches ({_one_line(error)})"
+            ) from error
 
     def valid_batches(self, model: Any) -> list[Any]:
         """Return the dev set in fairseq's own validation batches.
@@ -328,10 +334,9 @@ class RateSchedule:
             self.scheduler.step_update(0)
             self._begin_epoch()
         except (ValueError, AssertionError, TypeError, AttributeError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"nmt.train: fairseq refuses the settings of --lr-scheduler "
-                f"{config.lr_scheduler._name} ({reason})"
+                f"{config.lr_scheduler._name} ({_one_line(error)})"
             ) from error
 
     def _begin_epoch(self) -> None:

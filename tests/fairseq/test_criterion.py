@@ -24,6 +24,7 @@ l2t_fairseq.register()
 from fairseq import options, tasks  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
+from fairseq.tasks.translation import TranslationConfig, TranslationTask  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from fairseq_cli.train import validate  # noqa: E402
 
@@ -33,6 +34,7 @@ from l2t_fairseq.expected_measure import (  # noqa: E402
     L2TExpectedMeasureCriterion,
 )
 from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
+from l2t_fairseq.reporting import is_best, refuse_other_task  # noqa: E402
 
 
 class Bench:
@@ -309,8 +311,6 @@ def test_another_dictionary_is_refused(make_bench: MakeBench, tmp_path: Path) ->
 
 
 def test_the_best_class_is_the_argmax() -> None:
-    from l2t_fairseq.criterion import is_best
-
     generator = torch.Generator().manual_seed(1)
     log_probs = torch.randn(200, 7, generator=generator).log_softmax(1)
     target = torch.randint(7, (200,), generator=generator)
@@ -320,13 +320,59 @@ def test_the_best_class_is_the_argmax() -> None:
     assert not is_best(uniform, -uniform[:, 0]).any()
 
 
+def nothing() -> Any:
+    return SimpleNamespace(target_dictionary=None)
+
+
+def levenshtein() -> Any:
+    """Return a task of fairseq's that builds on translation and makes other batches."""
+    from fairseq.tasks.translation_lev import (
+        TranslationLevenshteinConfig,
+        TranslationLevenshteinTask,
+    )
+
+    words = dictionary()
+    return TranslationLevenshteinTask(TranslationLevenshteinConfig(), words, words)
+
+
 @pytest.mark.parametrize("kind", [L2TDynamicCriterion, L2TExpectedMeasureCriterion])
-def test_other_tasks_are_refused(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(nothing, "SimpleNamespace"), (levenshtein, "TranslationLevenshteinTask")],
+)
+def test_other_tasks_are_refused(
+    kind: Any, make: Callable[[], Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Their dictionary need not be the target's: a wrong teacher would be taken for the right."""
     names = [*L2TDynamicCriterionConfig.__dataclass_fields__]
     names += L2TExpectedMeasureConfig.__dataclass_fields__
     cfg = SimpleNamespace(**dict.fromkeys(names, 1))
     with pytest.raises(SystemExit) as ended:
-        kind.build_criterion(cfg, SimpleNamespace(target_dictionary=None))
+        kind.build_criterion(cfg, make())
     assert ended.value.code == 2
-    assert "and this is a SimpleNamespace; use --task translation" in capsys.readouterr().err
+    assert f"and this is a {name}; use --task translation" in capsys.readouterr().err
+
+
+def test_a_task_of_the_users_own_passes() -> None:
+    class Own(TranslationTask):
+        """A task of another package."""
+
+    refuse_other_task(Own(TranslationConfig(), dictionary(), dictionary()), "l2t_dynamic")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--arch", "nonautoregressive_transformer"], "does not translate word by word"),
+        (["--adaptive-softmax-cutoff", "5,10"], "leave the flag out"),
+    ],
+)
+def test_models_that_cannot_be_taught_end_in_one_line(
+    make_bench: MakeBench, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    bench = make_bench("--task", "l2t_translation", *flags)
+    with pytest.raises(SystemExit) as ended:
+        bench.trainer.train_step([bench.batches[0]])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert said.startswith("l2t: error: ") and says in said

@@ -18,6 +18,7 @@ from l2t_core.errors import UserError
 from l2t_fairseq import iwslt14
 from l2t_fairseq.iwslt14 import (
     TESTS,
+    TRAIN,
     moses_tokeniser,
     parse,
     prepare,
@@ -66,6 +67,19 @@ def test_segments_of_the_official_xml() -> None:
     assert segments(text, "x") == ["It's R&D, \"yes\" & no.", "Two\nlines"]
     with pytest.raises(ValueError, match="x is damaged: sentence 2 does not end"):
         segments('<seg id="1">a</seg>\n<seg id="2">b\n', "x")
+
+
+def test_line_ends_of_another_system_and_stray_controls_change_nothing() -> None:
+    files = official_files()
+    training, dev = (name.format("de") for name in (TRAIN, TESTS[0]))
+    dirty = {name: text.replace("\n", "\r\n") for name, text in files.items()}
+    dirty[training] = dirty[training].replace("Eins zwei", "Ei\0ns\tzwei\x0b")
+    dirty[dev] = dirty[dev].replace("Eins", "E\0ins\r")
+    assert dirty[training].count("\0") > 3 and "\0" in dirty[dev]
+    clean, other = (
+        splits(tokenised(parse(texts, Path("a.tgz")), quiet)) for texts in (files, dirty)
+    )
+    assert clean == other
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,13 @@ def test_hypergradient_equals_central_differences(prepared_toy, monkeypatch, arc
         ({"train": TRANSFORMER + RUN + " --finetune-from-model old.pt"}, "no checkpoint old.pt"),
         ({"train": "--arch lightconv_lm" + RUN}, "nmt.train: --arch lightconv_lm is a language"),
         ({"train": TRANSFORMER + RUN + " --criterion adaptive_loss"}, "cannot be replaced"),
+        ({"train": TRANSFORMER.replace("--share-all-embeddings", "") + RUN
+          + " --adaptive-softmax-cutoff 9,12"}, "leave the flag out"),
+        ({"train": TRANSFORMER + RUN + " --arch nonautoregressive_transformer"},
+         "NATransformerModel does not translate word by word"),
+        ({"train": TRANSFORMER.replace("--share-all-embeddings", "") + RUN
+          + " --arch lightconv --encoder-kernel-size-list [3] --decoder-kernel-size-list [3]"
+          " --adaptive-softmax-cutoff 9,12"}, "cannot build the model: "),
         ({"train": TRANSFORMER + " --optimizer adagrad --lr 0.1 --batch-size 6"},
          "adagrad has no differentiable"),
         ({"train": TRANSFORMER + RUN + " --lr-scheduler reduce_lr_on_plateau"}, "plateau"),
