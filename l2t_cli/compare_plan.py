@@ -56,7 +56,7 @@ class Arm:
 def problems(recipe: Recipe) -> list[str]:
     """Return a line for everything that is wrong with the recipe's ``compare`` section."""
     found = [*_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare)]
-    return [f"{recipe.source}: {text}" for text in found]
+    return [recipe.located(text) for text in found]
 
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:

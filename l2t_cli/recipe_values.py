@@ -17,7 +17,7 @@ def problems(recipe: Recipe, classes: int | None = None) -> list[str]:
     found = settings.problems(
         recipe.loss, recipe.teacher, recipe.training, recipe.student.steps, classes
     )
-    return [f"{recipe.source}: {line}" for line in [*found, *recipe.field.problems(recipe.student)]]
+    return [recipe.located(line) for line in [*found, *recipe.field.problems(recipe.student)]]
 
 
 def refuse_impossible(recipe: Recipe, classes: int | None = None) -> None:
