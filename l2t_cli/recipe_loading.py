@@ -51,11 +51,6 @@ class Recipe:
     compare: CompareSpec
     overridden: frozenset[str] = frozenset()
 
-    def located(self, problem: str) -> str:
-        """Return ``problem``, which begins with a key, after the place where the key was set."""
-        key = problem.split(maxsplit=1)[0].rstrip(":")
-        return f"{COMMAND_LINE if key in self.overridden else self.source}: {problem}"
-
     @property
     def short_name(self) -> str:
         """``demo-de-en`` of ``nmt/demo-de-en``."""
