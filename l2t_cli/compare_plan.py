@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from l2t_cli.application_result import CROSS_ENTROPY, TAUGHT
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.recipe_loading import Recipe
+from l2t_cli.recipe_values import located
 from l2t_cli.teacher_copies import TeacherCopies, TeacherCopy
 from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
@@ -56,7 +57,7 @@ class Arm:
 def problems(recipe: Recipe) -> list[str]:
     """Return a line for everything that is wrong with the recipe's ``compare`` section."""
     found = [*_wrong_losses(recipe), *_wrong_grids(recipe), *_wrong_numbers(recipe.compare)]
-    return [f"{recipe.source}: {text}" for text in found]
+    return [located(recipe, text) for text in found]
 
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:

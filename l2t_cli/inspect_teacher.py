@@ -34,7 +34,7 @@ def command(
     written = [_coefficients(network, header, point) for point in POINTS]
     console.table(
         "Coefficients φ over the life of a student without statistics (mean ± deviation)",
-        ["coefficient", *times],
+        ["part", *times],
         _coefficient_rows(written),
     )
     middle, when = written[len(written) // 2], times[len(times) // 2]

@@ -5,11 +5,12 @@ Nothing here imports torch: ``l2t --help`` has to answer at once.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ from l2t_cli import (
     transfer,
     user_dir,
 )
-from l2t_cli.errors import Terminated, exit_code_of
+from l2t_cli.errors import INTERRUPTED, Terminated, exit_code_of, say
 from l2t_cli.options import help_alone
 
 app = typer.Typer(
@@ -38,17 +39,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train-teacher")(train_teacher.command)
-app.command("apply-teacher")(apply_teacher.command)
-app.command("compare")(compare.command)
-app.command("transfer")(transfer.command)
+
+
+def _add(name: str, command: Callable[..., None]) -> None:
+    """Add a command; its help has a docstring's paragraphs, not the line breaks inside them."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(name, help="\n\n".join(" ".join(text.split()) for text in paragraphs))(command)
+
+
+_add("train-teacher", train_teacher.command)
+_add("apply-teacher", apply_teacher.command)
+_add("compare", compare.command)
+_add("transfer", transfer.command)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe_commands.app, name="recipes")
-app.command("inspect")(inspect_teacher.command)
-app.command("export")(export.command)
-app.command("doctor")(doctor.command)
-app.command("user-dir")(user_dir.command)
-app.command("demo")(demo.command)
+_add("inspect", inspect_teacher.command)
+_add("export", export.command)
+_add("doctor", doctor.command)
+_add("user-dir", user_dir.command)
+_add("demo", demo.command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -92,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog_name="l2t",
             standalone_mode=False,
         )
+        if code == INTERRUPTED:  # Typer has taken a Ctrl-C that no command turned into advice
+            say("l2t: interrupted")
     except BaseException as error:
         code = exit_code_of(error)
         if code is None:

@@ -37,7 +37,11 @@ Jobs = Annotated[
 ]
 ChosenFormat = Annotated[
     LogFormat | None,
-    typer.Option(show_default="rich on a terminal, else simple", help="How to report."),
+    typer.Option(
+        metavar="FORMAT",  # the four names would cut long options off at 80 characters
+        show_default="rich on a terminal, else simple",
+        help="How to report: rich, simple, json or none.",
+    ),
 ]
 
 

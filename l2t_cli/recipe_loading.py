@@ -32,6 +32,7 @@ CORE_SECTIONS: dict[str, type] = {
 # Read by `l2t compare` alone: a teacher does not depend on it.
 COMPARE = "compare"
 
+COMMAND_LINE = "the command line"
 _LIST: Any = typing.List  # noqa: UP006 - omegaconf 2.0 knows this spelling only
 
 
@@ -48,6 +49,7 @@ class Recipe:
     teacher: TeacherSpec
     training: TrainingSpec
     compare: CompareSpec
+    overridden: frozenset[str] = frozenset()
 
     @property
     def short_name(self) -> str:
@@ -145,7 +147,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         key, value = _parse_override(override)
         # A section in braces, as people write it in the file: compare.gce={q: [0.4]}.
         inside = _leaves({key: value}) if isinstance(value, dict) else [(key, value)]
-        changes += [(leaf, found, "the command line") for leaf, found in inside]
+        changes += [(leaf, found, COMMAND_LINE) for leaf, found in inside]
     texts = {"field": field.name, "description": ""}
     for key, value, where in changes:
         problem = _apply(key, value, trees, sections, texts)
@@ -168,6 +170,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         field=field,
         student=built[field.name],
         **{key: built[key] for key in (*CORE_SECTIONS, COMPARE)},
+        overridden=frozenset(key for key, _, where in changes if where == COMMAND_LINE),
     )
     return recipe, []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from l2t_cli.recipe_loading import Recipe
+from l2t_cli.recipe_loading import COMMAND_LINE, Recipe
 from l2t_core.errors import UserError
 
 
@@ -17,7 +17,13 @@ def problems(recipe: Recipe, classes: int | None = None) -> list[str]:
     found = settings.problems(
         recipe.loss, recipe.teacher, recipe.training, recipe.student.steps, classes
     )
-    return [f"{recipe.source}: {line}" for line in [*found, *recipe.field.problems(recipe.student)]]
+    return [located(recipe, line) for line in [*found, *recipe.field.problems(recipe.student)]]
+
+
+def located(recipe: Recipe, problem: str) -> str:
+    """Return ``problem``, which begins with a key, after the place where the key was set."""
+    key = problem.split(maxsplit=1)[0].rstrip(":")
+    return f"{COMMAND_LINE if key in recipe.overridden else recipe.source}: {problem}"
 
 
 def refuse_impossible(recipe: Recipe, classes: int | None = None) -> None:

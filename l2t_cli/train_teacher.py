@@ -120,7 +120,8 @@ def run(
     opened = _open(config, folder, resume, (*_MAY_CHANGE, *places), processes)
     if opened.grown:
         (folder / PICTURE).unlink(missing_ok=True)  # the sign of a run that is over
-    done = finished_episodes(opened.metrics)
+    # Without its state a run begins anew, whatever its log says.
+    done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format.wordy:
         _say_where_it_stands(opened, len(done))

@@ -24,7 +24,11 @@ class PeerLost(Exception):
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    names = list(known)
+    section, _, last = name.rpartition(".")
+    # A key whose section in the middle was left out: image.lr for image.optimiser.lr.
+    inner = [k for k in names if section and k.startswith(f"{section}.") and k.endswith(f".{last}")]
+    close = inner[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -171,11 +171,27 @@ def _check_same_run(
         elif key in may_change and before.get(key) != now.get(key):
             changed.add(key)
         elif before.get(key) != now.get(key):
+            there, here = _where_they_part(repr(before.get(key)), repr(now.get(key)))
             raise UserError(
-                f"{folder.path} holds another run ({key} is {before.get(key)!r} there, "
-                f"{now.get(key)!r} here); choose another --out"
+                f"{folder.path} holds another run ({key} is {there} there, {here} here); choose "
+                "another --out"
             )
     return changed
+
+
+def _where_they_part(first: str, second: str) -> tuple[str, str]:
+    """Return two different texts, of long ones (a command) the stretch where they first differ."""
+    pairs = enumerate(zip(first, second, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    start = max(0, same - 30)
+
+    def stretch(text: str) -> str:
+        if len(text) <= 120:
+            return text
+        end = same + 60
+        return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+    return stretch(first), stretch(second)
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:

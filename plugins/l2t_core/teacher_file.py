@@ -203,8 +203,11 @@ def _check_values(header: TeacherHeader) -> None:
 
 def size_of(header: TeacherHeader) -> str:
     """Return what a teacher fits: ``10 classes`` or ``10,152 dictionary entries``."""
-    kind = header.fingerprint.get("kind", "classes")
-    return f"{header.num_classes:,} {kind if kind == 'classes' else f'{kind} entries'}"
+    return _size(header.fingerprint.get("kind", "classes"), header.num_classes)
+
+
+def _size(kind: str, number: int) -> str:
+    return f"{number:,} {kind if kind == 'classes' else f'{kind} entries'}"
 
 
 def check_teacher(path: Path, fingerprint: dict[str, Any]) -> None:
@@ -226,8 +229,8 @@ def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | 
     theirs, ours = header.fingerprint, fingerprint
     if theirs.get("kind") != ours.get("kind"):
         raise UserError(
-            f"teacher {path} was trained for {theirs.get('kind')}, the student has "
-            f"{ours.get('kind')}; train a teacher on this task"
+            f"teacher {path} was trained for {size_of(header)}, the student has "
+            f"{_size(str(ours.get('kind')), ours['num_classes'])}; train a teacher on this task"
         )
     if theirs.get("num_classes") != ours.get("num_classes"):
         raise UserError(

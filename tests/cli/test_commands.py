@@ -70,6 +70,24 @@ def test_help_tells_the_defaults(l2t: Run, command: list[str]) -> None:
     assert text.count("[default:") >= 2 and "(rich" in text
 
 
+def test_help_keeps_paragraphs_and_options_whole_at_80_characters(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "--tensorboard-logdir" in l2t("train-teacher", "--help").out
+    lines = [line.strip() for line in l2t("demo", "--help").out.splitlines()]
+    assert "demo that was stopped goes on where it was." in lines
+
+
+def test_ctrl_c_before_a_run_is_told(l2t: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2t_cli.doctor.cores", interrupted)
+    outcome = l2t("doctor")
+    assert (outcome.code, outcome.err) == (130, "l2t: interrupted\n")
+
+
 def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom l2t_cli.main import main\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_a_cut_log_is_written_anew(l2t: Run, digits: Path, trained: Path) -> Non
     log.write_text(whole[:-20])
     assert l2t("train-teacher", digits, "--out", trained).code == 0
     assert log.read_text() == whole
+
+
+def test_without_its_state_a_run_does_not_claim_to_continue(
+    l2t: Run, digits: Path, trained: Path
+) -> None:
+    (trained / "state.safetensors").unlink()
+    outcome = l2t("train-teacher", digits, "--out", trained)
+    assert outcome.code == 0 and "episode   0/2" in outcome.out
+    assert "continuing" not in outcome.out and "finished already" not in outcome.out
+
+
+def test_every_field_of_the_log_is_on_the_engines_page(trained: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/engine.md").read_text(encoding="utf-8")
+    table = page.split("| field | meaning |\n|---|---|\n", 1)[1].split("\n\n", 1)[0]
+    first = [row.split("|")[1] for row in table.splitlines()]
+    told = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+    rows = map(json.loads, (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert {key for row in rows for key in row} == told - {"reason"}
 
 
 def test_scalars_that_cannot_be_written(l2t: Run, digits: Path) -> None:

@@ -150,5 +150,5 @@ def test_fit_names_both_sizes(saved):
         check_fits(header, {**header.fingerprint, "num_classes": 7}, path)
     with pytest.raises(UserError, match="another order"):
         check_fits(header, {**header.fingerprint, "sha256": "x"}, path)
-    with pytest.raises(UserError, match="trained for dictionary, the student has classes"):
+    with pytest.raises(UserError, match="for 5 dictionary entries, the student has 5 classes"):
         check_fits(header, {"kind": "classes", "num_classes": 5}, path)
