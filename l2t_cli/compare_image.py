@@ -26,7 +26,7 @@ class ImageTrials:
         from l2t_vision.identity import signature
 
         self.recipe = recipe
-        self.student = recipe.field.build_student(recipe.student, 1)
+        self.student = recipe.field.build_student(recipe.student)
         self.rate = float(recipe.student.optimiser.lr)
         self.one_a_core = self.student.data.train_x.device.type == "cpu"
         self.content = self.student.content()

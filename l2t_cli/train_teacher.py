@@ -86,7 +86,7 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
 def _student(recipe: Recipe) -> Any:
     """Return the student that a teacher is to be trained on, if anything can be learned from it."""
     refuse_impossible(recipe)  # before data and model are loaded
-    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    student = recipe.field.build_student(recipe.student)
     refuse_impossible(recipe, student.num_classes)
     return student
 

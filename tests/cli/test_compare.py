@@ -31,6 +31,7 @@ from l2t_cli.fields import FIELDS
 from l2t_cli.train_teacher import run as train
 from l2t_core.baselines import BASELINES
 from l2t_core.comparison import PairedComparison
+from l2t_core.files import claimed
 from l2t_vision.student import ImageStudent
 
 COMPARE = """\
@@ -590,3 +591,17 @@ def test_a_folder_of_another_tool_is_left_alone(l2t: Run, tiny: Path) -> None:
     Path("ours").mkdir()
     Path("ours/.config.json.abc").write_text("{")
     assert l2t("compare", tiny, "--out", "ours", "--jobs", "1").code == 0
+
+
+def test_a_second_command_at_work_in_one_folder_is_refused(
+    l2t: Run, tiny: Path, watched: Watched
+) -> None:
+    teacher = watched.folder.parent / "teacher" / "teacher_best.safetensors"
+    for command in (("compare", tiny), ("transfer", teacher, tiny)):
+        with claimed(Path("out")):
+            line = l2t(*command, "--out", "out", "--jobs", "1").error()
+        assert "another command is at work in out; wait for it, or choose another --out" in line
+        assert list(Path("out").iterdir()) == []
+    # The claim ends with the command.
+    options = ("--out", "out", "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
+    assert all(l2t("compare", tiny, *options).code == 0 for _ in range(2))
