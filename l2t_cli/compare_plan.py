@@ -83,6 +83,8 @@ def _wrong_grids(recipe: Recipe) -> Iterator[str]:
         for key, values in _grid(recipe, name).items():
             if not values:
                 yield f"compare.{name}.{key} is empty; give it at least one value"
+            if len(set(values)) < len(values):
+                yield f"compare.{name}.{key} names a value twice; remove one"
             for value in values:
                 try:
                     complete_settings(name, {key: value})

@@ -460,6 +460,7 @@ def test_no_number_is_broken_on_a_narrow_screen(
         ("compare.tune_on=test", "(known: measure, nll)"),
         ("compare.gce.q=[2]", "gce.q is 2; it must be from 0 to 1"),
         ("compare.large_margin.margin=[5]", "from 2 to 4"),
+        ("compare.focal.gamma=[1,2,1.0]", "compare.focal.gamma names a value twice; remove one"),
         ("compare.focal.gamma=[]", "compare.focal.gamma is empty"),
         ("compare.focl.gamma=[1]", "did you mean 'compare.focal.gamma'?"),
         ("compare.teachers=[gone.safetensors]", "no teacher file at gone.safetensors"),
