@@ -17,8 +17,8 @@ from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, run_logged, this_python
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
-from l2t_core.baselines import complete_settings
 from l2t_core.errors import UserError
+from l2t_core.fixed_losses import complete_settings
 from l2t_fairseq.command import (
     FairseqCommand,
     has_flag,

@@ -17,6 +17,7 @@ from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.files import from_home
+from l2t_core.fixed_losses import BASELINES, complete_settings
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
 FIRST_TUNING_SEED = 900_001
@@ -60,11 +61,9 @@ def problems(recipe: Recipe) -> list[str]:
 
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import loss_names
-
     names = recipe.compare.losses
     for name in names:
-        if name not in loss_names():
+        if name not in BASELINES.names():
             hint = suggestion(name, recipe.field.losses)
             yield f"compare.losses: unknown loss {name!r}{hint}{_known(recipe)}"
         elif name not in recipe.field.losses:
@@ -77,9 +76,7 @@ def _wrong_losses(recipe: Recipe) -> Iterator[str]:
 
 
 def _wrong_grids(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import complete_settings, loss_names
-
-    for name in loss_names():
+    for name in BASELINES.names():
         for key, values in _grid(recipe, name).items():
             if not values:
                 yield f"compare.{name}.{key} is empty; give it at least one value"

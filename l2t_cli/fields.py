@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2t_core.errors import UserError
+from l2t_core.fixed_losses import BASELINES
 from l2t_core.registry import Registry
 
 
@@ -115,10 +116,7 @@ FIELDS.register("image")(
         student="l2t_vision.student:build_student",
         application="l2t_cli.apply_image:ImageApplication",
         trials="l2t_cli.compare_image:ImageTrials",
-        losses=(
-            "cross_entropy", "label_smoothing", "large_margin", "focal", "gce",
-            "logit_adjusted", "forward_corrected", "sigmoid",
-        ),
+        losses=tuple(name for name in BASELINES.names() if BASELINES.get(name).function),
         datasets="l2t_vision.prepare:DATASETS",
         places=("folder",),
         check="l2t_vision.checks:problems",
