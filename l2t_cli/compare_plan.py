@@ -60,6 +60,19 @@ def problems(recipe: Recipe) -> list[str]:
     return [f"{recipe.source}: {text}" for text in found]
 
 
+def wrong_teachers(recipe: Recipe) -> list[str]:
+    """Return a line for each of the ``compare`` section's teacher files that is none."""
+    from l2t_core.teacher_file import load_teacher
+
+    found = []
+    for path in map(from_home, recipe.compare.teachers):
+        try:
+            load_teacher(path)
+        except UserError as error:
+            found.append(f"{recipe.source}: compare.teachers: {error}")
+    return found
+
+
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:
     names = recipe.compare.losses
     for name in names:

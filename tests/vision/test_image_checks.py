@@ -41,6 +41,13 @@ from l2t_vision.student import build_student
         ({"imbalance": float("inf")}, "image.imbalance is inf"),
         ({"dropout": 1.0}, "image.dropout is 1.0"),
         ({"steps": 0}, "image.steps is 0"),
+        ({"dev_interval": 0}, "image.dev_interval is 0; it must be between 1 and image.steps"),
+        ({"steps": 99}, "image.dev_interval is 100; it must be between 1 and image.steps, 99"),
+        ({"dev_batch": -1}, "image.dev_batch is -1; it must be between 0 (the whole dev set) and"),
+        ({"dev_batch": 101}, "image.dev_batch is 101; it must be between 0 (the whole dev set)"),
+        ({"model": "collections:net"}, "image.model collections:net cannot be imported"),
+        ({"augment": "gone_away:cut"}, "image.augment gone_away:cut cannot be imported"),
+        ({"data": "math:pi"}, "image.data math:pi is no function"),
         ({"schedule": ScheduleSpec("cosine", 1000)}, "image.schedule.warmup_steps is 1000"),
         ({"optimiser": OptimiserSpec("nesterov", momentum=1.0)}, "image.optimiser.momentum is 1.0"),
         ({"optimiser": OptimiserSpec(weight_decay=-1e-4)}, "image.optimiser.weight_decay"),
@@ -56,7 +63,8 @@ def test_each_impossible_setting_is_one_line(settings: dict[str, Any], says: str
 
 def test_all_are_listed_at_once_and_none_where_there_is_none() -> None:
     assert len(problems(ImageSpec(model="lenett", steps=0, batch_size=-1, dev_size=9))) == 3
-    assert problems(ImageSpec(dev_size=100, model="mine:net", data="mine:load", depth=3)) == []
+    own = {"model": "torch.nn:Linear", "data": "json:load", "augment": "torch:flip"}
+    assert problems(ImageSpec(dev_size=100, dev_batch=100, steps=100, depth=3, **own)) == []
     assert problems(ImageSpec(dev_size=100, model="wide-resnet", depth=16, width=4)) == []
 
 
