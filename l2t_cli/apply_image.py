@@ -62,8 +62,8 @@ class ImageApplication:
         check_teacher(teacher, self.student().fingerprint())
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
-        """Return nothing: a recipe is trained as it is written."""
-        return []
+        """Return what is odd about the data: a recipe is trained as it is written."""
+        return [f"note: {text}" for text in self.student().notes()]
 
     def student(self) -> Any:
         """Return the student, built once: reset() makes it fresh for each seed."""

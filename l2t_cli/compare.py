@@ -192,6 +192,7 @@ class Comparison:
         summary = compare_report.summarise(
             self.recipe.name, self.arms, self.tuning, finals, results, self.field
         )
+        summary["warnings"] += self.field.notes()
         if len(self.seeds) < 5:
             summary["warnings"].append(f"{len(self.seeds)} seeds say little; give compare.seeds=5")
         ordered = dict(sorted(results.items(), key=lambda item: _order(self.arms, item[0])))

@@ -88,6 +88,10 @@ class FairseqTrials:
         if MRT in losses:
             refuse_other_user_dir(self.application.command, plugin_folder())
 
+    def notes(self) -> list[str]:
+        """Return nothing: translation data have no classes that may be missing."""
+        return []
+
     def identity(self) -> dict[str, Any]:
         """Return the command without rate and seed, the data's record, and the versions."""
         import torch

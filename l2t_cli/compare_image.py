@@ -44,6 +44,10 @@ class ImageTrials:
         for loss in losses:
             fixed_loss(loss, {}, self._student(self.student.spec))
 
+    def notes(self) -> list[str]:
+        """Return a line for each split that lacks classes."""
+        return list(self.student.notes())
+
     def identity(self) -> dict[str, Any]:
         """Return the image section without its rate, digests of what it names, the versions."""
         import torch

@@ -123,6 +123,8 @@ def run(
     done = finished_episodes(opened.metrics)
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format.wordy:
+        for text in getattr(student, "notes", list)():
+            console.line(f"note: {text}")
         _say_where_it_stands(opened, len(done))
     with (
         _tidy(opened, before, processes.world),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def digits_student(**settings: Any) -> ImageStudent:
            "schedule": ScheduleSpec("linear"), **settings}
     )
     return build_student(spec)
+
+
+def test_classes_that_a_split_lacks_are_told(make_student: Make) -> None:
+    student = make_student()
+    assert student.notes() == []
+    data, k = student.data, student.num_classes
+    lacking = replace(data, test_y=data.test_y.clamp(max=k - 3), dev_y=torch.zeros_like(data.dev_y))
+    dev, test = ImageStudent(student.spec, lacking).notes()
+    assert dev.startswith(f"there are no dev images of {k - 1} (1, 2, 3")
+    assert test == (
+        f"there are no test images of 2 ({k - 2}, {k - 1}) of {k} classes, counted from 0"
+    )
 
 
 def test_each_epoch_is_a_permutation_and_a_step_always_has_its_batch(make_student: Make) -> None:
