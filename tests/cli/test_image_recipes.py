@@ -29,6 +29,8 @@ GREY, COLOUR = (1, 28, 28), (3, 32, 32)
         ("cifar10-resnet32", COLOUR, 10, 464_154),
         ("cifar10-wide-resnet", COLOUR, 10, 55_841_754),
         ("cifar10-densenet", COLOUR, 10, 25_624_430),
+        ("cifar100-resnet8", COLOUR, 100, 81_140),
+        ("cifar100-resnet20", COLOUR, 100, 275_572),
         ("cifar100-resnet32", COLOUR, 100, 470_004),
     ],
 )
