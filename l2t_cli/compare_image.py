@@ -45,7 +45,7 @@ class ImageTrials:
             fixed_loss(loss, {}, self._student(self.student.spec))
 
     def notes(self) -> list[str]:
-        """Return a line for each split that lacks classes."""
+        """Return lines on what is odd about the splits of the data."""
         return list(self.student.notes())
 
     def identity(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from l2t_vision.augmentation import (
 )
 from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
+from l2t_vision.data_notes import notes
 from l2t_vision.identity import content
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import build_model
@@ -176,14 +177,9 @@ class ImageStudent:
         return {"kind": "classes", "num_classes": self.num_classes}
 
     def notes(self) -> list[str]:
-        """Return a line for each split of the data in which classes are missing."""
-        splits = {"training": self.data.train_y, "dev": self.data.dev_y, "test": self.data.test_y}
-        found = ((name, missing_classes(y, self.num_classes)) for name, y in splits.items())
-        return [
-            f"there are no {name} images of {listed(missing)} of {self.num_classes} classes, "
-            "counted from 0"
-            for name, missing in found if missing
-        ]
+        """Return lines on what is odd about the splits of the data."""
+        own = self.spec.data == "images" or is_import_path(self.spec.data)
+        return notes(self.data, own)
 
     def content(self) -> dict[str, str]:
         """Return digests of what the recipe's section names without holding it."""
@@ -192,18 +188,6 @@ class ImageStudent:
 
 def _accuracy(log_probs: Tensor, labels: Tensor) -> float:
     return float((log_probs.argmax(1) == labels).double().mean())
-
-
-def missing_classes(labels: Tensor, num_classes: int) -> list[int]:
-    """Return the classes of which ``labels`` [N] has none."""
-    counts = torch.bincount(labels, minlength=num_classes)
-    return [int(label) for label in (counts == 0).nonzero().squeeze(1)]
-
-
-def listed(classes: Sequence[int]) -> str:
-    """Return the first few of ``classes`` in words: ``2 (3, 7)`` or ``40 (0, 1, 2, 3, ...)``."""
-    first = ", ".join(map(str, classes[:4]))
-    return f"{len(classes)} ({first}{', ...' if len(classes) > 4 else ''})"
 
 
 def build_student(spec: ImageSpec) -> ImageStudent:
