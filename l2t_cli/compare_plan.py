@@ -267,10 +267,15 @@ class Tuning:
 
     def ask(self) -> list[Trial]:
         """Return the trials that can be run now."""
+        asked = [
+            (name, point) for name, search in self.searches.items() for point in search.ask()
+        ]
+        for name, point in asked:
+            # In this order whichever is finished first: of equal points the first one is chosen.
+            self.scores[name].setdefault(point, None)
         return [
             self.arms[name].trial(point, seed, final=False)
-            for name, search in self.searches.items()
-            for point in search.ask()
+            for name, point in asked
             for seed in self.seeds
         ]
 

@@ -24,12 +24,14 @@ from scipy import stats
 from l2t_cli import console
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
+from l2t_cli.compare_plan import Tuning, arms
 from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
+from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.train_teacher import run as train
-from l2t_core.comparison import PairedComparison
+from l2t_core.comparison import PairedComparison, Point
 from l2t_core.files import claimed
 from l2t_core.fixed_losses import BASELINES
 from l2t_vision.student import ImageStudent
@@ -406,6 +408,23 @@ def test_dry_run_counts_the_trials_and_writes_nothing(l2t: Run, tiny: Path) -> N
     assert "plan: 27 trials (18 tuning, 9 final), into runs/tiny-compare" in outcome.out
     assert "0.1 0.2 0.4" in outcome.out and "eps=0.1" in outcome.out and "margin=4" in outcome.out
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_choice_does_not_depend_on_which_trial_ends_first(tiny: Path, backwards: bool) -> None:
+    """After a warm-up of the whole training any mix is the same, to the bit."""
+    changes = ["compare.losses=[sigmoid]", "compare.trials=6", "compare.sigmoid.warmup=[1]",
+               "compare.sigmoid.mix=[0.5,0.2,0.8]"]
+    recipe = load_for_comparison(str(tiny), changes)
+    found = arms(recipe, [], TeacherCopies(Path("out")))
+    tuning = Tuning(recipe, found, ImageTrials(recipe))
+    asked = tuning.ask()
+    for trial in reversed(asked) if backwards else asked:
+        tuning.tell(trial, Result(1.0, 24, dev=0.9, nll=trial.lr))
+    for arm in found:
+        assert list(tuning.scores[arm.name]) == tuning.points(arm)
+    chosen = tuning.chosen()["sigmoid"]
+    assert chosen == Point(0.1, (("warmup", 1.0), ("mix", 0.5)))
 
 
 def test_json_lines(l2t: Run, tiny: Path) -> None:
