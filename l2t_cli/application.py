@@ -51,7 +51,7 @@ class Application(Protocol):
         """Raise UserError if the teacher or the data cannot be used."""
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
-        """Return lines about what is changed in what the user gave."""
+        """Return lines about what is odd or changed in what the user gave, with their heads."""
 
     def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:
         """Return the lines that say exactly what :meth:`run` would do."""
@@ -89,7 +89,7 @@ def show_plan(
     found = TeacherCopies(folder).take(teacher)
     application.check(found.readable())
     for note in application.notes(found.readable(), baseline):
-        console.line(f"# changed: {note}")
+        console.line(f"# {note}")
     if found.changed:
         console.line(f"# note: {found.note()}")
     for _, seed, used, place in _jobs(folder, seeds, found.readable(), baseline):
@@ -124,7 +124,7 @@ def apply(
     config = {"teacher": copy.sha256, "student": application.config()}
     if log_format.wordy:
         for note in application.notes(copy.readable(), baseline):
-            console.line(f"changed: {note}")
+            console.line(note)
         if copy.changed:
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)

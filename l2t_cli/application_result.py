@@ -18,10 +18,11 @@ from l2t_core.comparison import (
     deviation,
     mean,
 )
+from l2t_core.fixed_losses import BASELINES
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
 NOT_TUNED = "Cross-entropy's learning rate was not tuned here; `l2t compare` tunes both."
-LABELS = {TAUGHT: "taught", CROSS_ENTROPY: "cross-entropy"}
+LABELS = {TAUGHT: "taught", CROSS_ENTROPY: BASELINES.get(CROSS_ENTROPY).label}
 
 
 @dataclass(frozen=True)

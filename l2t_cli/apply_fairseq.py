@@ -137,7 +137,7 @@ class FairseqApplication:
         ]
         if baseline:
             said.append("the student to compare with trains by plain cross-entropy")
-        return ["; ".join(said)] if said else []
+        return [f"changed: {'; '.join(said)}"] if said else []
 
     def test_set(self) -> TestSet:
         """Return what the student is scored on."""

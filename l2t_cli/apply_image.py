@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 _SNAPSHOT = "snapshot.safetensors"
 
 
-def build_student(spec: Any, seed: int) -> Any:
-    """Return the image student of ``spec``; it takes its seed from ``reset``."""
-    from l2t_vision.student import build_student as build
-
-    return build(spec)
-
-
 def follow(student: Any, teacher: Path) -> AppliedTeacher:
     """Return the teacher in the file ``teacher`` for an image student.
 
@@ -69,13 +62,13 @@ class ImageApplication:
         check_teacher(teacher, self.student().fingerprint())
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
-        """Return nothing: a recipe is trained as it is written."""
-        return []
+        """Return what is odd about the data: a recipe is trained as it is written."""
+        return [f"note: {text}" for text in self.student().notes()]
 
     def student(self) -> Any:
         """Return the student, built once: reset() makes it fresh for each seed."""
         if self._student is None:
-            self._student = self.recipe.field.build_student(self.recipe.student, 1)
+            self._student = self.recipe.field.build_student(self.recipe.student)
         return self._student
 
     def plan(self, seed: int, teacher: Path | None, folder: Path) -> list[str]:

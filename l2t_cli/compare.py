@@ -22,7 +22,7 @@ from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_se
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write, is_unfinished
+from l2t_core.files import atomic_write, claimed, is_unfinished
 
 
 def command(
@@ -151,14 +151,20 @@ class Comparison:
         """Run what is not done yet, write the results, and return their summary.
 
         Raises:
-            UserError: if a student cannot be trained or the folder not be written.
+            UserError: if a student cannot be trained, the folder not be written, or another command
+                is at work in it.
             Interrupted: after Ctrl-C.
         """
+        before = FreshFolder.before(self.folder)
+        with claimed(self.folder):
+            return self._run(before, jobs, log_format, report=report)
+
+    def _run(
+        self, before: FreshFolder, jobs: int, log_format: LogFormat, *, report: bool
+    ) -> dict[str, Any]:
         from l2t_cli import compare_report
         from l2t_cli.compare_trials import Result, Trial, run_trials, workers
 
-        before = FreshFolder.before(self.folder)
-        _mark(self.folder, self.recipe, self.arms)
         results: dict[Trial, Result] = {}
         view = _View(self.total, jobs, self.field.dev_measure, log_format)
         with (
@@ -171,6 +177,7 @@ class Comparison:
                 results[trial] = result
                 show(trial, result, fresh)
 
+            _mark(self.folder, self.recipe, self.arms)
             self.copies.write()
             run_trials(self.tuning, self.store, pool, jobs, receive)
             chosen = self.tuning.chosen()
@@ -185,6 +192,7 @@ class Comparison:
         summary = compare_report.summarise(
             self.recipe.name, self.arms, self.tuning, finals, results, self.field
         )
+        summary["warnings"] += self.field.notes()
         if len(self.seeds) < 5:
             summary["warnings"].append(f"{len(self.seeds)} seeds say little; give compare.seeds=5")
         ordered = dict(sorted(results.items(), key=lambda item: _order(self.arms, item[0])))

@@ -17,8 +17,8 @@ from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, run_logged, this_python
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
-from l2t_core.baselines import complete_settings
 from l2t_core.errors import UserError
+from l2t_core.fixed_losses import complete_settings
 from l2t_fairseq.command import (
     FairseqCommand,
     has_flag,
@@ -87,6 +87,10 @@ class FairseqTrials:
             self.application.check(teacher)
         if MRT in losses:
             refuse_other_user_dir(self.application.command, plugin_folder())
+
+    def notes(self) -> list[str]:
+        """Return nothing: translation data have no classes that may be missing."""
+        return []
 
     def identity(self) -> dict[str, Any]:
         """Return the command without rate and seed, the data's record, and the versions."""

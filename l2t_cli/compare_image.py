@@ -26,7 +26,7 @@ class ImageTrials:
         from l2t_vision.identity import signature
 
         self.recipe = recipe
-        self.student = recipe.field.build_student(recipe.student, 1)
+        self.student = recipe.field.build_student(recipe.student)
         self.rate = float(recipe.student.optimiser.lr)
         self.one_a_core = self.student.data.train_x.device.type == "cpu"
         self.content = self.student.content()
@@ -43,6 +43,10 @@ class ImageTrials:
             check_teacher(teacher, self.student.fingerprint())
         for loss in losses:
             fixed_loss(loss, {}, self._student(self.student.spec))
+
+    def notes(self) -> list[str]:
+        """Return lines on what is odd about the splits of the data."""
+        return list(self.student.notes())
 
     def identity(self) -> dict[str, Any]:
         """Return the image section without its rate, digests of what it names, the versions."""

@@ -18,6 +18,7 @@ from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.files import from_home
+from l2t_core.fixed_losses import BASELINES, complete_settings
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
 FIRST_TUNING_SEED = 900_001
@@ -60,12 +61,23 @@ def problems(recipe: Recipe) -> list[str]:
     return [located(recipe, text) for text in found]
 
 
-def _wrong_losses(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import loss_names
+def wrong_teachers(recipe: Recipe) -> list[str]:
+    """Return a line for each of the ``compare`` section's teacher files that is none."""
+    from l2t_core.teacher_file import load_teacher
 
+    found = []
+    for path in map(from_home, recipe.compare.teachers):
+        try:
+            load_teacher(path)
+        except UserError as error:
+            found.append(f"{recipe.source}: compare.teachers: {error}")
+    return found
+
+
+def _wrong_losses(recipe: Recipe) -> Iterator[str]:
     names = recipe.compare.losses
     for name in names:
-        if name not in loss_names():
+        if name not in BASELINES.names():
             hint = suggestion(name, recipe.field.losses)
             yield f"compare.losses: unknown loss {name!r}{hint}{_known(recipe)}"
         elif name not in recipe.field.losses:
@@ -78,12 +90,12 @@ def _wrong_losses(recipe: Recipe) -> Iterator[str]:
 
 
 def _wrong_grids(recipe: Recipe) -> Iterator[str]:
-    from l2t_core.baselines import complete_settings, loss_names
-
-    for name in loss_names():
+    for name in BASELINES.names():
         for key, values in _grid(recipe, name).items():
             if not values:
                 yield f"compare.{name}.{key} is empty; give it at least one value"
+            if len(set(values)) < len(values):
+                yield f"compare.{name}.{key} names a value twice; remove one"
             for value in values:
                 try:
                     complete_settings(name, {key: value})
@@ -256,10 +268,15 @@ class Tuning:
 
     def ask(self) -> list[Trial]:
         """Return the trials that can be run now."""
+        asked = [
+            (name, point) for name, search in self.searches.items() for point in search.ask()
+        ]
+        for name, point in asked:
+            # In this order whichever is finished first: of equal points the first one is chosen.
+            self.scores[name].setdefault(point, None)
         return [
             self.arms[name].trial(point, seed, final=False)
-            for name, search in self.searches.items()
-            for point in search.ask()
+            for name, point in asked
             for seed in self.seeds
         ]
 

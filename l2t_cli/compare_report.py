@@ -18,19 +18,9 @@ from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
 from l2t_core.comparison import PairedComparison, Point, at_edge, compare_paired, counted
 from l2t_core.files import atomic_write
+from l2t_core.fixed_losses import BASELINES
 from l2t_core.teacher_file import load_header
 
-LABELS = {
-    "cross_entropy": "cross-entropy",
-    "label_smoothing": "label smoothing",
-    "large_margin": "large margin",
-    "focal": "focal",
-    "gce": "generalised CE",
-    "logit_adjusted": "logit adjustment",
-    "forward_corrected": "forward correction",
-    "sigmoid": "sigmoid form",
-    "mrt": "minimum risk",
-}
 COLUMNS = (
     "loss", "chosen on dev", "dev {dev}", "test {test}", "change", "95 % interval", "p", "time",
     "steps",
@@ -96,7 +86,7 @@ def _row(
     ]
     return {
         "name": arm.name,
-        "label": LABELS.get(arm.name, arm.name),
+        "label": _label(arm),
         "teacher": str(arm.teacher.given) if arm.teacher else None,
         "lr": point.lr if point else None,
         "settings": dict(point.settings) if point else {},
@@ -115,6 +105,10 @@ def _row(
         "against_cross_entropy": None,
         "warnings": _warnings(arm, point, tuning, last, cost[0]),
     }
+
+
+def _label(arm: Arm) -> str:
+    return arm.name if arm.teacher else BASELINES.get(arm.loss).label
 
 
 def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
@@ -147,9 +141,7 @@ def _warnings(
     last: Sequence[Result],
     teacher_seconds: float | None,
 ) -> list[str]:
-    from l2t_core.baselines import settings_of
-
-    label = LABELS.get(arm.name, arm.name)
+    label = _label(arm)
     if point is None:
         return [f"{label} diverged at every point: no students; give compare.lr lower rates"]
     found = []
@@ -164,7 +156,7 @@ def _warnings(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
         )
     for name, value in point.settings:
-        known = settings_of(arm.loss)[name]
+        known = BASELINES.get(arm.loss).settings[name]
         edge = at_edge(value, arm.own[name])
         if edge and value not in (known.low, known.high):
             found.append(

@@ -87,6 +87,9 @@ class FieldTrials(Protocol):
     def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
         """Raise UserError if the data, a teacher or a loss cannot be used."""
 
+    def notes(self) -> list[str]:
+        """Return lines about what is odd in the data."""
+
     def identity(self) -> dict[str, Any]:
         """Return all that determines a student but learning rate, loss and seed."""
 

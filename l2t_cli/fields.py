@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2t_core.errors import UserError
+from l2t_core.fixed_losses import BASELINES
 from l2t_core.registry import Registry
 
 
@@ -40,8 +41,8 @@ def import_quietly(package: str) -> Any:
 class Field:
     """Where a field's parts are, as ``module:attribute``.
 
-    ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from
-    ``(spec, seed)``, ``application`` applies a teacher to a recipe (see
+    ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from it,
+    ``application`` applies a teacher to a recipe (see
     :class:`l2t_cli.application.Application`), ``trials`` trains the students of a comparison (see
     :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses``, ``datasets`` is the registry
     behind ``l2t data prepare``. ``check``, where there is one, lists what is wrong with a section,
@@ -96,15 +97,15 @@ class Field:
         """Return the student's number of classes, None where building it alone would tell."""
         return self.load("classes")(spec) if self.classes else None
 
-    def build_student(self, spec: Any, seed: int) -> Any:
-        """Return the student that ``spec`` describes.
+    def build_student(self, spec: Any) -> Any:
+        """Return the student that ``spec`` describes; its ``reset`` takes the seed.
 
         Raises:
             UserError: if it cannot be built, for want of data or of a package.
         """
         self.require()
-        builder: Callable[[Any, int], Any] = self.load("student")
-        return builder(spec, seed)
+        builder: Callable[[Any], Any] = self.load("student")
+        return builder(spec)
 
 
 FIELDS: Registry[Field] = Registry("field")
@@ -112,13 +113,10 @@ FIELDS.register("image")(
     Field(
         name="image",
         spec="l2t_vision.recipe:ImageSpec",
-        student="l2t_cli.apply_image:build_student",
+        student="l2t_vision.student:build_student",
         application="l2t_cli.apply_image:ImageApplication",
         trials="l2t_cli.compare_image:ImageTrials",
-        losses=(
-            "cross_entropy", "label_smoothing", "large_margin", "focal", "gce",
-            "logit_adjusted", "forward_corrected", "sigmoid",
-        ),
+        losses=tuple(name for name in BASELINES.names() if BASELINES.get(name).function),
         datasets="l2t_vision.prepare:DATASETS",
         places=("folder",),
         check="l2t_vision.checks:problems",

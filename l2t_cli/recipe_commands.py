@@ -79,7 +79,11 @@ def validate(
             recipe, found = None, [str(error)]
         if recipe is not None:
             classes = recipe.field.known_classes(recipe.student)
-            found = [*recipe_values.problems(recipe, classes), *compare_plan.problems(recipe)]
+            found = [
+                *recipe_values.problems(recipe, classes),
+                *compare_plan.problems(recipe),
+                *compare_plan.wrong_teachers(recipe),
+            ]
         if recipe is not None and not found:
             console.line(f"{recipe.name}: ok")
         problems += found

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from l2t_cli.fields import FIELDS, Field
-from l2t_core.compare_specs import CompareSpec
+from l2t_core.compare_specs import CompareSection, CompareSpec
 from l2t_core.errors import UserError, suggestion
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 
@@ -139,7 +139,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     content = read_yaml(path)
     problems: list[str] = []
     field = _field_of(content, path)
-    sections = {field.name: field.load("spec"), **CORE_SECTIONS, COMPARE: CompareSpec}
+    sections = {field.name: field.load("spec"), **CORE_SECTIONS, COMPARE: CompareSection}
     built: dict[str, Any] = {}
     trees = {key: OmegaConf.structured(_schema(spec)) for key, spec in sections.items()}
     changes = [(key, value, str(path)) for key, value in _leaves(content)]

@@ -86,7 +86,7 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
 def _student(recipe: Recipe) -> Any:
     """Return the student that a teacher is to be trained on, if anything can be learned from it."""
     refuse_impossible(recipe)  # before data and model are loaded
-    student = recipe.field.build_student(recipe.student, recipe.training.seed)
+    student = recipe.field.build_student(recipe.student)
     refuse_impossible(recipe, student.num_classes)
     return student
 
@@ -124,6 +124,8 @@ def run(
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format.wordy:
+        for text in getattr(student, "notes", list)():
+            console.line(f"note: {text}")
         _say_where_it_stands(opened, len(done))
     with (
         _tidy(opened, before, processes.world),

@@ -18,7 +18,7 @@ from l2t_cli.options import ChosenFormat, DryRun, Jobs, TeacherFile, output_fold
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import atomic_write, claimed
 
 
 def command(
@@ -73,18 +73,18 @@ def run(
         UserError: as :meth:`Comparison.run`.
         Interrupted: after Ctrl-C.
     """
-    before = FreshFolder.before(folder)
-    try:
-        summaries = {
-            name: comparison.run(jobs, log_format, report=False)
-            for name, comparison in comparisons.items()
-        }
-    except Exception:
-        if not any(path.is_dir() for path in folder.glob("*")):  # only the teacher's copy is left
-            before.take_back()
-        raise
-    path = folder / "transfer.json"
-    atomic_write(path, json.dumps(_with_earlier(path, summaries), indent=2) + "\n")
+    before, path = FreshFolder.before(folder), folder / "transfer.json"
+    with claimed(folder):
+        try:
+            summaries = {
+                name: comparison.run(jobs, log_format, report=False)
+                for name, comparison in comparisons.items()
+            }
+        except Exception:
+            if not any(p.is_dir() for p in folder.glob("*")):  # only the teacher's copy is left
+                before.take_back()
+            raise
+        atomic_write(path, json.dumps(_with_earlier(path, summaries), indent=2) + "\n")
     if log_format is LogFormat.json:
         print(json.dumps({"event": "result", "targets": summaries}), flush=True)
     elif log_format is not LogFormat.none:

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from l2t_core.compare_specs import CompareSpec
+from l2t_core.compare_specs import GRIDS, CompareSpec
 from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_fairseq.recipe import NmtSpec
 from l2t_vision.recipe import ImageSpec
@@ -39,3 +40,10 @@ def test_every_setting_is_on_the_page_with_its_default(section):
         if not dataclasses.is_dataclass(value)
     }
     assert told(section) == plain
+
+
+def test_every_grid_is_on_the_page_about_comparing():
+    text = PAGE.with_name("compare.md").read_text("utf-8")
+    section = yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0])["compare"]
+    grids = {name: vars(grid()) for name, grid in GRIDS.items()}
+    assert {key: section[key] for key in grids} == grids

@@ -1,26 +1,23 @@
-"""Fixed losses that a taught loss is compared with: pure functions behind one signature.
+"""The functions of the fixed losses, pure, with what each was published as.
 
-Each maps log-probabilities [N, K], targets [N], its own settings and the :class:`Moment` of the
-training step to per-example losses [N], in nats where nothing else is said. A new baseline is one
-function and one entry in ``BASELINES``.
+Those whose name ends in ``_at`` have the one signature by which
+:data:`l2t_core.fixed_losses.BASELINES` names them: they map log-probabilities [N, K], targets [N],
+the loss's own settings and the :class:`Moment` of the training step to per-example losses [N], in
+nats where nothing else is said.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from l2t_core.errors import UserError, suggestion
+from l2t_core.fixed_losses import Settings
 from l2t_core.loss_forms import neutral_coefficients
 from l2t_core.losses import cross_entropy, label_smoothing, step_loss
-from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
-
-Settings = Mapping[str, float]
 
 # The published annealing of L-Softmax, of Liu et al.'s own MNIST settings: lambda = 1000 * (1 +
 # 2.5e-5 t)^-35 over 30,000 iterations, here stretched over a training of any length.
@@ -32,7 +29,7 @@ class Moment:
     """The training step for which a loss is asked, 0-based ``step`` of ``total_steps``.
 
     ``features`` [N, D] and ``weight`` [K, D] are input and weight of the student's last layer,
-    for losses that need them; ``told`` is what a loss asked the student (``Baseline.asks``).
+    for losses that need them; ``told`` is what a loss asked the student.
     """
 
     step: int = 0
@@ -40,80 +37,6 @@ class Moment:
     features: Tensor | None = None
     weight: Tensor | None = None
     told: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One number of a loss: its default and the range [low, high] in which it has a meaning."""
-
-    default: float
-    low: float
-    high: float = math.inf
-    whole: bool = False
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A fixed loss, its settings, and what it needs: the last layer, or what a student can tell.
-
-    ``asks`` names the student's method whose tensor the loss finds as ``Moment.told``.
-    """
-
-    loss: Callable[[Tensor, Tensor, Settings, Moment], Tensor]
-    settings: dict[str, Setting] = field(default_factory=dict)
-    needs_classifier: bool = False
-    asks: str = ""
-
-
-BASELINES: Registry[Baseline] = Registry("loss")
-
-# Losses of whole sequences, which a field trains by means of its own; here are their settings.
-# mrt, minimum risk training: the last ``share`` of the updates on ``mix`` CE + (1 - ``mix``) risk,
-# the risk over ``samples`` candidates, weighed by p^``alpha``.
-SEQUENCE_LOSSES: dict[str, dict[str, Setting]] = {
-    "mrt": {
-        "share": Setting(0.25, 0.0, 1.0),
-        "mix": Setting(0.5, 0.0, 1.0),
-        "samples": Setting(8, 2, whole=True),
-        "alpha": Setting(1.0, 1e-6),
-    }
-}
-
-
-def loss_names() -> list[str]:
-    """Return the names of all losses that a comparison may list, sorted."""
-    return sorted([*BASELINES.names(), *SEQUENCE_LOSSES])
-
-
-def settings_of(name: str) -> dict[str, Setting]:
-    """Return the settings of the loss ``name``.
-
-    Raises:
-        UserError: if there is none of that name.
-    """
-    return SEQUENCE_LOSSES[name] if name in SEQUENCE_LOSSES else BASELINES.get(name).settings
-
-
-def complete_settings(name: str, given: Settings) -> dict[str, float]:
-    """Return the settings of the loss ``name`` with its defaults for those not ``given``.
-
-    Raises:
-        UserError: if the loss or a setting is unknown, or a value is out of range.
-    """
-    known = settings_of(name)
-    for key, value in given.items():
-        if key not in known:
-            hint = suggestion(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
-            raise UserError(f"the loss {name} has no setting {key!r}{hint}")
-        setting = known[key]
-        if not setting.low <= value <= setting.high:
-            limits = f"from {setting.low:g} to {setting.high:g}"
-            if math.isinf(setting.high):
-                limits = f"{setting.low:g} or more"
-            raise UserError(f"{name}.{key} is {value:g}; it must be {limits}")
-        if setting.whole and value != int(value):
-            raise UserError(f"{name}.{key} is {value:g}; it must be a whole number")
-    return {key: given.get(key, setting.default) for key, setting in known.items()}
 
 
 def focal(log_probs: Tensor, targets: Tensor, gamma: float) -> Tensor:
@@ -194,27 +117,36 @@ def large_margin(
     return cross_entropy(torch.log_softmax(moved, 1), targets)
 
 
-BASELINES.register("cross_entropy")(Baseline(lambda lp, y, settings, at: cross_entropy(lp, y)))
-BASELINES.register("label_smoothing")(
-    Baseline(
-        lambda lp, y, settings, at: label_smoothing(lp, y, settings["eps"]),
-        {"eps": Setting(0.1, 0.0, 1.0)},
-    )
-)
-BASELINES.register("focal")(
-    Baseline(
-        lambda lp, y, settings, at: focal(lp, y, settings["gamma"]), {"gamma": Setting(2.0, 0.0)}
-    )
-)
-BASELINES.register("gce")(
-    Baseline(
-        lambda lp, y, settings, at: generalised_cross_entropy(lp, y, settings["q"]),
-        {"q": Setting(0.7, 0.0, 1.0)},
-    )
-)
+def cross_entropy_at(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    """Return -log p_y, [N]."""
+    return cross_entropy(log_probs, targets)
 
 
-def _large_margin(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+def label_smoothing_at(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    """Return :func:`l2t_core.losses.label_smoothing` by ``eps``, [N]."""
+    return label_smoothing(log_probs, targets, settings["eps"])
+
+
+def focal_at(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+    """Return :func:`focal` of ``gamma``, [N]."""
+    return focal(log_probs, targets, settings["gamma"])
+
+
+def generalised_cross_entropy_at(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    """Return :func:`generalised_cross_entropy` of ``q``, [N]."""
+    return generalised_cross_entropy(log_probs, targets, settings["q"])
+
+
+def large_margin_at(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    """Return :func:`large_margin` of ``margin``, lambda not below ``lambda_min``, [N]."""
     if at.features is None or at.weight is None:
         raise ValueError("large_margin needs the last layer's features and weight")
     annealed = annealing(at.step, at.total_steps, settings["lambda_min"])
@@ -222,38 +154,26 @@ def _large_margin(log_probs: Tensor, targets: Tensor, settings: Settings, at: Mo
     return large_margin(log_probs, targets, at.features, at.weight, margin, annealed)
 
 
-BASELINES.register("large_margin")(
-    Baseline(
-        _large_margin,
-        {"margin": Setting(2, 2, 4, whole=True), "lambda_min": Setting(0.0, 0.0)},
-        needs_classifier=True,
-    )
-)
-
-
-def _logit_adjusted(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+def logit_adjusted_at(
+    log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
+) -> Tensor:
+    """Return :func:`logit_adjusted` by ``tau``, the classes' shares being what was told, [N]."""
     if at.told is None:
         raise ValueError("logit_adjusted needs the classes' shares of the training data")
     return logit_adjusted(log_probs, targets, at.told, settings["tau"])
 
 
-BASELINES.register("logit_adjusted")(
-    Baseline(_logit_adjusted, {"tau": Setting(1.0, 0.0)}, asks="class_shares")
-)
-
-
-def _forward_corrected(
+def forward_corrected_at(
     log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
 ) -> Tensor:
+    """Return :func:`forward_corrected` by the confusion that was told, [N]."""
     if at.told is None:
         raise ValueError("forward_corrected needs the true confusion of the training labels")
     return forward_corrected(log_probs, targets, at.told)
 
 
-BASELINES.register("forward_corrected")(Baseline(_forward_corrected, asks="label_confusion"))
-
-
-def _sigmoid(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+def sigmoid_at(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment) -> Tensor:
+    """Return sigmoid(-log p_y) after ``warmup`` of the steps, with ``mix`` cross-entropy, [N]."""
     spec = LossSpec(
         form="shared",
         sigma="sigmoid",
@@ -263,11 +183,3 @@ def _sigmoid(log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment)
     phi = neutral_coefficients(spec, log_probs.shape[1])
     phi = {name: value.to(log_probs) for name, value in phi.items()}
     return step_loss(spec, log_probs, targets, phi, at.step)
-
-
-# The paper's form before any teacher has learned anything: sigma = sigmoid, W = I, b = 0, eased in
-# as the authors' public MNIST demo does, by a warm-up on cross-entropy (``warmup``, a fraction of
-# the training) and the mix alpha CE + (1 - alpha) l_phi (``mix`` = alpha).
-BASELINES.register("sigmoid")(
-    Baseline(_sigmoid, {"warmup": Setting(0.0, 0.0, 1.0), "mix": Setting(0.0, 0.0, 1.0)})
-)

@@ -2,63 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
+from functools import partial
+from typing import Any
 
-
-@dataclass
-class LabelSmoothingGrid:
-    """Values to try for the share ``eps`` of the uniform distribution in the targets."""
-
-    eps: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])
-
-
-@dataclass
-class LargeMarginGrid:
-    """Values to try for L-Softmax's ``margin`` m and its smallest annealing ``lambda_min``."""
-
-    margin: list[int] = field(default_factory=lambda: [2, 3, 4])
-    lambda_min: list[float] = field(default_factory=lambda: [5.0])
-
-
-@dataclass
-class FocalGrid:
-    """Values to try for the focal loss's exponent ``gamma``."""
-
-    gamma: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
-
-
-@dataclass
-class GceGrid:
-    """Values to try for generalised cross-entropy's ``q``, between CE (0) and 1 - p (1)."""
-
-    q: list[float] = field(default_factory=lambda: [0.1, 0.4, 0.7])
-
-
-@dataclass
-class LogitAdjustedGrid:
-    """Values to try for ``tau``, by which the classes' log-shares are multiplied."""
-
-    tau: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
-
-
-@dataclass
-class SigmoidGrid:
-    """Values to try for the sigmoid form's ``warmup`` (a fraction of T) and CE share ``mix``."""
-
-    warmup: list[float] = field(default_factory=lambda: [0.1])
-    mix: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.5])
-
-
-@dataclass
-class MrtGrid:
-    """Values to try for minimum risk training: the ``share`` of the updates that it takes at the
-    end, the weight ``mix`` of cross-entropy in it, candidates (``samples``), sharpness ``alpha``.
-    """
-
-    share: list[float] = field(default_factory=lambda: [0.25])
-    mix: list[float] = field(default_factory=lambda: [0.1, 0.5])
-    samples: list[int] = field(default_factory=lambda: [8])
-    alpha: list[float] = field(default_factory=lambda: [1.0])
+from l2t_core.fixed_losses import BASELINES, Baseline
 
 
 @dataclass
@@ -69,7 +17,7 @@ class CompareSpec:
     learning rates for every loss (empty: the recipe's rate times 1/4, 1/2, 1, 2, 4). Each loss
     gets ``trials`` tries on dev, over ``tuning_seeds`` seeds each, by ``search`` grid or optuna,
     and is judged by ``tune_on``: measure (dev accuracy or BLEU) or nll. The final students have
-    ``seeds`` seeds from ``seed`` on. The sections below hold each loss's own grid.
+    ``seeds`` seeds from ``seed`` on. :data:`CompareSection` adds each loss's own grid.
     """
 
     losses: list[str] = field(default_factory=lambda: ["cross_entropy", "label_smoothing"])
@@ -81,10 +29,32 @@ class CompareSpec:
     tune_on: str = "measure"
     seeds: int = 5
     seed: int = 1
-    label_smoothing: LabelSmoothingGrid = field(default_factory=LabelSmoothingGrid)
-    large_margin: LargeMarginGrid = field(default_factory=LargeMarginGrid)
-    focal: FocalGrid = field(default_factory=FocalGrid)
-    gce: GceGrid = field(default_factory=GceGrid)
-    logit_adjusted: LogitAdjustedGrid = field(default_factory=LogitAdjustedGrid)
-    sigmoid: SigmoidGrid = field(default_factory=SigmoidGrid)
-    mrt: MrtGrid = field(default_factory=MrtGrid)
+
+
+def _grid(name: str, baseline: Baseline) -> type:
+    """Return the section of a loss: a list of values to try for each of its settings."""
+    lists: list[tuple[str, type, Any]] = [
+        (key, list[int] if setting.whole else list[float],
+         field(default_factory=partial(list, setting.grid)))
+        for key, setting in baseline.settings.items()
+    ]
+    title = "".join(word.title() for word in name.split("_"))
+    return make_dataclass(f"{title}Grid", lists, namespace={"__module__": __name__})
+
+
+def _grids() -> dict[str, type]:
+    """Return the sections of all losses that have settings, by name."""
+    every = {name: BASELINES.get(name) for name in BASELINES.names()}
+    return {name: _grid(name, baseline) for name, baseline in every.items() if baseline.settings}
+
+
+GRIDS = _grids()
+# The processes that train are sent a recipe: pickle looks for its classes here.
+globals().update({grid.__name__: grid for grid in GRIDS.values()})
+# The section as recipes have it: a section for each loss below that of all.
+CompareSection: type[CompareSpec] = make_dataclass(
+    "CompareSection",
+    [(name, grid, field(default_factory=grid)) for name, grid in GRIDS.items()],
+    bases=(CompareSpec,),
+    namespace={"__module__": __name__},
+)

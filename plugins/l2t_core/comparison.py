@@ -160,12 +160,14 @@ def compare_paired(ours: Sequence[float], theirs: Sequence[float]) -> PairedComp
     from scipy.stats import ttest_1samp
 
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    size = max(map(abs, [*ours, *theirs]))
     means = bootstrap_means(differences)
+    means[abs(means) <= _ROUNDING * size] = 0.0  # on both sides of zero, as it is without rounding
     low, high = np.percentile(means, [2.5, 97.5])
     smaller = min(float((means <= 0).mean()), float((means >= 0).mean()))
     reference = mean(theirs)
     difference = mean(differences)
-    testable = _testable(differences, max(map(abs, [*ours, *theirs])))
+    testable = _testable(differences, size)
     return PairedComparison(
         difference=difference,
         relative=difference / abs(reference) if reference else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import lzma
 import os
@@ -12,7 +13,7 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,15 +72,56 @@ def is_unfinished(path: Path, of: Path) -> bool:
     return path.name.startswith(f".{of.name}.")
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writes of ``path`` left: unfinished files that no one has touched lately.
+def sweep(folder: Path, files: Collection[Path]) -> None:
+    """Remove what killed writes of ``files`` left in ``folder``: unfinished ones, long untouched.
     """
-    if not path.parent.is_dir():
-        return
-    for left in path.parent.iterdir():
+    for left in folder.iterdir():
         with contextlib.suppress(OSError):
-            if is_unfinished(left, path) and time.time() - left.stat().st_mtime > _LONG_AGO:
+            unfinished = any(is_unfinished(left, file) for file in files)
+            if unfinished and time.time() - left.stat().st_mtime > _LONG_AGO:
                 left.unlink()
+
+
+def claim(folder: Path) -> int:
+    """Lock ``folder`` and return the descriptor that keeps it locked until it is closed.
+
+    Two commands at work in one folder would write over each other. The lock ends with the
+    process, however that ends; a file system without locks gives none.
+
+    Raises:
+        UserError: if another command is at work there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"another command is at work in {folder}; wait for it, or choose another --out"
+        ) from None
+    except OSError:
+        pass
+    return handle
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and keep it locked, as :func:`claim` does, until the block ends.
+
+    Raises:
+        UserError: if it cannot be made, or another command is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --out"
+        ) from error
+    handle = claim(folder)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def file_digest(path: Path, algorithm: str) -> str:

@@ -11,7 +11,6 @@ teacher_last.safetensors   the teacher after the last episode
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import weakref
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write, is_unfinished, sweep
+from l2t_core.files import atomic_write, claim, is_unfinished, sweep
 
 
 class RunFolder:
@@ -122,26 +121,11 @@ def open_run(
         _write_config(folder, config)
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
-    _claim(folder)
+    weakref.finalize(folder, os.close, claim(path))  # as long as ``folder`` lives
     if changed:
         _write_config(folder, config)
-    for file in folder.files():
-        sweep(file)
+    sweep(path, folder.files())
     return folder
-
-
-def _claim(folder: RunFolder) -> None:
-    """Lock the folder as long as ``folder`` lives: two commands would write over each other."""
-    handle = os.open(folder.path, os.O_RDONLY)
-    weakref.finalize(folder, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another command is at work in {folder.path}; wait for it, or choose another --out"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _write_config(folder: RunFolder, config: dict[str, Any]) -> None:

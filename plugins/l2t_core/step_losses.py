@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from l2t_core.baselines import BASELINES, Moment, complete_settings
+from l2t_core.baselines import Moment
 from l2t_core.errors import UserError
+from l2t_core.fixed_losses import BASELINES, complete_settings
 from l2t_core.student import Student
 from l2t_core.student_state import DevStatistics, TrainStatistics
 
@@ -43,7 +44,7 @@ class StepLoss(Protocol):
 
 
 class FixedLoss:
-    """A baseline of :data:`l2t_core.baselines.BASELINES` as a loss of training steps.
+    """A baseline of :data:`l2t_core.fixed_losses.BASELINES` as a loss of training steps.
 
     ``last_layer`` is the student's and ``told`` what it tells of its data, for losses that need
     them. Make one with :func:`fixed_loss`.
@@ -57,7 +58,7 @@ class FixedLoss:
         last_layer: LastLayer | None = None,
         told: Tensor | None = None,
     ) -> None:
-        self.baseline = BASELINES.get(name)
+        self.function = BASELINES.get(name).load()
         self.settings = complete_settings(name, settings or {})
         self.total_steps = total_steps
         self.last_layer = last_layer
@@ -73,7 +74,8 @@ class FixedLoss:
         """Return the step's per-example loss [N] for log-probabilities [N, K], targets [N]."""
         features, weight = self.last_layer.take() if self.last_layer else (None, None)
         moment = Moment(self.step, self.total_steps, features, weight, self.told)
-        return self.baseline.loss(log_probs, targets, self.settings, moment)
+        found: Tensor = self.function(log_probs, targets, self.settings, moment)
+        return found
 
     def commit(self, statistics: TrainStatistics) -> None:
         """Take note that the optimiser made the step."""

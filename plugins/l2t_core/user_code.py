@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def imported(path: str, key: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise UserError(f"{key} {path} is no function; write module:function")
+    return found
+
+
+def import_problems(used: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each (key of a recipe, import path) that :func:`imported` refuses.
+
+    A value that is no import path is left to others.
+    """
+    found = []
+    for key, path in used:
+        if is_import_path(path):
+            try:
+                imported(path, key)
+            except UserError as error:
+                found.append(str(error))
     return found
 
 

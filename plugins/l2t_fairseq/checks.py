@@ -6,6 +6,7 @@ import math
 
 from l2t_core.devices import device_problems
 from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
+from l2t_core.user_code import import_problems
 from l2t_fairseq.candidates import candidate_problems
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sentence_scores import check_measure_name
@@ -21,6 +22,7 @@ def problems(spec: NmtSpec) -> list[str]:
         check_measure_name(spec.measure)
     except UserError as error:
         found.append(str(error))
+    found += import_problems([("nmt.measure", spec.measure)])
     found += unknown_choice("nmt.estimator", spec.estimator, ESTIMATORS)
     for key in ("train", "teach", "generate"):
         try:

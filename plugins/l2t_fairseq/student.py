@@ -210,7 +210,7 @@ class NmtStudent:
         return found | measure_content(self.spec.measure)
 
 
-def build_student(spec: NmtSpec, seed: int = 1) -> NmtStudent:
+def build_student(spec: NmtSpec) -> NmtStudent:
     """Return the student that a recipe's ``nmt`` section describes; seeds come with ``reset``.
 
     Raises:

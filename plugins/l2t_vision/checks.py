@@ -9,7 +9,7 @@ from l2t_core.errors import Limit, UserError, out_of_range
 from l2t_core.optimisers import OPTIMISERS, build_optimiser
 from l2t_core.registry import Registry, unknown_names
 from l2t_core.schedules import SCHEDULES
-from l2t_core.user_code import is_import_path
+from l2t_core.user_code import import_problems, is_import_path
 from l2t_vision.augmentation import AUGMENTATIONS
 from l2t_vision.corruption import NOISES
 from l2t_vision.data import LOADERS
@@ -38,7 +38,11 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
         ("image.schedule.name", SCHEDULES, spec.schedule.name),
     ]
     used = [*(entry for entry in own if not is_import_path(entry[2])), *known]
-    return [*unknown_names(used), *device_problems("image.device", spec.device)]
+    return [
+        *unknown_names(used),
+        *import_problems((key, name) for key, _, name in own),
+        *device_problems("image.device", spec.device),
+    ]
 
 
 def _impossible_optimiser(spec: ImageSpec) -> list[str]:
@@ -57,7 +61,11 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
         ("optimiser.lr", rate, 0.0 < rate < math.inf, "above 0"),
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
         ("batch_size", spec.batch_size, spec.batch_size >= 1, "at least 1"),
-        ("dev_interval", spec.dev_interval, spec.dev_interval >= 1, "at least 1"),
+        (
+            "dev_interval", spec.dev_interval,
+            spec.dev_interval >= 1 and (spec.dev_interval <= spec.steps or spec.steps < 1),
+            f"between 1 and image.steps, {spec.steps}, or dev is never looked at",
+        ),
         ("hidden", spec.hidden, spec.hidden >= 1, "at least 1"),
         ("depth", spec.depth, spec.depth >= 0, "0 (the paper's largest) or more"),
         ("width", spec.width, spec.width >= 0, "0 (the paper's largest) or more"),
@@ -78,7 +86,11 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
             "dev_size", spec.dev_size, spec.dev_size >= 1,
             "some hundreds: without it the dev set is empty, and the teacher learns from it",
         ),
-        ("dev_batch", spec.dev_batch, spec.dev_batch >= 0, "0 (the whole dev set) or more"),
+        (
+            "dev_batch", spec.dev_batch,
+            spec.dev_batch >= 0 and (spec.dev_batch <= spec.dev_size or spec.dev_size < 1),
+            f"between 0 (the whole dev set) and image.dev_size, {spec.dev_size}",
+        ),
         ("data_seed", spec.data_seed, 0 <= spec.data_seed < 2**31, "in [0, 2^31)"),
         ("label_noise", spec.label_noise, 0.0 <= spec.label_noise <= 1.0, "in [0, 1]"),
         ("imbalance", spec.imbalance, 1.0 <= spec.imbalance < math.inf, "1 (none) or more"),

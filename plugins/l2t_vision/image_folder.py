@@ -1,4 +1,4 @@
-"""People's own images: ``<split>/<class>/*.jpg`` or ``.png``, in a folder or a tar archive.
+"""People's own images: ``<split>/<class>/*.jpg`` and the like, in a folder or a tar archive.
 
 Decoded once: the result is kept as unsigned bytes in the cache folder of the user's account, under
 a name that is the digest of all file names and contents, so that a changed picture is seen.
@@ -26,7 +26,8 @@ from l2t_core.errors import UserError
 from l2t_core.files import DAMAGED, atomic_write, file_digest
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+# Those that torchvision's ImageFolder takes for pictures.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "test")
 # Of the cached file and of the way to decode; archives' links were once left out without a word.
 _FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "4"
@@ -71,13 +72,13 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         for member in archive:
             path = PurePosixPath(member.name.removeprefix("./"))
             inside = path.parts[:1] in [(split,) for split in SPLITS]
-            if member.issym() and inside and not path.name.startswith("."):
+            if member.issym() and inside and not _hidden(path):
                 raise UserError(
                     f"{source}: {path} is a symbolic link; pack what it points to "
                     "(tar --dereference)"
                 )
             # A hard link stands for a file that is packed further up.
-            if (member.isfile() or member.islnk()) and _is_picture(path):
+            if (member.isfile() or member.islnk()) and _is_picture(path) and not _hidden(path):
                 handle = archive.extractfile(member)
                 assert handle is not None  # it is a file
                 yield path, handle.read()
@@ -87,7 +88,8 @@ def _pictures(source: Path) -> Iterator[Path]:
     """Yield the pictures under the folder ``source``, those behind links too.
 
     Raises:
-        UserError: if a split, a class or a picture is a link to nothing.
+        UserError: if a split, a class or a picture is a link to nothing, or a class of train is
+            empty.
         OSError: if a folder cannot be read.
     """
 
@@ -100,25 +102,35 @@ def _pictures(source: Path) -> Iterator[Path]:
         around = above.pop(here)
         for name in list(folders):
             real = os.path.realpath(here / name)
-            if real in around:
-                folders.remove(name)  # a link back up, which holds nothing new
+            if real in around or _hidden(PurePosixPath(name)):
+                folders.remove(name)  # a link back up holds nothing new
             else:
                 above[here / name] = around | {real}
-        for name in files:
-            path = here / name
+        pictures = 0
+        for path in (here / name for name in files if not _hidden(PurePosixPath(name))):
             if path.is_file():
                 if _is_picture(path):
+                    pictures += 1
                     yield path
                 continue
             parts = path.relative_to(source).parts
             wanted = parts[0] in SPLITS and (len(parts) <= 2 or _is_picture(path))
-            if path.is_symlink() and wanted and not name.startswith("."):
+            if path.is_symlink() and wanted:
                 raise UserError(f"{path} is a link to nothing; mend or remove it")
+        if here.parent == source / "train" and not pictures and not folders:
+            raise UserError(f"{here} holds no picture; fill it, or remove that class")
 
 
 def _is_picture(path: PurePosixPath | Path) -> bool:
-    # Names with a dot first are a system's own, such as the Macintosh's ._IMG.jpg.
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES
+
+
+def _hidden(path: PurePosixPath) -> bool:
+    """Tell whether ``path``, below the data's own folder, or one around it starts with a dot.
+
+    Such names are a system's own: the Macintosh's ._IMG.jpg, an editor's copies.
+    """
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _content_key(source: Path, size: int) -> str:
@@ -153,7 +165,7 @@ def _decode_all(source: Path, size: int) -> RawImages:
         found[path.parts[0]].append((path.parts[1], path.parts[2], pixels))
     for split in SPLITS:
         if not found[split]:
-            raise UserError(f"{source} holds no {split}/CLASS/*.jpg or *.png")
+            raise UserError(f"{source} holds no {split}/CLASS/*.jpg, *.png or the like")
     return _assemble(source, found)
 
 

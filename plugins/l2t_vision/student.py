@@ -22,6 +22,7 @@ from l2t_vision.augmentation import (
 )
 from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
+from l2t_vision.data_notes import notes
 from l2t_vision.identity import content
 from l2t_vision.measures import MEASURES
 from l2t_vision.models import build_model
@@ -174,6 +175,11 @@ class ImageStudent:
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the number of classes."""
         return {"kind": "classes", "num_classes": self.num_classes}
+
+    def notes(self) -> list[str]:
+        """Return lines on what is odd about the splits of the data."""
+        own = self.spec.data == "images" or is_import_path(self.spec.data)
+        return notes(self.data, own)
 
     def content(self) -> dict[str, str]:
         """Return digests of what the recipe's section names without holding it."""

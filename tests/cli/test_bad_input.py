@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from in_process import Run  # type: ignore[import-not-found]
+from in_process import Run, write_teacher  # type: ignore[import-not-found]
 
 from l2t_cli.errors import exit_code_of
 
@@ -139,6 +139,21 @@ def test_validate_names_a_reference(l2t: Run, digits: Path) -> None:
     digits.write_text(digits.read_text().replace("data: digits", 'folder: "${HOME}/x"'))
     line = l2t("recipes", "validate", digits).error()
     assert "tiny.yaml: image.folder = '${HOME}/x'" in line and "the value itself" in line
+
+
+def test_validate_looks_into_teacher_files_and_modules(
+    l2t: Run, digits: Path, tmp_path: Path
+) -> None:
+    damaged = write_teacher(tmp_path / "damaged.safetensors", 10, kind="classes")
+    sound = write_teacher(tmp_path / "sound.safetensors", 10, kind="classes")
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    teachers = f"compare: {{teachers: [{sound}, {damaged}, gone.safetensors]}}\n"
+    bad = write(tmp_path / "bad.yaml", digits.read_text().replace("mlp", "gone:net") + teachers)
+    lines = l2t("recipes", "validate", bad).err.splitlines()
+    assert len(lines) == 3
+    assert "image.model gone:net cannot be imported" in lines[0]
+    assert "compare.teachers" in lines[1] and "damaged.safetensors" in lines[1]
+    assert "compare.teachers" in lines[2] and "gone.safetensors" in lines[2]
 
 
 def test_validate_looks_names_up(l2t: Run, digits: Path, tmp_path: Path) -> None:

@@ -24,13 +24,16 @@ from scipy import stats
 from l2t_cli import console
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
+from l2t_cli.compare_plan import Tuning, arms
 from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
+from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.train_teacher import run as train
-from l2t_core.baselines import BASELINES
-from l2t_core.comparison import PairedComparison
+from l2t_core.comparison import PairedComparison, Point
+from l2t_core.files import claimed
+from l2t_core.fixed_losses import BASELINES
 from l2t_vision.student import ImageStudent
 
 COMPARE = """\
@@ -407,6 +410,23 @@ def test_dry_run_counts_the_trials_and_writes_nothing(l2t: Run, tiny: Path) -> N
     assert set(Path().iterdir()) == before
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_choice_does_not_depend_on_which_trial_ends_first(tiny: Path, backwards: bool) -> None:
+    """After a warm-up of the whole training any mix is the same, to the bit."""
+    changes = ["compare.losses=[sigmoid]", "compare.trials=6", "compare.sigmoid.warmup=[1]",
+               "compare.sigmoid.mix=[0.5,0.2,0.8]"]
+    recipe = load_for_comparison(str(tiny), changes)
+    found = arms(recipe, [], TeacherCopies(Path("out")))
+    tuning = Tuning(recipe, found, ImageTrials(recipe))
+    asked = tuning.ask()
+    for trial in reversed(asked) if backwards else asked:
+        tuning.tell(trial, Result(1.0, 24, dev=0.9, nll=trial.lr))
+    for arm in found:
+        assert list(tuning.scores[arm.name]) == tuning.points(arm)
+    chosen = tuning.chosen()["sigmoid"]
+    assert chosen == Point(0.1, (("warmup", 1.0), ("mix", 0.5)))
+
+
 def test_json_lines(l2t: Run, tiny: Path) -> None:
     arguments = ("compare", tiny, "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
     lines = [json.loads(s) for s in l2t(*arguments, "--log-format", "json").out.splitlines()]
@@ -459,6 +479,7 @@ def test_no_number_is_broken_on_a_narrow_screen(
         ("compare.tune_on=test", "(known: measure, nll)"),
         ("compare.gce.q=[2]", "gce.q is 2; it must be from 0 to 1"),
         ("compare.large_margin.margin=[5]", "from 2 to 4"),
+        ("compare.focal.gamma=[1,2,1.0]", "compare.focal.gamma names a value twice; remove one"),
         ("compare.focal.gamma=[]", "compare.focal.gamma is empty"),
         ("compare.focl.gamma=[1]", "did you mean 'compare.focal.gamma'?"),
         ("compare.teachers=[gone.safetensors]", "no teacher file at gone.safetensors"),
@@ -549,8 +570,9 @@ def test_a_student_without_a_last_linear_layer_has_no_large_margin(
     assert "large_margin needs a student" in line and not Path("runs").exists()
 
 
-def test_image_recipes_know_every_baseline() -> None:
-    assert sorted(FIELDS.get("image").losses) == BASELINES.names()
+def test_every_baseline_belongs_to_a_field() -> None:
+    of_fields = {loss for name in FIELDS.names() for loss in FIELDS.get(name).losses}
+    assert of_fields == set(BASELINES.names())
 
 
 def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
@@ -590,3 +612,17 @@ def test_a_folder_of_another_tool_is_left_alone(l2t: Run, tiny: Path) -> None:
     Path("ours").mkdir()
     Path("ours/.config.json.abc").write_text("{")
     assert l2t("compare", tiny, "--out", "ours", "--jobs", "1").code == 0
+
+
+def test_a_second_command_at_work_in_one_folder_is_refused(
+    l2t: Run, tiny: Path, watched: Watched
+) -> None:
+    teacher = watched.folder.parent / "teacher" / "teacher_best.safetensors"
+    for command in (("compare", tiny), ("transfer", teacher, tiny)):
+        with claimed(Path("out")):
+            line = l2t(*command, "--out", "out", "--jobs", "1").error()
+        assert "another command is at work in out; wait for it, or choose another --out" in line
+        assert list(Path("out").iterdir()) == []
+    # The claim ends with the command.
+    options = ("--out", "out", "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
+    assert all(l2t("compare", tiny, *options).code == 0 for _ in range(2))

@@ -29,6 +29,8 @@ GREY, COLOUR = (1, 28, 28), (3, 32, 32)
         ("cifar10-resnet32", COLOUR, 10, 464_154),
         ("cifar10-wide-resnet", COLOUR, 10, 55_841_754),
         ("cifar10-densenet", COLOUR, 10, 25_624_430),
+        ("cifar100-resnet8", COLOUR, 100, 81_140),
+        ("cifar100-resnet20", COLOUR, 100, 275_572),
         ("cifar100-resnet32", COLOUR, 100, 470_004),
     ],
 )
@@ -139,8 +141,29 @@ def test_a_teacher_for_ones_own_pictures(
     teacher = tmp_path / "run" / "teacher_best.safetensors"
     applied = l2t("apply-teacher", teacher, digits, *changes, "--out", "applied")
     assert applied.code == 0, applied.err
+    assert "note:" not in trained.out + applied.out
     text = applied.out + "".join(p.read_text() for p in (tmp_path / "applied").rglob("*.json"))
     assert "label_noise:0.2|imbalance:2|augment:crop-flip" in text.replace("\n", "")
+
+
+def test_a_class_without_test_images_is_told(l2t: Run, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_lacking.py").write_text(
+        "import numpy as np\n"
+        "def made(folder, train):\n"
+        "    labels = np.arange(60) % (3 if train else 2)\n"
+        "    return np.repeat(labels, 64).reshape(60, 8, 8).astype(np.uint8), labels\n"
+    )
+    changes = ["image.data=own_lacking:made", "image.dev_size=20", "image.batch_size=8",
+               "image.dev_batch=0", "training.episodes=1"]
+    note = "there are no test images of 1 (2) of 3 classes, counted from 0"
+    assert f"note: {note}" in l2t("train-teacher", digits, *changes, "--out", "run").out
+    teacher = "run/teacher_best.safetensors"
+    apply = ("apply-teacher", teacher, digits, *changes[:-1], "--out", "used")
+    assert f"# note: {note}" in l2t(*apply, "--dry-run").out
+    assert f"note: {note}" in l2t(*apply).out
+    compare = ("compare.losses=[]", "compare.seeds=2", "compare.trials=2", "compare.lr=[0.1,0.2]")
+    found = l2t("compare", digits, *changes[:-1], *compare, "--jobs", "1").out
+    assert f"warning: {note}" in found.replace("\n", " ")
 
 
 @pytest.mark.parametrize("command", ["train-teacher", "apply-teacher"])

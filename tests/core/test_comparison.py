@@ -50,6 +50,13 @@ def test_bootstrap_agrees_with_scipys_and_with_all_resamples() -> None:
     assert means.shape == (10_000,) and abs(means.mean() - differences.mean()) < 0.01
 
 
+def test_rounding_does_not_choose_a_side_of_zero() -> None:
+    """Tenths that cancel, as 1.1 - 1.0 and 4.0 - 4.1, do not quite: 2e-15 is left of them."""
+    tenths = compare_paired([1.1, 4.0, 7.3, 2.2], [1.0, 4.1, 7.1, 2.1])
+    whole = compare_paired([11, 40, 73, 22], [10, 41, 71, 21])
+    assert tenths.bootstrap_p == whole.bootstrap_p
+
+
 def test_differences_in_numbers_and_relative_to_the_reference() -> None:
     found = compare_paired([1.0, 2.0], [2.0, 4.0])
     assert found.difference == -1.5 and found.relative == pytest.approx(-0.5)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from toy_students import knows_autocast
 
-from l2t_core.baselines import BASELINES, Moment
+from l2t_core.baselines import forward_corrected
 from l2t_core.errors import UserError
 from l2t_core.loss_forms import (
     FORMS,
@@ -145,9 +145,7 @@ def test_the_confusion_form_is_the_forward_correction_by_its_matrix(batch):
     _, log_probs, targets = batch
     generator = torch.Generator().manual_seed(2)
     confusion = torch.rand(5, 5, generator=generator, dtype=torch.float64).softmax(1)
-    expected = BASELINES.get("forward_corrected").loss(
-        log_probs, targets, {}, Moment(0, 1, told=confusion)
-    )
+    expected = forward_corrected(log_probs, targets, confusion)
     signs = 1 - 2 * torch.eye(5, dtype=torch.float64)  # which do not matter
     phi = {"C": signs * confusion.sqrt(), "d": torch.ones(5, dtype=torch.float64)}
     loss = taught_loss(LossSpec("confusion"), log_probs, targets, phi)

@@ -189,6 +189,7 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
         ({"candidates": "beam", "estimator": "reinforce"},
          "reinforce needs samples from the model's own law.*ancestral, or nmt.estimator=mrt"),
         ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),
+        ({"measure": "gone_away:score"}, "nmt.measure gone_away:score cannot be imported"),
         ({"alpha": 0.0}, "nmt.alpha is 0.0; it must be above 0"),
         ({"generate": "--beam '5"}, "nmt.generate: No closing quotation"),
         ({"samples": 1}, "nmt.samples is 1; it must be at least 2"),

@@ -41,6 +41,13 @@ from l2t_vision.student import build_student
         ({"imbalance": float("inf")}, "image.imbalance is inf"),
         ({"dropout": 1.0}, "image.dropout is 1.0"),
         ({"steps": 0}, "image.steps is 0"),
+        ({"dev_interval": 0}, "image.dev_interval is 0; it must be between 1 and image.steps"),
+        ({"steps": 99}, "image.dev_interval is 100; it must be between 1 and image.steps, 99"),
+        ({"dev_batch": -1}, "image.dev_batch is -1; it must be between 0 (the whole dev set) and"),
+        ({"dev_batch": 101}, "image.dev_batch is 101; it must be between 0 (the whole dev set)"),
+        ({"model": "collections:net"}, "image.model collections:net cannot be imported"),
+        ({"augment": "gone_away:cut"}, "image.augment gone_away:cut cannot be imported"),
+        ({"data": "math:pi"}, "image.data math:pi is no function"),
         ({"schedule": ScheduleSpec("cosine", 1000)}, "image.schedule.warmup_steps is 1000"),
         ({"optimiser": OptimiserSpec("nesterov", momentum=1.0)}, "image.optimiser.momentum is 1.0"),
         ({"optimiser": OptimiserSpec(weight_decay=-1e-4)}, "image.optimiser.weight_decay"),
@@ -56,7 +63,8 @@ def test_each_impossible_setting_is_one_line(settings: dict[str, Any], says: str
 
 def test_all_are_listed_at_once_and_none_where_there_is_none() -> None:
     assert len(problems(ImageSpec(model="lenett", steps=0, batch_size=-1, dev_size=9))) == 3
-    assert problems(ImageSpec(dev_size=100, model="mine:net", data="mine:load", depth=3)) == []
+    own = {"model": "torch.nn:Linear", "data": "json:load", "augment": "torch:flip"}
+    assert problems(ImageSpec(dev_size=100, dev_batch=100, steps=100, depth=3, **own)) == []
     assert problems(ImageSpec(dev_size=100, model="wide-resnet", depth=16, width=4)) == []
 
 
@@ -94,7 +102,23 @@ def test_a_gpu_sees_the_same_batches() -> None:
 
 OWN = """\
 import numpy as np
-class Like:  # as torchvision's classes
+import torch
+from PIL import Image
+class Grey:  # as torchvision's MNIST and its kin
+    def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
+        count = 40 if train else 10
+        self.data = torch.arange(count).view(-1, 1, 1).expand(-1, 5, 6).to(torch.uint8)
+        self.targets = torch.arange(count) % 4
+class Pairs:  # as most of torchvision's: (picture, label) by index, and nothing else
+    def __getitem__(self, index):
+        if index >= 20:
+            raise IndexError(index)
+        return Image.fromarray(np.full((5, 6, 3), index, np.uint8)), index % 2
+def stacked(folder, train):
+    images, labels = zip(*Pairs())
+    chosen = np.arange(20) % 10 < 9 if train else np.arange(20) % 10 == 9
+    return np.stack([np.asarray(image) for image in images])[chosen], np.array(labels)[chosen]
+class Like:  # as torchvision's CIFAR10
     def __init__(self, root, train=True):
         count = 40 if train else 10
         self.data = np.full((count, 5, 6, 3), 1 if train else 2, np.uint8)
@@ -130,6 +154,10 @@ def test_data_of_the_users_own() -> None:
     assert np.array_equal(blue.sort().values.numpy(), np.arange(40))
     grey = load_data(ImageSpec(data="own_data_here:pair", dev_size=8))
     assert grey.test_x.shape == (10, 1, 5, 6) and grey.test_x.unique().tolist() == [2]
+    tensors = load_data(ImageSpec(data="own_data_here:Grey", dev_size=8))
+    assert torch.equal(tensors.train_x[:, 0, 0, 0].long() % 4, tensors.train_y)
+    pairs = load_data(ImageSpec(data="own_data_here:stacked", dev_size=4))
+    assert pairs.test_x[:, 0, 0, 0].tolist() == [9, 19] and pairs.train_x.shape == (14, 3, 5, 6)
 
 
 @pytest.mark.usefixtures("own_data")

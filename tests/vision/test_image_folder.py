@@ -97,6 +97,37 @@ def test_grey_alone_has_one_channel(pets: Path) -> None:
     assert load_image_folder(pets).train_x.shape == (10, 1, 9, 8)
 
 
+def test_names_with_a_dot_first_are_a_systems_own(pets: Path) -> None:
+    """A file manager's thumbnails are no class, a notebook's copies no pictures, in no form."""
+    whole = load_image_folder(pets)
+    for place in ("train/.thumbs", "train/cat/.ipynb_checkpoints", ".cache/train/cow"):
+        (pets / place).mkdir(parents=True)
+        (pets / place / "000.png").write_bytes(picture(COLOURS[0]))
+    for source in (pets, packed(pets, "")):
+        raw = load_image_folder(source)
+        assert raw.num_classes == 2 and torch.equal(raw.train_x, whole.train_x)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "ppm", "tiff", "webp"])
+def test_other_formats_of_pictures_are_not_left_out(pets: Path, kind: str) -> None:
+    options = {"lossless": True} if kind == "webp" else {}
+    Image.fromarray(COLOURS[9]).save(pets / "train" / "cat" / f"zoo.{kind}", **options)
+    raw = load_image_folder(pets)
+    assert len(raw.train_y) == 11
+    assert np.array_equal(raw.train_x[4].permute(1, 2, 0).numpy(), COLOURS[9])
+
+
+def test_classes_of_any_name(pets: Path) -> None:
+    before = load_image_folder(pets)
+    for split in ("train", "test"):
+        (pets / split / "cat").rename(pets / split / "ein Hündchen")
+        (pets / split / "dog").rename(pets / split / "日本 犬")
+    for source in (pets, packed(pets, "xz")):
+        after = load_image_folder(source)
+        assert torch.equal(before.train_y, after.train_y)
+        assert torch.equal(before.train_x, after.train_x)
+
+
 def test_jpeg_palette_and_transparency(pets: Path) -> None:
     cats = pets / "train" / "cat"
     (cats / "000.png").write_bytes(picture(COLOURS[0], mode="RGBA"))
@@ -209,6 +240,7 @@ def test_a_recipe_trains_on_them(pets: Path) -> None:
         ("no test", r"holds no test/CLASS"),
         ("other class", r"no train/cow for test/cow"),
         ("one class", r"holds one class only"),
+        ("empty class", r"train/dog holds no picture; fill it, or remove that class"),
     ],
 )
 def test_what_cannot_be_used_is_named(pets: Path, mishap: str, says: str) -> None:
@@ -234,6 +266,8 @@ def test_what_cannot_be_used_is_named(pets: Path, mishap: str, says: str) -> Non
         for split in ("train", "test"):
             for path in (pets / split / "dog").iterdir():
                 path.unlink()
+            if mishap == "one class":
+                (pets / split / "dog").rmdir()
     with pytest.raises(UserError, match=says) as raised:
         load_image_folder(pets)
     assert str(pets) in str(raised.value)

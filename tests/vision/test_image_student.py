@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
 from l2t_core.training import train_teacher
 from l2t_vision.data import load_data
+from l2t_vision.data_notes import copies, notes
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent, build_student
 
@@ -43,6 +45,31 @@ def digits_student(**settings: Any) -> ImageStudent:
            "schedule": ScheduleSpec("linear"), **settings}
     )
     return build_student(spec)
+
+
+def test_classes_that_a_split_lacks_are_told(make_student: Make) -> None:
+    student = make_student()
+    assert student.notes() == []
+    data, k = student.data, student.num_classes
+    lacking = replace(data, test_y=data.test_y.clamp(max=k - 3), dev_y=torch.zeros_like(data.dev_y))
+    dev, test = ImageStudent(student.spec, lacking).notes()
+    assert dev.startswith(f"there are no dev images of {k - 1} (1, 2, 3")
+    assert test == (
+        f"there are no test images of 2 ({k - 2}, {k - 1}) of {k} classes, counted from 0"
+    )
+
+
+def test_images_of_ones_own_that_are_in_two_splits_are_told(make_student: Make) -> None:
+    student = make_student()
+    data = student.data
+    test_x = torch.cat([data.train_x[:2], 255 - data.train_x[2:5]])
+    shared = replace(data, test_x=test_x, test_y=torch.arange(5) % student.num_classes)
+    assert copies(test_x, data.train_x) == 2
+    own = [line for line in notes(shared, own=True) if "training images, too" in line]
+    assert [line.split(":")[0] for line in own] == [
+        "2 of 5 test images are training images, too"
+    ]
+    assert not any("too" in line for line in notes(shared, own=False))
 
 
 def test_each_epoch_is_a_permutation_and_a_step_always_has_its_batch(make_student: Make) -> None:
