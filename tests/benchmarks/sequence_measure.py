@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.clocks = recipe, Clocks()
-        self.student = recipe.field.build_student(recipe.student, recipe.training.seed)
+        self.student = recipe.field.build_student(recipe.student)
         names = self.student.default_features
         classes = self.student.num_classes
         self.life = Life(self.student)
