@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """Print both errors for each precision."""
     loaded = load_recipe(recipe, overrides or [])
-    student = loaded.field.build_student(loaded.student, 1)
+    student = loaded.field.build_student(loaded.student)
     exact = derivatives(student, "float32", True, step)
     for precision, scaled in (("bfloat16", True), ("float16", True), ("float16", False)):
         found = derivatives(student, precision, scaled, step)
