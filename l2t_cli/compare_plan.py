@@ -19,6 +19,7 @@ from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.files import from_home
 from l2t_core.fixed_losses import BASELINES, complete_settings
+from l2t_core.user_code import import_problems, is_import_path
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
 FIRST_TUNING_SEED = 900_001
@@ -76,7 +77,16 @@ def wrong_teachers(recipe: Recipe) -> list[str]:
 
 def _wrong_losses(recipe: Recipe) -> Iterator[str]:
     names = recipe.compare.losses
+    own = [name for name in names if is_import_path(name)]
+    if own and not recipe.field.own_losses:
+        yield (
+            f"compare.losses: {own[0]}: losses of your own are for image recipes; to fairseq they "
+            "come as criterions"
+        )
+    yield from import_problems(("compare.losses", name) for name in own)
     for name in names:
+        if name in own:
+            continue
         if name not in BASELINES.names():
             hint = suggestion(name, recipe.field.losses)
             yield f"compare.losses: unknown loss {name!r}{hint}{_known(recipe)}"

@@ -18,7 +18,7 @@ from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
 from l2t_core.comparison import PairedComparison, Point, at_edge, compare_paired, counted
 from l2t_core.files import atomic_write
-from l2t_core.fixed_losses import BASELINES
+from l2t_core.fixed_losses import baseline
 from l2t_core.teacher_file import load_header
 
 COLUMNS = (
@@ -108,7 +108,7 @@ def _row(
 
 
 def _label(arm: Arm) -> str:
-    return arm.name if arm.teacher else BASELINES.get(arm.loss).label
+    return arm.name if arm.teacher else baseline(arm.loss).label
 
 
 def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
@@ -156,7 +156,7 @@ def _warnings(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
         )
     for name, value in point.settings:
-        known = BASELINES.get(arm.loss).settings[name]
+        known = baseline(arm.loss).settings[name]
         edge = at_edge(value, arm.own[name])
         if edge and value not in (known.low, known.high):
             found.append(

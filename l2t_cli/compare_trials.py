@@ -22,6 +22,8 @@ from typing import Any, Protocol
 from l2t_cli.recipe_loading import Recipe
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_core.fixed_losses import LOSSES_KEY
+from l2t_core.user_code import is_import_path, source_of
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class TrialStore:
             "seed": trial.seed,
             "final": trial.final,
         }
+        if is_import_path(trial.loss):
+            code = source_of(trial.loss, LOSSES_KEY)
+            content["code_sha256"] = hashlib.sha256(code).hexdigest()
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -44,11 +44,11 @@ class Field:
     ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from it,
     ``application`` applies a teacher to a recipe (see
     :class:`l2t_cli.application.Application`), ``trials`` trains the students of a comparison (see
-    :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses``, ``datasets`` is the registry
-    behind ``l2t data prepare``. ``check``, where there is one, lists what is wrong with a section,
-    before any data is read; ``classes`` returns K where files alone tell it. ``places`` are the
-    section's keys that say where data lie and nothing of what comes out. ``extra`` is what to
-    install where ``needs`` cannot be imported.
+    :class:`l2t_cli.compare_trials.FieldTrials`), on those ``losses`` and, where ``own_losses`` says
+    so, on such by import path. ``datasets`` is the registry behind ``l2t data prepare``. ``check``,
+    where there is one, lists what is wrong with a section, before any data is read; ``classes``
+    returns K where files alone tell it. ``places`` are the section's keys that say where data lie
+    and nothing of what comes out. ``extra`` is what to install where ``needs`` cannot be imported.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Field:
     application: str
     trials: str
     losses: tuple[str, ...]
+    own_losses: bool
     datasets: str
     places: tuple[str, ...] = ()
     check: str = ""
@@ -117,6 +118,7 @@ FIELDS.register("image")(
         application="l2t_cli.apply_image:ImageApplication",
         trials="l2t_cli.compare_image:ImageTrials",
         losses=tuple(name for name in BASELINES.names() if BASELINES.get(name).function),
+        own_losses=True,
         datasets="l2t_vision.prepare:DATASETS",
         places=("folder",),
         check="l2t_vision.checks:problems",
@@ -130,6 +132,7 @@ FIELDS.register("nmt")(
         application="l2t_cli.apply_fairseq:RecipeApplication",
         trials="l2t_cli.compare_fairseq:FairseqTrials",
         losses=("cross_entropy", "label_smoothing", "mrt"),
+        own_losses=False,
         datasets="l2t_fairseq.prepare:DATASETS",
         places=("data",),
         check="l2t_fairseq.checks:problems",

@@ -14,8 +14,10 @@ from typing import Any
 
 from l2t_core.errors import UserError, suggestion
 from l2t_core.registry import Registry
+from l2t_core.user_code import imported, is_import_path
 
 Settings = Mapping[str, float]
+LOSSES_KEY = "compare.losses"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Baseline:
     :data:`Settings`, :class:`l2t_core.baselines.Moment`) to losses [N]; empty for a loss of whole
     sequences, which a field trains by means of its own. ``needs_classifier``: it looks at the
     student's last layer; ``asks`` names the student's method whose tensor it finds as
-    ``Moment.told``.
+    ``Moment.told``. ``own``: it is the user's, of log-probabilities and targets alone.
     """
 
     label: str
@@ -48,9 +50,17 @@ class Baseline:
     settings: dict[str, Setting] = field(default_factory=dict)
     needs_classifier: bool = False
     asks: str = ""
+    own: bool = False
 
     def load(self) -> Callable[..., Any]:
-        """Import and return the function."""
+        """Import and return the function.
+
+        Raises:
+            UserError: if it is the user's and cannot be imported.
+        """
+        if self.own:
+            function = imported(self.function, LOSSES_KEY)
+            return lambda log_probs, targets, settings, at: function(log_probs, targets)
         module, name = self.function.split(":")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
@@ -134,13 +144,22 @@ BASELINES.register("mrt")(
 )
 
 
+def baseline(name: str) -> Baseline:
+    """Return the fixed loss called ``name``: an entry of ``BASELINES``, or an import path.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    return Baseline(name, name, own=True) if is_import_path(name) else BASELINES.get(name)
+
+
 def complete_settings(name: str, given: Settings) -> dict[str, float]:
     """Return the settings of the loss ``name`` with its defaults for those not ``given``.
 
     Raises:
         UserError: if the loss or a setting is unknown, or a value is out of range.
     """
-    known = BASELINES.get(name).settings
+    known = baseline(name).settings
     for key, value in given.items():
         if key not in known:
             hint = suggestion(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2t_core.baselines import Moment
 from l2t_core.errors import UserError
-from l2t_core.fixed_losses import BASELINES, complete_settings
+from l2t_core.fixed_losses import LOSSES_KEY, baseline, complete_settings
 from l2t_core.student import Student
 from l2t_core.student_state import DevStatistics, TrainStatistics
 
@@ -44,7 +44,7 @@ class StepLoss(Protocol):
 
 
 class FixedLoss:
-    """A baseline of :data:`l2t_core.fixed_losses.BASELINES` as a loss of training steps.
+    """A baseline of :mod:`l2t_core.fixed_losses` as a loss of training steps.
 
     ``last_layer`` is the student's and ``told`` what it tells of its data, for losses that need
     them. Make one with :func:`fixed_loss`.
@@ -58,7 +58,7 @@ class FixedLoss:
         last_layer: LastLayer | None = None,
         told: Tensor | None = None,
     ) -> None:
-        self.function = BASELINES.get(name).load()
+        self.function = baseline(name).load()
         self.settings = complete_settings(name, settings or {})
         self.total_steps = total_steps
         self.last_layer = last_layer
@@ -162,19 +162,47 @@ def fixed_loss(name: str, settings: Mapping[str, float], student: Student) -> Fi
         UserError: if the loss or a setting is unknown or impossible, or the student cannot give
             what it needs.
     """
-    last_layer, told, baseline = None, None, BASELINES.get(name)
-    if baseline.asks:
-        ask = getattr(student, baseline.asks, None)
+    last_layer, told, found = None, None, baseline(name)
+    if found.asks:
+        ask = getattr(student, found.asks, None)
         if ask is None:
             raise UserError(
-                f"{name} needs a student that has a method {baseline.asks}(), this one has none; "
+                f"{name} needs a student that has a method {found.asks}(), this one has none; "
                 f"leave {name} out"
             )
         told = ask()
-    if baseline.needs_classifier:
+    if found.needs_classifier:
         last_layer = LastLayer(student.module, student.num_classes)
         last_layer.check(student)
-    return FixedLoss(name, settings, student.total_steps, last_layer, told)
+    loss = FixedLoss(name, settings, student.total_steps, last_layer, told)
+    if found.own:
+        _try_own(name, loss, student)
+    return loss
+
+
+def _try_own(name: str, loss: FixedLoss, student: Student) -> None:
+    """Ask a loss of the user's own for those of 4 examples of a student that knows nothing.
+
+    Raises:
+        UserError: if it fails, or they are not 4 losses that can be differentiated.
+    """
+    classes, device = student.num_classes, next(student.module.parameters()).device
+    log_probs = torch.zeros(4, classes, device=device).log_softmax(1).requires_grad_()
+    targets = torch.arange(4, device=device) % classes
+    try:
+        values = loss.loss(log_probs, targets)
+    except Exception as error:  # whatever the user's function does
+        raise UserError(
+            f"{LOSSES_KEY} {name}: {type(error).__name__}: {error}; it is called with "
+            "log-probabilities [N, K] and targets [N]"
+        ) from error
+    usable = isinstance(values, Tensor) and values.shape == (4,) and values.requires_grad
+    if not usable:
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(
+            f"{LOSSES_KEY} {name} returned {shape} for 4 examples; return a tensor [N] of a loss "
+            "for each, made of the log-probabilities"
+        )
 
 
 class Recorded:

@@ -30,10 +30,10 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
         ("image.data", LOADERS, spec.data),
         ("image.model", MODELS, spec.model),
         ("image.augment", AUGMENTATIONS, spec.augment),
+        ("image.measure", MEASURES, spec.measure),
     ]
     known: list[tuple[str, Registry, str]] = [
         ("image.noise", NOISES, spec.noise),
-        ("image.measure", MEASURES, spec.measure),
         ("image.optimiser.name", OPTIMISERS, spec.optimiser.name),
         ("image.schedule.name", SCHEDULES, spec.schedule.name),
     ]

@@ -25,12 +25,12 @@ _ALWAYS = ("data", "model", "steps", "batch_size")
 def content(spec: ImageSpec, data: ImageData, module: nn.Module) -> dict[str, str]:
     """Return digests of what a recipe's section names without holding it.
 
-    ``data_sha256`` is over the splits' images and labels, after corruption; ``code_sha256``, for a
-    model or an augmentation of the user's own, over the files that they are in and the module's
-    structure.
+    ``data_sha256`` is over the splits' images and labels, after corruption; ``code_sha256``, for
+    a model, an augmentation or a measure of the user's own, over the files that they are in and the
+    module's structure.
     """
     found = {"data_sha256": data_digest(data)}
-    own = [key for key in ("model", "augment") if is_import_path(getattr(spec, key))]
+    own = [key for key in ("model", "augment", "measure") if is_import_path(getattr(spec, key))]
     if own:
         code = [source_of(getattr(spec, key), f"image.{key}") for key in own]
         found["code_sha256"] = hashlib.sha256(b"".join([*code, repr(module).encode()])).hexdigest()

@@ -24,7 +24,7 @@ from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.data_notes import notes
 from l2t_vision.identity import content
-from l2t_vision.measures import MEASURES
+from l2t_vision.measures import build_measure
 from l2t_vision.models import build_model
 from l2t_vision.recipe import ImageSpec
 
@@ -54,7 +54,7 @@ class ImageStudent:
         self.num_classes = data.num_classes
         self.total_steps = spec.steps
         self.optimiser = build_optimiser(spec.optimiser)
-        self.smoothed = MEASURES.get(spec.measure)
+        self.smoothed = build_measure(spec.measure, data.num_classes)
         channels, height, width = data.train_x.shape[1:]
         self.make = lambda: build_model((channels, height, width), data.num_classes, spec)
         self.own_augmentation: Callable[[Tensor], Tensor] | None = None

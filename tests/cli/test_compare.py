@@ -401,6 +401,56 @@ def test_a_changed_model_of_ones_own_is_trained_again(
     assert again.code == 0 and "were finished before" not in again.out
 
 
+OWN_LOSSES = """
+import torch
+
+def brier(log_probs, targets):
+    wanted = torch.nn.functional.one_hot(targets, log_probs.shape[1])
+    return SCALE * (log_probs.exp() - wanted).square().sum(1)
+
+def mean(log_probs, targets):
+    return brier(log_probs, targets).mean()
+
+def broken(log_probs, targets):
+    return log_probs + targets
+"""
+
+
+def test_a_loss_of_ones_own_is_compared(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same rates and seeds as the others, and again when its code is another."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path("own_losses.py").write_text(f"SCALE = 1.0\n{OWN_LOSSES}")
+    arguments = ("compare", tiny, "--jobs", "1", "compare.seeds=2",
+                 "compare.losses=[own_losses:brier]")
+    outcome = l2t(*arguments)
+    assert outcome.code == 0 and "own_losses:brier" in outcome.out
+    summary = json.loads(Path("runs/tiny-compare/comparison.json").read_text())
+    first, own = summary["losses"]
+    assert own["label"] == "own_losses:brier" and len(own["test"]) == 2
+    assert own["test"] != first["test"]
+    monkeypatch.delitem(sys.modules, "own_losses")
+    Path("own_losses.py").write_text(f"SCALE = 2.0\n{OWN_LOSSES}")
+    assert "5 of 10 trials were finished before" in l2t(*arguments).out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mean", "returned [] for 4 examples; return a tensor [N]"),
+        ("broken", "RuntimeError: The size of tensor"),
+        ("gone", "compare.losses own_refused:gone cannot be imported"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(l2t: Run, tiny: Path, name: str, says: str) -> None:
+    Path("own_refused.py").write_text(f"SCALE = 1.0\n{OWN_LOSSES}")
+    outcome = l2t("compare", tiny, f"compare.losses=[own_refused:{name}]")
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1
+    refused = l2t("compare", "demo-de-en", f"compare.losses=[own_refused:{name}]")
+    assert refused.code == 2 and "losses of your own are for image recipes" in refused.err
+
+
 def test_dry_run_counts_the_trials_and_writes_nothing(l2t: Run, tiny: Path) -> None:
     before = set(Path().iterdir())
     outcome = l2t("compare", tiny, "compare.tuning_seeds=2", "--dry-run")

@@ -48,6 +48,7 @@ from l2t_vision.student import build_student
         ({"model": "collections:net"}, "image.model collections:net cannot be imported"),
         ({"augment": "gone_away:cut"}, "image.augment gone_away:cut cannot be imported"),
         ({"data": "math:pi"}, "image.data math:pi is no function"),
+        ({"measure": "math:pi"}, "image.measure math:pi is no function"),
         ({"schedule": ScheduleSpec("cosine", 1000)}, "image.schedule.warmup_steps is 1000"),
         ({"optimiser": OptimiserSpec("nesterov", momentum=1.0)}, "image.optimiser.momentum is 1.0"),
         ({"optimiser": OptimiserSpec(weight_decay=-1e-4)}, "image.optimiser.weight_decay"),
@@ -175,3 +176,42 @@ def test_data_of_the_users_own() -> None:
 def test_own_data_that_cannot_be_used(name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_data(ImageSpec(data=f"own_data_here:{name}", folder="somewhere", dev_size=8))
+
+
+OWN_MEASURES = """
+import torch
+
+def share_below(log_probs, targets):
+    own = log_probs.gather(1, targets.unsqueeze(1))
+    return -torch.relu(0.7 + own).mean()
+
+def broken(log_probs, targets):
+    return targets.missing
+
+def each(log_probs, targets):
+    return log_probs.sum(1)
+
+def hard(log_probs, targets):
+    return (log_probs.argmax(1) == targets).double().mean()
+"""
+
+
+def test_a_measure_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_image_measures.py").write_text(OWN_MEASURES)
+    named = {
+        name: ImageSpec(dev_size=700, hidden=4, measure=f"own_image_measures:{name}")
+        for name in ("share_below", "broken", "each", "hard")
+    }
+    student = build_student(named["share_below"])
+    student.reset(1)
+    value = student.smoothed_measure(0)
+    own = student._log_probs(student.data.dev_x).gather(1, student.data.dev_y.unsqueeze(1))
+    torch.testing.assert_close(value, -torch.relu(0.7 + own).mean())
+    assert "code_sha256" in student.content()
+    for name, says in (
+        ("broken", "AttributeError"), ("each", "must return one number"),
+        ("hard", "made of the log-probabilities"),
+    ):
+        with pytest.raises(UserError, match=says):
+            build_student(named[name])
