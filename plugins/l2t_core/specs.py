@@ -19,12 +19,12 @@ class LossSpec:
     """Which loss family the teacher writes (L2T-DLF section 3.1) and how it is eased in.
 
     ``form``: dense, diagonal, lowrank (diagonal + rank r), banded (three numbers for each range of
-    frequencies in a sorted vocabulary), shared (three numbers for all classes) or network (a
-    small one for all classes). ``sigma``: sigmoid (the paper's), softplus or
-    identity. The defaults start at cross-entropy and are those that won (docs/stability.md); the
-    paper's own are dense, sigmoid. ``warmup_steps``: first steps on cross-entropy, with label
-    smoothing ``warmup_smoothing`` (0: plain). ``ce_mix``: weight alpha of cross-entropy in
-    alpha*CE + (1-alpha)*l_phi.
+    frequencies in a sorted vocabulary), shared (three numbers for all classes), network (a small
+    one for all classes) or confusion (forward correction). ``sigma``: sigmoid (the paper's),
+    softplus or identity. The defaults start at cross-entropy and are those that won
+    (docs/stability.md); the paper's own are dense, sigmoid. ``warmup_steps``: first steps on
+    cross-entropy, with label smoothing ``warmup_smoothing`` (0: plain). ``ce_mix``: weight alpha of
+    cross-entropy in alpha*CE + (1-alpha)*l_phi.
     """
 
     form: str = "shared"

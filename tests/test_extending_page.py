@@ -1,0 +1,39 @@
+"""The page on parts of one's own: its code runs, and its registries are where it says."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from l2t_core.registry import Registry
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/extending.md"
+
+
+def test_the_student_of_ones_own_is_taught(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    (tmp_path / "segments.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "segments.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pairs = re.findall(r"^taught (0\.\d+), on cross-entropy (0\.\d+)$", done.stdout, re.MULTILINE)
+    assert len(pairs) == 3 and all(float(score) > 0.3 for pair in pairs for score in pair)
+    assert (tmp_path / "runs/segments/teacher_best.safetensors").is_file()
+
+
+def test_the_registries_are_where_the_page_says():
+    table = PAGE.read_text("utf-8").split("| part | registry | an entry |\n", 1)[1]
+    named = set(re.findall(r"`([A-Z]+)`", table))
+    found = {}
+    for file in (ROOT / "plugins").glob("l2t_*/*.py"):
+        for name in re.findall(r"^([A-Z_]+): Registry", file.read_text("utf-8"), re.MULTILINE):
+            found.setdefault(name, []).append(f"{file.parent.name}/{file.name}")
+    for name in named - {"FIELDS"}:
+        assert name in found, name
+    for name, place in re.findall(r"`([A-Z]+)`, `(l2t_core/\w+\.py)`", table):
+        assert place in found[name]
+        module = importlib.import_module(place.removesuffix(".py").replace("/", "."))
+        assert isinstance(getattr(module, name), Registry)
