@@ -160,6 +160,35 @@ def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> 
     assert f"{against['low']:+.2f} to {against['high']:+.2f}" in again.out
 
 
+def test_students_of_earlier_commands_stay_in_the_result(
+    l2t: Run, digits: Path, trained: Path
+) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    command = ("apply-teacher", teacher, digits, "--out", "used", "--seed")
+    for seed in ("4", "1", "2"):
+        assert l2t(*command, seed).code == 0
+    before = {p: p.stat().st_mtime_ns for p in Path("used").rglob("student.pt")}
+    assert len(before) == 3
+    outcome = l2t(*command, "2", "--baseline", "--seeds", "2")
+    assert outcome.code == 0, outcome.err
+    scores = json.loads(Path("used/result.json").read_text())["scores"]
+    seeds = {arm: [score["seed"] for score in found] for arm, found in scores.items()}
+    assert seeds == {"taught": [1, 2, 3, 4], "cross_entropy": [2, 3]}
+    assert " 1-4 " in outcome.out and " 2-3 " in outcome.out
+    assert {p: p.stat().st_mtime_ns for p in before} == before  # none was trained again
+    # Those of both arms are compared, and it says so.
+    against = json.loads(Path("used/result.json").read_text())["against_cross_entropy"]
+    pairs = zip(scores["taught"][1:3], scores["cross_entropy"], strict=True)
+    difference = sum(ours["value"] - theirs["value"] for ours, theirs in pairs) / 2
+    assert against["difference"] == pytest.approx(difference)
+    assert "compared on the seeds that both have (2-3)" in outcome.out
+    assert "(2 students each" in outcome.out and "same steps, batches" not in outcome.out
+    # A score that cannot be read is told before anything is trained.
+    Path("used/taught/seed-4/score.json").write_text("{")
+    line = l2t(*command, "7").error()
+    assert "seed-4/score.json is damaged" in line and not Path("used/taught/seed-7").exists()
+
+
 def test_an_applications_json_is_one_line(l2t: Run, digits: Path, trained: Path) -> None:
     teacher = trained / "teacher_best.safetensors"
     outcome = l2t("apply-teacher", teacher, digits, "--out", "used", "--log-format", "json")
