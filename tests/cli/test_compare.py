@@ -545,6 +545,24 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
     assert "holds no transfer of ours (config.json)" in line
 
 
+def test_a_transfer_is_of_one_teacher(l2t: Run, tiny: Path, watched: Watched) -> None:
+    first = Path(shutil.copy(watched.folder.parent / "teacher/teacher_best.safetensors", "a.st"))
+    second = write_teacher(Path("b.st").absolute(), 10, kind="classes")
+    other = Path("other.yaml")
+    other.write_text(tiny.read_text().replace("hidden: 16", "hidden: 8"))
+    options = ("compare.lr=[0.1,0.4]", "compare.seeds=2", "--jobs", "1", "--out", "out")
+    assert l2t("transfer", first, tiny, *options).code == 0
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    line = l2t("transfer", second, other, *options).error()
+    assert f"out holds the transfer of another teacher ({first.resolve()}), not of" in line
+    assert l2t("transfer", second, other, *options, "--dry-run").error() == line
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+    # The same one under another name is no other teacher.
+    moved = first.rename("moved.st")
+    assert l2t("transfer", moved, other, *options).code == 0
+    assert list(json.loads(Path("out/transfer.json").read_text())) == ["tiny", "other"]
+
+
 def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
     l2t: Run, tiny: Path, tmp_path: Path
 ) -> None:
