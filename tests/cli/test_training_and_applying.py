@@ -20,6 +20,7 @@ from scipy import stats
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
+from l2t_cli.progress import TeacherView
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.teacher_file import load_teacher, save_teacher
@@ -57,8 +58,33 @@ def test_episodes_without_a_usable_hypergradient_say_why(
         "--log-format", "simple",
     )
     assert done.error().startswith("l2t: error: none of the episodes gave a usable hypergradient")
-    rows = [line for line in done.out.splitlines() if "fold on its way back" in line]
-    assert any("dev accuracy" in row and "skipped: the hypergradient grew" in row for row in rows)
+    rows = done.out.splitlines()
+    told = [i for i, row in enumerate(rows) if row.startswith("  skipped: the hypergradient grew")]
+    assert len(told) == 3
+    assert all(rows[i - 1].startswith("episode ") and "  dev 0." in rows[i - 1] for i in told)
+
+
+@pytest.mark.parametrize(
+    ("measure", "smoothed", "norm", "seconds"),
+    [
+        (0.9814, 0.963, 0.0535, 0.5), (1.0, -12.3456, 1.234e-05, 725.0),
+        (-0.1234, 0.1234, 123456.0, 36_000 * 27.0),
+    ],
+)
+def test_an_episodes_line_fits_eighty_columns(
+    measure: float, smoothed: float, norm: float, seconds: float
+) -> None:
+    row = {
+        "episode": 260, "dev_measure": measure, "best": True, "smoothed": smoothed,
+        "hypergradient_norm": norm, "seconds": seconds, "students": 16, "students_lost": 2,
+        "reason": "lost",
+    }
+    view = TeacherView(401, "accuracy", LogFormat.simple)
+    lines = view.summary(row)
+    assert [text[:15] for text in lines] == ["episode 260/400", "  2 of 16 stude"]
+    assert all(len(text) <= 80 for text in lines)
+    skipped = view.summary({**row, "hypergradient_norm": None})
+    assert skipped[1] == "  skipped: lost" and all(len(text) <= 80 for text in skipped)
 
 
 def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
