@@ -135,6 +135,7 @@ def apply(
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     try:
         scores = _finished_before(folder)  # first, for a damaged one is told before any training
+        claimed.adopt()
         copies.write()
         application.check(copy.path)  # the file may have been replaced since it was looked at
         for arm, seed, used, place in jobs:

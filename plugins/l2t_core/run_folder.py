@@ -29,12 +29,14 @@ from l2t_core.files import atomic_write, claim, is_unfinished, sweep
 class RunFolder:
     """Paths and atomic writes of one run's folder; open it with :func:`open_run`.
 
-    ``grown`` tells whether more is asked of the run now than before.
+    ``grown`` tells whether more is asked of the run now than before. ``asked`` is a configuration
+    that says so, or how the run is made now, until :meth:`adopt` has written it down.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.grown = False
+        self.asked: dict[str, Any] | None = None
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.state = path / "state.safetensors"
@@ -46,6 +48,12 @@ class RunFolder:
         return [
             self.config, self.metrics, self.state, self.teacher_best, self.teacher_last
         ]
+
+    def adopt(self) -> None:
+        """Write down the configuration that is asked for now, once the run can go on with it."""
+        if self.asked is not None:
+            _write_config(self, self.asked)
+            self.asked = None
 
     def save_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Replace the run's state by ``tensors`` and the JSON-compatible ``record``."""
@@ -98,18 +106,19 @@ def open_run(
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
 
     The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
-    The keys in ``may_change`` say how a run is made and not what comes out; they may differ.
+    The keys in ``may_change`` say how a run is made and not what comes out; they may differ. What
+    differs is written by :meth:`RunFolder.adopt`, for a run that cannot go on has to stay as it is.
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
             ``resume`` is false, if another command is at work in it, or if it cannot be written.
     """
-    folder, changed = RunFolder(path), set[str]()
+    folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     if folder.config.exists():
         changed = _check_same_run(folder, config, may_grow, may_change)
-        folder.grown = may_grow in changed
+        folder.grown, folder.asked = may_grow in changed, config if changed else None
         if not resume and folder.state.exists():
             raise UserError(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
@@ -122,8 +131,6 @@ def open_run(
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
     weakref.finalize(folder, os.close, claim(path))  # as long as ``folder`` lives
-    if changed:
-        _write_config(folder, config)
     sweep(path, folder.files())
     return folder
 

@@ -98,6 +98,8 @@ class TeacherTraining:
         self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
         self.state = TrainingState(self.teacher, spec.lr, spec.finalists)
         self._resume()
+        if processes.rank == 0:
+            folder.adopt()
 
     def _check(
         self, student: Student, loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec

@@ -149,6 +149,14 @@ def test_a_finished_run_goes_on_for_longer(l2t: Run, digits: Path, trained: Path
     assert "training.episodes=3, which may only grow" in refused
 
 
+def test_a_run_that_cannot_go_on_stays_as_it_is(l2t: Run, digits: Path, trained: Path) -> None:
+    (trained / "state.safetensors").write_bytes(b"damaged")
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    line = l2t("train-teacher", digits, "training.episodes=5", "--out", trained).error()
+    assert "state.safetensors is damaged" in line
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
 def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:
     longer = tmp_path / "longer.yaml"
     longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
