@@ -85,18 +85,27 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
     """Return tensors and record of a state file, or None if there is none.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it is damaged, something else, or cannot be read.
     """
     if not path.exists():
         return None
+    wrong = "is damaged"
     try:
+        with path.open("rb"):  # safetensors words what the system refuses in its own way
+            pass
         with safetensors.safe_open(path, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            return tensors, json.loads(handle.metadata()["record"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it to start this run afresh"
-        ) from error
+            record = (handle.metadata() or {}).get("record")
+            if record is not None:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                return tensors, json.loads(record)
+            wrong = "holds no state that a run has kept"
+    except IsADirectoryError:
+        wrong = "is a folder, where a run keeps its state"
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions") from error
+    except (SafetensorError, ValueError, OSError):
+        pass
+    raise UserError(f"{path} {wrong}; delete it to start this run afresh")
 
 
 def open_run(

@@ -347,8 +347,8 @@ class TeacherTraining:
             self.state.unpack(tensors, numbers, self.spec.episodes)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.folder.state} does not belong to this run "
-                f"({str(error).splitlines()[0]}); choose another --out"
+                f"{self.folder.state} does not belong to this run; put its own there again, or "
+                "delete it to start this run afresh"
             ) from error
         if first:
             self.folder.write_metrics(self.state.rows())

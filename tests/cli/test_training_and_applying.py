@@ -157,6 +157,21 @@ def test_a_run_that_cannot_go_on_stays_as_it_is(l2t: Run, digits: Path, trained:
     assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
 
 
+def test_anothers_state_is_one_plain_line(l2t: Run, digits: Path, trained: Path) -> None:
+    state = trained / "state.safetensors"
+    save_tensors_and_record(state, {"theta.b": torch.ones(2)}, {"progress": {"episode": 1}})
+    line = l2t("train-teacher", digits, "--out", trained).error()
+    assert f"{state} does not belong to this run; put its own there again" in line
+    teacher = trained / "teacher_best.safetensors"
+    snapshot = Path("used/taught/seed-1/snapshot.safetensors")
+    assert l2t("apply-teacher", teacher, digits, "--out", "used").code == 0
+    for kept in snapshot.parent.iterdir():
+        kept.unlink()
+    shutil.copy(state, snapshot)
+    line = l2t("apply-teacher", teacher, digits, "--out", "used").error()
+    assert "snapshot.safetensors does not belong to this student; delete it" in line
+
+
 def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:
     longer = tmp_path / "longer.yaml"
     longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
