@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.files import DAMAGED, atomic_write, file_digest
+from l2t_core.files import DAMAGED, atomic_write, file_digest, sweep
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
 # Those that torchvision's ImageFolder takes for pictures.
@@ -241,5 +241,8 @@ def _save(cache: Path, raw: RawImages) -> None:
     tensors = {name: getattr(raw, name) for name in _TENSORS}
     names = {"class_names": json.dumps(raw.class_names)}
     # Without room or permission the images are decoded again next time.
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         atomic_write(cache, safetensors.torch.save(tensors, names))
+        # Of whatever pictures: those that were changed since are asked for no more.
+        unfinished = (left.name.split(".") for left in cache.parent.glob(".*.safetensors.*"))
+        sweep(cache.parent, [cache.with_stem(stem) for _, stem, *_ in unfinished])

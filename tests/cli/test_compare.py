@@ -26,7 +26,7 @@ from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
 from l2t_cli.compare_plan import Tuning, arms
 from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
-from l2t_cli.compare_trials import Result, Trial
+from l2t_cli.compare_trials import Result, Trial, TrialStore
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
 from l2t_cli.teacher_copies import TeacherCopies
@@ -596,6 +596,21 @@ def test_every_baseline_belongs_to_a_field() -> None:
 def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
     line = l2t("compare", tiny, "compare.losses=[mrt]").error()
     assert "mrt does not exist for image recipes; remove it" in line
+
+
+def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:
+    store, result = TrialStore(tmp_path, {}), Result(1.0, 24, dev=0.5)
+    for final in (False, True):
+        for files in ([], ["train.log"]):
+            trial = Trial("a", "a", (("n", float(len(files))),), None, "", 0.1, 1, final)
+            work = store.work(trial)
+            work.mkdir(parents=True)
+            for name in files:
+                (work / name).write_text("")
+            store.save(trial, result)
+            # What a final student leaves is of use.
+            assert work.exists() == (final and bool(files))
+            assert store.load(trial) == result
 
 
 def test_optuna_searches_and_resumes(l2t: Run, tiny: Path) -> None:

@@ -220,6 +220,21 @@ def test_a_class_that_a_split_lacks_is_named(pets: Path, cache: Path) -> None:
     assert load_image_folder(pets).class_names == ("cat", "dog")
 
 
+def test_what_killed_writes_left_in_the_cache_is_swept(pets: Path, cache: Path) -> None:
+    load_image_folder(pets)
+    (kept,) = cache.iterdir()
+    old, young = cache / f".{'0' * 64}.safetensors.x1_", cache / f".{kept.name}.abc"
+    other = cache / ".nobody's"
+    for path in (old, young, other):
+        path.write_bytes(b"unfinished")
+    for path in (old, other):
+        os.utime(path, (1e9, 1e9))
+    load_image_folder(pets, size=5)
+    # Another process may be at the young one.
+    assert not old.exists() and young.exists() and other.exists() and kept.exists()
+    assert len(list(cache.glob("*.safetensors"))) == 2
+
+
 def test_without_a_place_for_the_cache(pets: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     assert len(load_image_folder(pets).train_y) == 10
