@@ -21,7 +21,7 @@ from checkout import interrupt, start_python, wait_for  # type: ignore[import-no
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
-from l2t_cli import console
+from l2t_cli import console, plots
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
 from l2t_cli.compare_plan import Tuning, arms
@@ -596,6 +596,22 @@ def test_every_baseline_belongs_to_a_field() -> None:
 def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
     line = l2t("compare", tiny, "compare.losses=[mrt]").error()
     assert "mrt does not exist for image recipes; remove it" in line
+
+
+def test_no_two_learning_curves_look_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[str, str]] = []
+
+    def look(figure: Any, to: Path) -> None:
+        (axes,) = figure.axes
+        assert len(axes.get_legend().get_texts()) == len(axes.lines) == 23
+        looks.extend((line.get_color(), line.get_linestyle()) for line in axes.lines)
+
+    monkeypatch.setattr(plots, "_write_png", look)
+    curves = {f"loss {n}": [[[1.0, n], [2.0, n + 1.0]]] for n in range(23)}
+    plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
+    assert len(set(looks)) == 23 and {style for _, style in looks[:10]} == {"-"}
 
 
 def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:
