@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_ctrl_c_before_the_command_is_put_together(
     monkeypatch.setattr("typer.main.get_command", interrupted)
     outcome = l2t("recipes", "ls")
     assert (outcome.code, outcome.err) == (130, "l2t: interrupted\n")
+
+
+def test_a_signal_that_ends_the_tests_is_not_taken_for_the_commands(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+
+    def terminated() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr("l2t_cli.doctor.cores", terminated)
+    l2t("doctor")
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:

@@ -429,7 +429,9 @@ def test_the_choice_does_not_depend_on_which_trial_ends_first(tiny: Path, backwa
 
 def test_json_lines(l2t: Run, tiny: Path) -> None:
     arguments = ("compare", tiny, "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
-    lines = [json.loads(s) for s in l2t(*arguments, "--log-format", "json").out.splitlines()]
+    outcome = l2t(*arguments, "--log-format", "json")
+    assert outcome.code == 0, outcome.err
+    lines = [json.loads(s) for s in outcome.out.splitlines()]
     assert [line["event"] for line in lines] == ["trial"] * 5 + ["result"]
     assert lines[-1]["losses"][0]["name"] == "cross_entropy" and lines[4]["of"] == 5
 
