@@ -33,7 +33,7 @@ SPLITS = ("train", "test")
 # Of the cached file and of the way to decode; archives' links were once left out without a word.
 _FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "4"
 
-_TENSORS = ("train_x", "train_y", "test_x", "test_y")  # of RawImages, in their order
+_TENSORS = ("train_x", "train_y", "test_x", "test_y")  # of RawImages
 
 
 def load_image_folder(source: Path, size: int = 0) -> RawImages:
@@ -231,8 +231,8 @@ def _load(cache: Path) -> RawImages | None:
     try:
         with safetensors.safe_open(cache, framework="pt") as kept:
             names = json.loads((kept.metadata() or {})["class_names"])
-            tensors = [kept.get_tensor(name) for name in _TENSORS]
-        return RawImages(*tensors, len(names), tuple(names))
+            tensors = {name: kept.get_tensor(name) for name in _TENSORS}
+        return RawImages(**tensors, num_classes=len(names), class_names=tuple(names))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
