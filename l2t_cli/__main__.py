@@ -1,8 +1,31 @@
-"""``python -m l2t_cli`` is the same as ``l2t``."""
+"""The ``l2t`` command and ``python -m l2t_cli``: only what has to be there before imports."""
 
 from __future__ import annotations
 
-from l2t_cli.main import main
+import os
+import signal
+import sys
+
+
+def _stop(number: int, frame: object) -> None:
+    # No exception: in the middle of an import it would go through code that takes it for its own
+    # failure, and nothing is there yet that could be kept.
+    sys.stderr.write("l2t: interrupted\n")
+    sys.stderr.flush()
+    os._exit(130)
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C before it is there, during its imports, is one line, too."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored
+    if usual:
+        signal.signal(signal.SIGINT, _stop)
+    from l2t_cli.main import main as run
+
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -27,6 +27,7 @@ from l2t_core.files import atomic_write
 _MOST_STUDENTS = 10_000
 _LAST_SEED = 2**31 - 1
 _SCORE = "score.json"
+_SEED = "seed-"  # and the seed: a student's folder
 
 
 class Application(Protocol):
@@ -109,11 +110,12 @@ def apply(
 ) -> ApplicationResult:
     """Train and score a student for each seed and arm; finished ones are reused.
 
-    All are taught by one copy of the teacher, which stays in ``folder``.
+    All are taught by one copy of the teacher, which stays in ``folder``. The result holds the
+    students that earlier commands have finished there, too.
 
     Raises:
-        UserError: if the teacher does not fit, the folder holds another application, or no
-            student lives.
+        UserError: if the teacher does not fit, the folder holds another application, a finished
+            student's score is damaged, or no student lives.
         Interrupted: after Ctrl-C.
     """
     from l2t_core.run_folder import open_run
@@ -131,13 +133,14 @@ def apply(
     free = [f"student.{key}" for key in application.may_change]
     claimed = open_run(folder, config, may_change=free)  # its own as long as this lives
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
-    scores: dict[str, dict[int, Score]] = {}
     try:
+        scores = _finished_before(folder)  # first, for a damaged one is told before any training
+        claimed.adopt()
         copies.write()
         application.check(copy.path)  # the file may have been replaced since it was looked at
         for arm, seed, used, place in jobs:
             score = _finished_or_run(application, seed, used, place, log_format)
-            scores.setdefault(arm, {})[seed] = score
+            scores[arm][seed] = score
         _refuse_if_none_lived(application, [s for arm in scores.values() for s in arm.values()])
     except KeyboardInterrupt:
         raise Interrupted("finished students are kept; the same command continues") from None
@@ -148,7 +151,7 @@ def apply(
         raise _taken_back(before, error) from None
     result = ApplicationResult(
         application.name, application.measure, application.lower_is_better, application.worst,
-        scores, claimed.path,
+        {arm: by_seed for arm, by_seed in scores.items() if by_seed}, claimed.path,
     )
     _write_result(result, teacher, config)
     return result
@@ -173,7 +176,18 @@ def _jobs(
     """Yield each student's arm, seed, teacher and folder."""
     for seed in seeds:
         for arm in (TAUGHT, CROSS_ENTROPY) if baseline else (TAUGHT,):
-            yield arm, seed, teacher if arm == TAUGHT else None, folder / arm / f"seed-{seed}"
+            yield arm, seed, teacher if arm == TAUGHT else None, folder / arm / f"{_SEED}{seed}"
+
+
+def _finished_before(folder: Path) -> dict[str, dict[int, Score]]:
+    """Return the scores of the students in ``folder`` that are finished, by arm and seed."""
+    scores: dict[str, dict[int, Score]] = {arm: {} for arm in (TAUGHT, CROSS_ENTROPY)}
+    for arm, by_seed in scores.items():
+        for place in (folder / arm).glob(f"{_SEED}*"):
+            seed = place.name.removeprefix(_SEED)
+            if seed.isdecimal() and (score := _stored(place)):
+                by_seed[int(seed)] = score
+    return scores
 
 
 def _finished_or_run(

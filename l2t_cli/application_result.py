@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,20 @@ class ApplicationResult:
     scores: dict[str, dict[int, Score]]
     folder: Path
 
-    def values(self, arm: str) -> list[float]:
-        """Return the scores of an arm in the order of its seeds, the diverged as the worst."""
-        found = [score.value for _, score in sorted(self.scores.get(arm, {}).items())]
-        return counted(found, self.worst, self.lower_is_better)
+    def values(self, arm: str, seeds: Collection[int] | None = None) -> list[float]:
+        """Return the scores of an arm in the order of its seeds, the diverged as the worst.
+
+        ``seeds`` are those asked for, None for all.
+        """
+        by_seed = sorted(self.scores.get(arm, {}).items())
+        values = counted([s.value for _, s in by_seed], self.worst, self.lower_is_better)
+        pairs = zip(by_seed, values, strict=True)
+        return [value for (seed, _), value in pairs if seeds is None or seed in seeds]
+
+    def paired(self) -> list[int]:
+        """Return the seeds that have both a taught student and one of cross-entropy."""
+        arms = (self.scores.get(arm, {}) for arm in (TAUGHT, CROSS_ENTROPY))
+        return sorted(set.intersection(*map(set, arms)))
 
     def diverged(self, arm: str) -> int:
         """Return how many students of an arm diverged."""
@@ -68,25 +78,32 @@ class ApplicationResult:
         lived = (s for scores in by_arm for s in scores.values() if not s.diverged)
         return next((score.signature for score in lived), "")
 
+    def all_paired(self) -> bool:
+        """Tell whether there are two arms, and every seed is in both."""
+        seeds = self.paired()
+        return bool(seeds) and all(len(by_seed) == len(seeds) for by_seed in self.scores.values())
+
     def against(self) -> PairedComparison | None:
         """Return the taught students set against cross-entropy's of the same seeds, if any."""
-        reference = self.values(CROSS_ENTROPY)
-        return compare_paired(self.values(TAUGHT), reference) if reference else None
+        seeds = self.paired()
+        if not seeds:
+            return None
+        return compare_paired(self.values(TAUGHT, seeds), self.values(CROSS_ENTROPY, seeds))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the table's column names and rows; a column that would be empty is left out."""
         against = self.against()
         rows: list[dict[str, str]] = []
         for arm, by_seed in self.scores.items():
-            first, last, dead = min(by_seed), max(by_seed), self.diverged(arm)
+            dead = self.diverged(arm)
             found = against if arm == TAUGHT else None
             rows.append(
                 {
                     "student": LABELS[arm],
-                    "seeds": str(first) if first == last else f"{first}-{last}",
+                    "seeds": ranges(by_seed),
                     f"test {self.measure}": mean_and_deviation(self.values(arm)),
                     "difference": f"{found.difference:+.2f}" if found else "",
-                    "95 % interval": interval(found, len(by_seed)) if found else "",
+                    "95 % interval": interval(found, len(self.paired())) if found else "",
                     "p": p_value(found.t_p) if found else "",
                     "diverged": f"{dead} of {len(by_seed)}" if dead else "",
                     "time each": console.duration(mean([s.seconds for s in by_seed.values()])),
@@ -96,13 +113,20 @@ class ApplicationResult:
         return columns, [[row[name] for name in columns] for row in rows]
 
     def warnings(self) -> list[str]:
-        """Return a line for each arm of which students diverged."""
-        return [
+        """Return a line for each arm of which students diverged, and for seeds in one arm only."""
+        return self._unpaired() + [
             f"{self.name}, {LABELS[arm]}: {dead} of {len(by_seed)} students diverged and count as "
             f"worst ({worded(self.measure, self._floor(arm))})"
             for arm, by_seed in self.scores.items()
             if (dead := self.diverged(arm))
         ]
+
+    def _unpaired(self) -> list[str]:
+        if len(self.scores) < 2 or self.all_paired():
+            return []
+        both = ranges(self.paired())
+        where = f"on the seeds that both have ({both})" if both else "on none: no seed has both"
+        return [f"{self.name}: taught and cross-entropy are compared {where}"]
 
     def _floor(self, arm: str) -> float:
         return max(self.values(arm)) if self.lower_is_better else min(self.values(arm))
@@ -112,7 +136,7 @@ class ApplicationResult:
         against = self.against()
         if against is None:
             return ""
-        count, p = len(self.scores[TAUGHT]), against.t_p
+        count, p = len(self.paired()), against.t_p
         if count >= FEWEST_PAIRS and not against.told_apart:
             why = f"p {p_value(p)}" if p is not None else "every seed differs by the same: no p"
             return (
@@ -154,9 +178,8 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     if log_format is LogFormat.none:
         return
     columns, rows = result.table()
-    both = len(result.scores) > 1
     console.table(
-        f"{result.name}: same steps, batches and seeds" if both else result.name,
+        f"{result.name}: same steps, batches and seeds" if result.all_paired() else result.name,
         columns,
         rows,
         numbers=range(2, len(columns)),
@@ -168,6 +191,17 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     for text in result.warnings():
         console.line(f"warning: {text}")
     console.files([("result", result.folder / "result.json"), ("students", result.folder)])
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return whole ``numbers`` in order, neighbours put together: ``1-3, 7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:

@@ -119,16 +119,12 @@ class Comparison:
 
     def show_plan(self) -> None:
         """Print the trials, by loss, and do nothing."""
-        rows, done = [], 0
+        rows, done = [], self._tuned()
         for arm in self.arms:
             points = self.tuning.points(arm)
             by_own: dict[tuple[tuple[str, float], ...], list[float]] = {}
             for point in points:
                 by_own.setdefault(point.settings, []).append(point.lr)
-                done += sum(
-                    self.store.path(arm.trial(point, seed, final=False)).exists()
-                    for seed in self.tuning.seeds
-                )
             if self.recipe.compare.search == "optuna":
                 low, high = min(self.tuning.rates), max(self.tuning.rates)
                 tries = self.tuning.count * len(self.tuning.seeds)
@@ -146,6 +142,16 @@ class Comparison:
             f"{len(self.arms) * len(self.seeds)} final), into {console.shown(self.folder)}"
             + (f"; {done} of the tuning's are done" if done else "")
         )
+
+    def _tuned(self) -> int:
+        """Return how many tuning trials are done, those of a search by going through it again."""
+        tuning, done = compare_plan.Tuning(self.recipe, self.arms, self.field), 0
+        while asked := tuning.ask():
+            for trial in asked:
+                if (result := self.store.load(trial)) is not None:
+                    tuning.tell(trial, result)
+                    done += 1
+        return done
 
     def run(self, jobs: int, log_format: LogFormat, *, report: bool) -> dict[str, Any]:
         """Run what is not done yet, write the results, and return their summary.

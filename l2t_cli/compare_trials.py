@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -153,6 +154,8 @@ class TrialStore:
         atomic_write(self.path(trial), json.dumps(content, indent=1, allow_nan=False) + "\n")
         if not trial.final or result.diverged:
             shutil.rmtree(self.work(trial), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.work(trial).rmdir()  # empty where only a snapshot was in it
 
 
 class Source(Protocol):

@@ -97,7 +97,7 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
     console.line()
     rows = []
     for part, result in finished:
-        taught, reference = result.values(TAUGHT), result.values(CROSS_ENTROPY)
+        taught, reference = (result.values(a, result.paired()) for a in (TAUGHT, CROSS_ENTROPY))
         difference = mean(taught) - mean(reference)
         better = "lower" if result.lower_is_better else "higher"
         rows.append(
@@ -143,8 +143,7 @@ def write_summary(
         {
             "title": part.title,
             "measure": f"test {result.measure}",
-            TAUGHT: result.values(TAUGHT),
-            CROSS_ENTROPY: result.values(CROSS_ENTROPY),
+            **{arm: result.values(arm, result.paired()) for arm in (TAUGHT, CROSS_ENTROPY)},
         }
         for part, result in finished
     ]

@@ -85,9 +85,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise Terminated
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C."""
-    command = typer.main.get_command(app)
+def _prepare_process() -> None:
     # First come, first served: fairseq would set the root logger to DEBUG as it is imported.
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if not sys.warnoptions:
@@ -95,8 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module="torch|fairseq|hydra")
     # A batch system's SIGTERM ends a run as Ctrl-C does: children ended, work kept.
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C."""
     try:
-        code = command.main(
+        _prepare_process()
+        code = typer.main.get_command(app).main(
             args=list(sys.argv[1:] if arguments is None else arguments),
             prog_name="l2t",
             standalone_mode=False,

@@ -10,6 +10,8 @@ from typing import Any
 from l2t_core.comparison import deviation, mean
 from l2t_core.files import atomic_write
 
+_LINES = ("-", "--", ":", "-.")
+
 
 def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str, to: Path) -> None:
     """Write a PNG of the true dev measure by episode, the best episode marked.
@@ -74,7 +76,7 @@ def plot_learning_curves(
         UserError: if the file cannot be written.
     """
     figure, (axes,) = _axes(1, 6.4, 4.0)
-    for label, seeds in curves.items():
+    for number, (label, seeds) in enumerate(curves.items()):
         at: dict[float, list[float]] = {}
         for curve in seeds:
             for step, value in curve:
@@ -82,7 +84,9 @@ def plot_learning_curves(
         steps = sorted(at)
         means = [mean(at[step]) for step in steps]
         spreads = [deviation(at[step]) or 0.0 for step in steps]
-        (line,) = axes.plot(steps, means, label=label, lw=1.2)
+        # There are ten colours, and they are taken again with another kind of line.
+        style = _LINES[number // 10 % len(_LINES)]
+        (line,) = axes.plot(steps, means, style, color=f"C{number % 10}", label=label, lw=1.2)
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)

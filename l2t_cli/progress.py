@@ -65,6 +65,7 @@ class TeacherView:
             print(json.dumps(event), flush=True)
         if event["event"] == "plan":
             self._note(f"trajectory: {event['plan']}")
+            self._note(f"dev: {self.measure}, * the best so far; smoothed: what the teacher climbs")
             if event["threads"] != self._threads:
                 count = event["threads"]
                 self._note(f"threads: {count}, as this run began: another number has other bits")
@@ -74,7 +75,8 @@ class TeacherView:
             return
         if self._bars:
             self._bars.episode(event)
-        self._note(self.summary(event))
+        for text in self.summary(event):
+            self._note(text)
         if warning := event.get("warning"):
             self._note(f"  warning: {warning}")
 
@@ -110,22 +112,25 @@ class TeacherView:
             parts.append(f"{lost} of {row['students']} students lost")
         return "  ".join(parts)
 
-    def summary(self, row: Event) -> str:
-        """Return one line about an episode."""
+    def summary(self, row: Event) -> list[str]:
+        """Return one line about an episode, of 80 columns at most, and what else is to be told."""
         head = f"episode {row['episode']:>3}/{self.episodes - 1}"
         if row.get("dev_measure") is None:
-            return f"{head}  skipped: {row.get('reason') or 'the hypergradient is not finite'}"
+            return [f"{head}  skipped: {row.get('reason') or 'the hypergradient is not finite'}"]
         norm = row.get("hypergradient_norm")
         parts = [
             head,
-            f"dev {self.measure} {row['dev_measure']:.4f}" + (" *" if row.get("best") else "  "),
+            f"dev {row['dev_measure']:.4f}" + (" *" if row.get("best") else "  "),
             f"smoothed {row['smoothed']:.4f}",
-            f"hypergradient {norm:.3g}" if norm is not None else f"skipped: {row.get('reason')}",
+            f"gradient {norm:.3g}" if norm is not None else "skipped",
             console.duration(row["seconds"]),
         ]
+        lines = ["  ".join(parts)]
+        if norm is None:
+            lines.append(f"  skipped: {row.get('reason')}")
         if lost := row.get("students_lost"):
-            parts.append(f"{lost} of {row['students']} students lost")
-        return "  ".join(parts)
+            lines.append(f"  {lost} of {row['students']} students lost")
+        return lines
 
 
 def _phase(event: Event) -> tuple[str, int]:

@@ -84,6 +84,10 @@ class TeacherCopies:
             self._taken[key] = TeacherCopy(given, path, known, changed)
         return self._taken[key]
 
+    def others(self, copy: TeacherCopy) -> list[str]:
+        """Return the paths whose teacher here, by its content, is another than that of ``copy``."""
+        return [path for path, sha256 in self._record().items() if sha256 != copy.sha256]
+
     def write(self) -> None:
         """Write the copies that are not there yet, and which path has which.
 

@@ -118,8 +118,6 @@ def run(
     config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
     places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
     opened = _open(config, folder, resume, (*_MAY_CHANGE, *places), processes)
-    if opened.grown:
-        (folder / PICTURE).unlink(missing_ok=True)  # the sign of a run that is over
     # Without its state a run begins anew, whatever its log says.
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
@@ -134,6 +132,8 @@ def run(
     ):
 
         def receive(event: dict[str, Any]) -> None:
+            if event["event"] == "plan" and not processes.rank:  # the state is read, and goes on
+                (folder / PICTURE).unlink(missing_ok=True)  # the sign of a run that is over
             show(event)
             scalars.receive(event)
 
@@ -196,7 +196,7 @@ def _tidy(opened: Any, before: FreshFolder, world: int) -> Iterator[None]:
 
 def _say_where_it_stands(opened: Any, done: int) -> None:
     # The teachers are written after each episode, the picture once the last one is over.
-    if done and (opened.path / PICTURE).exists():
+    if done and not opened.grown and (opened.path / PICTURE).exists():
         console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")
     elif done:
         console.line(f"continuing {console.shown(opened.path)} after {done} episodes")

@@ -47,6 +47,7 @@ def command(
     folder = out or Path("runs") / f"{teacher.resolve().parent.name}-transfer"
     _refuse_foreign(folder)
     copies = TeacherCopies(folder)
+    _refuse_another_teacher(copies, teacher)
     comparisons: dict[str, Comparison] = {}
     for name in names:
         recipe = load_for_comparison(name, changes)
@@ -96,6 +97,15 @@ def _refuse_foreign(folder: Path) -> None:
     for name in ("config.yaml", "config.json"):
         if (folder / name).exists():
             raise UserError(f"{folder} holds no transfer of ours ({name}); choose another --out")
+
+
+def _refuse_another_teacher(copies: TeacherCopies, teacher: Path) -> None:
+    """Refuse the folder of another teacher: transfer.json tells of one."""
+    if others := copies.others(copies.take(teacher)):
+        raise UserError(
+            f"{copies.folder} holds the transfer of another teacher ({others[0]}), not of "
+            f"{teacher}; choose another --out"
+        )
 
 
 def _with_earlier(path: Path, summaries: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,23 @@
 #
 # One environment each in .matrix/, made once and again when pyproject.toml changes. pip's own
 # settings hold: where it finds torch only with CUDA, an environment takes 6 GB. Exit 1 if any
-# environment cannot be made or any test fails.
+# environment cannot be made, any test fails or nothing could be tested, 2 if it is asked for what
+# cannot be.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-environments=(${VERSIONS:-3.10 3.11 3.12})
+known="3.10 3.11 3.12"
+environments=(${VERSIONS:-$known})
+if [ ${#environments[@]} -eq 0 ]; then
+  echo "matrix: VERSIONS names no Python; name some of $known, or unset it" >&2
+  exit 2
+fi
+for name in "${environments[@]}"; do
+  case " $known " in
+    *" $name "*) ;;
+    *) echo "matrix: VERSIONS has $name, and l2t runs on $known; take it out" >&2; exit 2 ;;
+  esac
+done
 if [ -n "${FAIRSEQ_MAIN:-}" ]; then
   if [ ! -e "$FAIRSEQ_MAIN/fairseq/version.txt" ]; then
     echo "matrix: FAIRSEQ_MAIN=$FAIRSEQ_MAIN is no checkout of fairseq" >&2
@@ -100,4 +112,8 @@ done
 for entry in ${ran[@]+"${ran[@]}"}; do echo "passed:  $entry"; done
 for entry in ${skipped[@]+"${skipped[@]}"}; do echo "skipped: $entry"; done
 for entry in ${failed[@]+"${failed[@]}"}; do echo "failed:  $entry"; done
+if [ ${#ran[@]} -eq 0 ] && [ ${#failed[@]} -eq 0 ]; then
+  echo "matrix: nothing was tested, for none of these Pythons is here; install one" >&2
+  exit 1
+fi
 [ ${#failed[@]} -eq 0 ]

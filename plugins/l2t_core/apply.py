@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from l2t_core.errors import UserError
 from l2t_core.life import Life, training_steps
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.step_losses import FixedLoss, StepLoss
@@ -30,7 +31,7 @@ def train_student(
     there to the same result, and removes the snapshot at the end.
 
     Raises:
-        UserError: if the snapshot is damaged or cannot be written.
+        UserError: if the snapshot is damaged, another student's, or cannot be written.
         FloatingPointError: if the student diverges.
     """
     loss = loss or FixedLoss()
@@ -40,10 +41,17 @@ def train_student(
     stored = load_tensors_and_record(snapshot) if snapshot else None
     if stored:
         tensors, record = stored
-        state = tensors["state"].to(state.device)
-        life.load_buffers([tensors[f"buffer.{i}"] for i in range(len(life.buffers))])
-        first = int(record["step"])
-        loss.load_state_dict(record["applied"])
+        try:
+            if tensors["state"].shape != state.shape:
+                raise ValueError
+            state = tensors["state"].to(state.device)
+            life.load_buffers([tensors[f"buffer.{i}"] for i in range(len(life.buffers))])
+            first = int(record["step"])
+            loss.load_state_dict(record["applied"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{snapshot} does not belong to this student; delete it to train it anew"
+            ) from error
     life.show(state[0])
     spare = life.flat.empty(2, len(state))  # a step reads one state and writes the other
     steps = range(first, student.total_steps)

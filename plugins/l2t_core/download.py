@@ -127,9 +127,9 @@ def _fetch(url: str, part: Path, on_progress: OnProgress) -> None:
         raise
     with response:
         resumed = response.status == 206
-        length = response.headers.get("Content-Length")
+        length = response.headers.get("Content-Length", "")
         done = have if resumed else 0
-        total = done + int(length) if length else None
+        total = done + int(length) if length.isdecimal() else None
         with part.open("ab" if resumed else "wb") as handle:
             for chunk in iter(lambda: response.read(_CHUNK), b""):
                 handle.write(chunk)

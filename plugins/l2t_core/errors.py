@@ -25,10 +25,12 @@ class PeerLost(Exception):
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
     names = list(known)
+    bare = {k.lstrip("-"): k for k in names}  # the dashes of options make none alike
     section, _, last = name.rpartition(".")
     # A key whose section in the middle was left out: image.lr for image.optimiser.lr.
     inner = [k for k in names if section and k.startswith(f"{section}.") and k.endswith(f".{last}")]
-    close = inner[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.5)
+    close = inner[:1] or [bare[k] for k in near]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -29,12 +29,14 @@ from l2t_core.files import atomic_write, claim, is_unfinished, sweep
 class RunFolder:
     """Paths and atomic writes of one run's folder; open it with :func:`open_run`.
 
-    ``grown`` tells whether more is asked of the run now than before.
+    ``grown`` tells whether more is asked of the run now than before. ``asked`` is a configuration
+    that says so, or how the run is made now, until :meth:`adopt` has written it down.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.grown = False
+        self.asked: dict[str, Any] | None = None
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.state = path / "state.safetensors"
@@ -46,6 +48,12 @@ class RunFolder:
         return [
             self.config, self.metrics, self.state, self.teacher_best, self.teacher_last
         ]
+
+    def adopt(self) -> None:
+        """Write down the configuration that is asked for now, once the run can go on with it."""
+        if self.asked is not None:
+            _write_config(self, self.asked)
+            self.asked = None
 
     def save_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Replace the run's state by ``tensors`` and the JSON-compatible ``record``."""
@@ -77,18 +85,27 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
     """Return tensors and record of a state file, or None if there is none.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it is damaged, something else, or cannot be read.
     """
     if not path.exists():
         return None
+    wrong = "is damaged"
     try:
+        with path.open("rb"):  # safetensors words what the system refuses in its own way
+            pass
         with safetensors.safe_open(path, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            return tensors, json.loads(handle.metadata()["record"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it to start this run afresh"
-        ) from error
+            record = (handle.metadata() or {}).get("record")
+            if record is not None:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                return tensors, json.loads(record)
+            wrong = "holds no state that a run has kept"
+    except IsADirectoryError:
+        wrong = "is a folder, where a run keeps its state"
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions") from error
+    except (SafetensorError, ValueError, OSError):
+        pass
+    raise UserError(f"{path} {wrong}; delete it to start this run afresh")
 
 
 def open_run(
@@ -98,18 +115,19 @@ def open_run(
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
 
     The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
-    The keys in ``may_change`` say how a run is made and not what comes out; they may differ.
+    The keys in ``may_change`` say how a run is made and not what comes out; they may differ. What
+    differs is written by :meth:`RunFolder.adopt`, for a run that cannot go on has to stay as it is.
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
             ``resume`` is false, if another command is at work in it, or if it cannot be written.
     """
-    folder, changed = RunFolder(path), set[str]()
+    folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     if folder.config.exists():
         changed = _check_same_run(folder, config, may_grow, may_change)
-        folder.grown = may_grow in changed
+        folder.grown, folder.asked = may_grow in changed, config if changed else None
         if not resume and folder.state.exists():
             raise UserError(
                 f"{path} already holds this run; drop --no-resume to continue it, or choose "
@@ -122,8 +140,6 @@ def open_run(
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}; choose another --out")
     weakref.finalize(folder, os.close, claim(path))  # as long as ``folder`` lives
-    if changed:
-        _write_config(folder, config)
     sweep(path, folder.files())
     return folder
 

@@ -98,6 +98,8 @@ class TeacherTraining:
         self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
         self.state = TrainingState(self.teacher, spec.lr, spec.finalists)
         self._resume()
+        if processes.rank == 0:
+            folder.adopt()
 
     def _check(
         self, student: Student, loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec
@@ -345,8 +347,8 @@ class TeacherTraining:
             self.state.unpack(tensors, numbers, self.spec.episodes)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.folder.state} does not belong to this run "
-                f"({str(error).splitlines()[0]}); choose another --out"
+                f"{self.folder.state} does not belong to this run; put its own there again, or "
+                "delete it to start this run afresh"
             ) from error
         if first:
             self.folder.write_metrics(self.state.rows())

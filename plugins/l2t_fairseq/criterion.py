@@ -29,7 +29,7 @@ from l2t_core.student_state import DevStatistics, TrainStatistics
 from l2t_core.teacher_file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
-from l2t_fairseq.ranks import end_with, fingerprint_of, refuse_differences
+from l2t_fairseq.ranks import end_with, fingerprint_of, is_first, refuse_differences
 from l2t_fairseq.reporting import (
     announced_update,
     end_at_other_model,
@@ -40,6 +40,8 @@ from l2t_fairseq.reporting import (
 )
 
 logger = logging.getLogger(__name__)
+# All processes of a run have the same to say; fairseq lets the others' warnings through.
+logger.addFilter(lambda record: is_first())
 
 # Marks the logging outputs of training batches; they are summed, so it counts batches.
 TRAINING = "l2t_training"

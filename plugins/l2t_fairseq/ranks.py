@@ -18,6 +18,12 @@ from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
 
 
+def is_first() -> bool:
+    """Tell whether this is the first process of the run, or the only one."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
+
+
 def fingerprint_of(applied: AppliedTeacher) -> int:
     """Return 63 bits of a hash over the step, s_t's statistics and phi_t, bit for bit."""
     digest = hashlib.sha256(json.dumps(applied.state_dict(), sort_keys=True).encode())
@@ -56,6 +62,6 @@ def end_with(error: UserError, mine: bool = False) -> SystemExit:
 
     From the first process only, unless it is about this process's part (``mine``).
     """
-    if mine or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if mine or is_first():
         print(f"l2t: error: {error}", file=sys.stderr, flush=True)
     return SystemExit(2)

@@ -38,7 +38,7 @@ class ImageData:
 
     ``mean`` and ``deviation`` [C] are those of the training pixels as stored (0-255, or 0-16 for
     digits). ``confusion`` [K, K], float64, is the share of training images of class k that are
-    labelled j.
+    labelled j. ``class_names`` are the classes' folders; empty where they have none.
     """
 
     train_x: Tensor
@@ -51,6 +51,7 @@ class ImageData:
     mean: Tensor
     deviation: Tensor
     confusion: Tensor
+    class_names: tuple[str, ...] = ()
 
     def standardised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return unsigned bytes [N, C, H, W] as numbers of mean 0 and deviation 1 on train."""
@@ -192,7 +193,7 @@ def load_data(spec: ImageSpec) -> ImageData:
     mean, deviation = _pixel_statistics(train_x)
     return ImageData(
         train_x, train_y, raw.train_x[dev], dev_y, raw.test_x, raw.test_y,
-        raw.num_classes, mean, deviation, confusion,
+        raw.num_classes, mean, deviation, confusion, raw.class_names,
     )
 
 

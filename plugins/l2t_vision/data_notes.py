@@ -20,9 +20,10 @@ def notes(data: ImageData, own: bool) -> list[str]:
     found = []
     for name, labels in (("training", data.train_y), ("dev", data.dev_y), ("test", data.test_y)):
         if missing := missing_classes(labels, data.num_classes):
+            words = [data.class_names[k] for k in missing] if data.class_names else missing
             found.append(
-                f"there are no {name} images of {_listed(missing)} of {data.num_classes} classes, "
-                "counted from 0"
+                f"there are no {name} images of {_listed(words)} of {data.num_classes} classes"
+                + ("" if data.class_names else ", counted from 0")
             )
     for name, images in (("dev", data.dev_x), ("test", data.test_x)) if own else ():
         if count := copies(images, data.train_x):
@@ -49,7 +50,7 @@ def _digests(images: Tensor) -> list[bytes]:
     return [hashlib.sha256(image.tobytes()).digest() for image in images.cpu().numpy()]
 
 
-def _listed(classes: Sequence[int]) -> str:
+def _listed(classes: Sequence[int | str]) -> str:
     """Return the first few of ``classes`` in words: ``2 (3, 7)`` or ``40 (0, 1, 2, 3, ...)``."""
     first = ", ".join(map(str, classes[:4]))
     return f"{len(classes)} ({first}{', ...' if len(classes) > 4 else ''})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.files import DAMAGED, atomic_write, file_digest
+from l2t_core.files import DAMAGED, atomic_write, file_digest, sweep
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
 # Those that torchvision's ImageFolder takes for pictures.
@@ -31,6 +32,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 SPLITS = ("train", "test")
 # Of the cached file and of the way to decode; archives' links were once left out without a word.
 _FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "4"
+
+_TENSORS = ("train_x", "train_y", "test_x", "test_y")  # of RawImages
 
 
 def load_image_folder(source: Path, size: int = 0) -> RawImages:
@@ -181,7 +184,7 @@ def _assemble(source: Path, found: dict[str, list[tuple[str, str, np.ndarray]]])
         pixels = torch.stack([_channels_first(pixels, colour) for _, _, pixels in images])
         splits.append((pixels, torch.tensor([classes.index(name) for name, _, _ in images])))
     train, test = splits
-    return checked_splits(source, train, test, len(classes))
+    return checked_splits(source, train, test, len(classes), tuple(classes))
 
 
 def _channels_first(pixels: np.ndarray, colour: bool) -> Tensor:
@@ -224,20 +227,22 @@ def _cache_folder() -> Path:
 
 
 def _load(cache: Path) -> RawImages | None:
-    """Return what is cached; a damaged file counts as none."""
+    """Return what is cached; a damaged file, or one without the classes' names, counts as none."""
     try:
-        kept = safetensors.torch.load_file(cache)
-        return RawImages(
-            kept["train_x"], kept["train_y"], kept["test_x"], kept["test_y"],
-            int(kept["num_classes"]),
-        )
+        with safetensors.safe_open(cache, framework="pt") as kept:
+            names = json.loads((kept.metadata() or {})["class_names"])
+            tensors = {name: kept.get_tensor(name) for name in _TENSORS}
+        return RawImages(**tensors, num_classes=len(names), class_names=tuple(names))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
 def _save(cache: Path, raw: RawImages) -> None:
-    tensors = {name: getattr(raw, name) for name in ("train_x", "train_y", "test_x", "test_y")}
-    tensors["num_classes"] = torch.tensor(raw.num_classes)
+    tensors = {name: getattr(raw, name) for name in _TENSORS}
+    names = {"class_names": json.dumps(raw.class_names)}
     # Without room or permission the images are decoded again next time.
-    with contextlib.suppress(UserError):
-        atomic_write(cache, safetensors.torch.save(tensors))
+    with contextlib.suppress(UserError, OSError):
+        atomic_write(cache, safetensors.torch.save(tensors, names))
+        # Of whatever pictures: those that were changed since are asked for no more.
+        unfinished = (left.name.split(".") for left in cache.parent.glob(".*.safetensors.*"))
+        sweep(cache.parent, [cache.with_stem(stem) for _, stem, *_ in unfinished])

@@ -14,17 +14,22 @@ ImagesAndLabels = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RawImages:
-    """Training and test images, unsigned bytes [N, C, H, W], with their long labels [N]."""
+    """Training and test images, unsigned bytes [N, C, H, W], with their long labels [N].
+
+    ``class_names`` are what its source calls the classes, in order; empty where it has numbers.
+    """
 
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
 
 def checked_splits(
-    source: Path | str, train: ImagesAndLabels, test: ImagesAndLabels, num_classes: int
+    source: Path | str, train: ImagesAndLabels, test: ImagesAndLabels, num_classes: int,
+    class_names: tuple[str, ...] = (),
 ) -> RawImages:
     """Return the data set from ``source``, once images and labels are found to fit.
 
@@ -47,7 +52,7 @@ def checked_splits(
         raise UserError(
             f"{source}: training images are {_size(train[0])} and test images {_size(test[0])}"
         )
-    return RawImages(*train, *test, num_classes)
+    return RawImages(*train, *test, num_classes, class_names)
 
 
 def prepare_hint(name: str, folder: Path, again: bool = True) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,20 @@ from in_process import DIGITS, Outcome, Run  # type: ignore[import-not-found]
 from l2t_cli.main import main
 
 
+def end_the_tests(number: int, frame: object) -> None:
+    """Take a signal for what it is: the command, which turns it into advice, runs in pytest.
+
+    ``timeout`` on a slow machine would make whichever test it meets fail of its own accord.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 @pytest.fixture
 def l2t(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return ``l2t("recipes", "ls")``, which runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("l2t_cli.main._interrupt", end_the_tests)
 
     def run(*arguments: str | Path) -> Outcome:
         capsys.readouterr()

@@ -16,6 +16,8 @@ from l2t_cli.errors import exit_code_of
         (["trainteacher"], "did you mean 'train-teacher'?"),
         (["recipes", "lss"], "did you mean 'ls'?"),
         (["train-teacher", "digits", "--drrun"], "did you mean '--dry-run'?"),
+        (["train-teacher", "digits", "--frob"], "no option '--frob' (see `l2t train-teacher"),
+        (["train-teacher", "digits", "--sed", "2"], "did you mean '--seed'?"),
         (["train-teacher", "digits", "--log-format", "jsn"], "did you mean 'json'?"),
         (["train-teacher", "digits", "--seed", "one"], "invalid value for '--seed'"),
         (["train-teacher"], "missing argument"),

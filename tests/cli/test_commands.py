@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
-from checkout import run_python  # type: ignore[import-not-found]
+from checkout import ROOT, run_python, start_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
 from l2t_cli.console import _console
@@ -88,6 +91,51 @@ def test_ctrl_c_before_a_run_is_told(l2t: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("l2t_cli.doctor.cores", interrupted)
     outcome = l2t("doctor")
     assert (outcome.code, outcome.err) == (130, "l2t: interrupted\n")
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path, how: str) -> None:
+    # It comes in the middle of an import that takes every exception for its own failure.
+    (tmp_path / "typer.py").write_text(
+        "import os, signal\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException: pass\n"
+    )
+    start = ["-m", "l2t_cli"]
+    if how == "script":
+        scripts = re.search(r'^l2t = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+        assert scripts
+        start = ["-c", f"from {scripts[1]} import {scripts[2]}; {scripts[2]}()"]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "plugins"), str(ROOT)])
+    child = start_python(*start, "recipes", "ls", cwd=tmp_path, PYTHONPATH=paths)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, "", "l2t: interrupted\n")
+
+
+def test_ctrl_c_before_the_command_is_put_together(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(app: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.main.get_command", interrupted)
+    outcome = l2t("recipes", "ls")
+    assert (outcome.code, outcome.err) == (130, "l2t: interrupted\n")
+
+
+def test_a_signal_that_ends_the_tests_is_not_taken_for_the_commands(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+
+    def terminated() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr("l2t_cli.doctor.cores", terminated)
+    l2t("doctor")
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from checkout import interrupt, start_python, wait_for  # type: ignore[import-no
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
-from l2t_cli import console
+from l2t_cli import console, plots
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
 from l2t_cli.compare_plan import Tuning, arms
 from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
-from l2t_cli.compare_trials import Result, Trial
+from l2t_cli.compare_trials import Result, Trial, TrialStore
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
 from l2t_cli.teacher_copies import TeacherCopies
@@ -479,7 +479,9 @@ def test_the_choice_does_not_depend_on_which_trial_ends_first(tiny: Path, backwa
 
 def test_json_lines(l2t: Run, tiny: Path) -> None:
     arguments = ("compare", tiny, "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
-    lines = [json.loads(s) for s in l2t(*arguments, "--log-format", "json").out.splitlines()]
+    outcome = l2t(*arguments, "--log-format", "json")
+    assert outcome.code == 0, outcome.err
+    lines = [json.loads(s) for s in outcome.out.splitlines()]
     assert [line["event"] for line in lines] == ["trial"] * 5 + ["result"]
     assert lines[-1]["losses"][0]["name"] == "cross_entropy" and lines[4]["of"] == 5
 
@@ -595,6 +597,24 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
     assert "holds no transfer of ours (config.json)" in line
 
 
+def test_a_transfer_is_of_one_teacher(l2t: Run, tiny: Path, watched: Watched) -> None:
+    first = Path(shutil.copy(watched.folder.parent / "teacher/teacher_best.safetensors", "a.st"))
+    second = write_teacher(Path("b.st").absolute(), 10, kind="classes")
+    other = Path("other.yaml")
+    other.write_text(tiny.read_text().replace("hidden: 16", "hidden: 8"))
+    options = ("compare.lr=[0.1,0.4]", "compare.seeds=2", "--jobs", "1", "--out", "out")
+    assert l2t("transfer", first, tiny, *options).code == 0
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    line = l2t("transfer", second, other, *options).error()
+    assert f"out holds the transfer of another teacher ({first.resolve()}), not of" in line
+    assert l2t("transfer", second, other, *options, "--dry-run").error() == line
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+    # The same one under another name is no other teacher.
+    moved = first.rename("moved.st")
+    assert l2t("transfer", moved, other, *options).code == 0
+    assert list(json.loads(Path("out/transfer.json").read_text())) == ["tiny", "other"]
+
+
 def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
     l2t: Run, tiny: Path, tmp_path: Path
 ) -> None:
@@ -630,13 +650,52 @@ def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
     assert "mrt does not exist for image recipes; remove it" in line
 
 
+def test_no_two_learning_curves_look_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[str, str]] = []
+
+    def look(figure: Any, to: Path) -> None:
+        (axes,) = figure.axes
+        assert len(axes.get_legend().get_texts()) == len(axes.lines) == 23
+        looks.extend((line.get_color(), line.get_linestyle()) for line in axes.lines)
+
+    monkeypatch.setattr(plots, "_write_png", look)
+    curves = {f"loss {n}": [[[1.0, n], [2.0, n + 1.0]]] for n in range(23)}
+    plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
+    assert len(set(looks)) == 23 and {style for _, style in looks[:10]} == {"-"}
+
+
+def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:
+    store, result = TrialStore(tmp_path, {}), Result(1.0, 24, dev=0.5)
+    for final in (False, True):
+        for files in ([], ["train.log"]):
+            trial = Trial("a", "a", (("n", float(len(files))),), None, "", 0.1, 1, final)
+            work = store.work(trial)
+            work.mkdir(parents=True)
+            for name in files:
+                (work / name).write_text("")
+            store.save(trial, result)
+            # What a final student leaves is of use.
+            assert work.exists() == (final and bool(files))
+            assert store.load(trial) == result
+
+
 def test_optuna_searches_and_resumes(l2t: Run, tiny: Path) -> None:
     pytest.importorskip("optuna")
     arguments = ("compare", tiny, "--jobs", "1", "compare.search=optuna", "compare.seeds=2")
-    assert "by optuna" in l2t(*arguments, "--dry-run").out
+    planned = l2t(*arguments, "--dry-run").out
+    assert "by optuna" in planned and "are done" not in planned
     assert l2t(*arguments).code == 0
     again = l2t(*arguments)
     assert "15 of 15 trials were finished before" in again.out
+    assert "; 9 of the tuning's are done" in l2t(*arguments, "--dry-run").out
+    # What a search asks next follows from an answer: the trials behind one that is missing, too.
+    own = {json.loads(p.read_text())["trial"]["arm"]: p for p in Path("runs").rglob("trials/*.json")
+           if not json.loads(p.read_text())["trial"]["final"]}
+    own["label_smoothing"].rename("kept.json")
+    assert "; 9 of the" not in l2t(*arguments, "--dry-run").out
+    Path("kept.json").rename(own["label_smoothing"])
     for row in json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"]:
         assert len(row["tuning"]) == 3 and all(0.1 <= t["lr"] <= 0.4 for t in row["tuning"])
     more = "compare.losses=[cross_entropy,focal,label_smoothing,large_margin]"

@@ -20,6 +20,7 @@ from scipy import stats
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
+from l2t_cli.progress import TeacherView
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.teacher_file import load_teacher, save_teacher
@@ -57,8 +58,33 @@ def test_episodes_without_a_usable_hypergradient_say_why(
         "--log-format", "simple",
     )
     assert done.error().startswith("l2t: error: none of the episodes gave a usable hypergradient")
-    rows = [line for line in done.out.splitlines() if "fold on its way back" in line]
-    assert any("dev accuracy" in row and "skipped: the hypergradient grew" in row for row in rows)
+    rows = done.out.splitlines()
+    told = [i for i, row in enumerate(rows) if row.startswith("  skipped: the hypergradient grew")]
+    assert len(told) == 3
+    assert all(rows[i - 1].startswith("episode ") and "  dev 0." in rows[i - 1] for i in told)
+
+
+@pytest.mark.parametrize(
+    ("measure", "smoothed", "norm", "seconds"),
+    [
+        (0.9814, 0.963, 0.0535, 0.5), (1.0, -12.3456, 1.234e-05, 725.0),
+        (-0.1234, 0.1234, 123456.0, 36_000 * 27.0),
+    ],
+)
+def test_an_episodes_line_fits_eighty_columns(
+    measure: float, smoothed: float, norm: float, seconds: float
+) -> None:
+    row = {
+        "episode": 260, "dev_measure": measure, "best": True, "smoothed": smoothed,
+        "hypergradient_norm": norm, "seconds": seconds, "students": 16, "students_lost": 2,
+        "reason": "lost",
+    }
+    view = TeacherView(401, "accuracy", LogFormat.simple)
+    lines = view.summary(row)
+    assert [text[:15] for text in lines] == ["episode 260/400", "  2 of 16 stude"]
+    assert all(len(text) <= 80 for text in lines)
+    skipped = view.summary({**row, "hypergradient_norm": None})
+    assert skipped[1] == "  skipped: lost" and all(len(text) <= 80 for text in skipped)
 
 
 def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
@@ -123,6 +149,29 @@ def test_a_finished_run_goes_on_for_longer(l2t: Run, digits: Path, trained: Path
     assert "training.episodes=3, which may only grow" in refused
 
 
+def test_a_run_that_cannot_go_on_stays_as_it_is(l2t: Run, digits: Path, trained: Path) -> None:
+    (trained / "state.safetensors").write_bytes(b"damaged")
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    line = l2t("train-teacher", digits, "training.episodes=5", "--out", trained).error()
+    assert "state.safetensors is damaged" in line
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_anothers_state_is_one_plain_line(l2t: Run, digits: Path, trained: Path) -> None:
+    state = trained / "state.safetensors"
+    save_tensors_and_record(state, {"theta.b": torch.ones(2)}, {"progress": {"episode": 1}})
+    line = l2t("train-teacher", digits, "--out", trained).error()
+    assert f"{state} does not belong to this run; put its own there again" in line
+    teacher = trained / "teacher_best.safetensors"
+    snapshot = Path("used/taught/seed-1/snapshot.safetensors")
+    assert l2t("apply-teacher", teacher, digits, "--out", "used").code == 0
+    for kept in snapshot.parent.iterdir():
+        kept.unlink()
+    shutil.copy(state, snapshot)
+    line = l2t("apply-teacher", teacher, digits, "--out", "used").error()
+    assert "snapshot.safetensors does not belong to this student; delete it" in line
+
+
 def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:
     longer = tmp_path / "longer.yaml"
     longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
@@ -158,6 +207,35 @@ def test_applied_beside_cross_entropy(l2t: Run, digits: Path, trained: Path) -> 
     assert len(result["scores"]["taught"]) == 3
     against = result["against_cross_entropy"]
     assert f"{against['low']:+.2f} to {against['high']:+.2f}" in again.out
+
+
+def test_students_of_earlier_commands_stay_in_the_result(
+    l2t: Run, digits: Path, trained: Path
+) -> None:
+    teacher = trained / "teacher_best.safetensors"
+    command = ("apply-teacher", teacher, digits, "--out", "used", "--seed")
+    for seed in ("4", "1", "2"):
+        assert l2t(*command, seed).code == 0
+    before = {p: p.stat().st_mtime_ns for p in Path("used").rglob("student.pt")}
+    assert len(before) == 3
+    outcome = l2t(*command, "2", "--baseline", "--seeds", "2")
+    assert outcome.code == 0, outcome.err
+    scores = json.loads(Path("used/result.json").read_text())["scores"]
+    seeds = {arm: [score["seed"] for score in found] for arm, found in scores.items()}
+    assert seeds == {"taught": [1, 2, 3, 4], "cross_entropy": [2, 3]}
+    assert " 1-4 " in outcome.out and " 2-3 " in outcome.out
+    assert {p: p.stat().st_mtime_ns for p in before} == before  # none was trained again
+    # Those of both arms are compared, and it says so.
+    against = json.loads(Path("used/result.json").read_text())["against_cross_entropy"]
+    pairs = zip(scores["taught"][1:3], scores["cross_entropy"], strict=True)
+    difference = sum(ours["value"] - theirs["value"] for ours, theirs in pairs) / 2
+    assert against["difference"] == pytest.approx(difference)
+    assert "compared on the seeds that both have (2-3)" in outcome.out
+    assert "(2 students each" in outcome.out and "same steps, batches" not in outcome.out
+    # A score that cannot be read is told before anything is trained.
+    Path("used/taught/seed-4/score.json").write_text("{")
+    line = l2t(*command, "7").error()
+    assert "seed-4/score.json is damaged" in line and not Path("used/taught/seed-7").exists()
 
 
 def test_an_applications_json_is_one_line(l2t: Run, digits: Path, trained: Path) -> None:

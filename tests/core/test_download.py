@@ -20,13 +20,16 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT: /whole knows ranges, /plain ignores them, /cut ends early the first time."""
+    """Serves CONTENT: /whole knows ranges, /plain ignores them, /cut ends early the first time.
+
+    /odd does not know how long it is.
+    """
 
     ranges: list[str | None]
     cut_at: int | None
 
     def do_GET(self) -> None:
-        if self.path not in ("/whole", "/plain", "/cut"):
+        if self.path not in ("/whole", "/plain", "/cut", "/odd"):
             self.send_error(404)
             return
         wanted = self.headers.get("Range")
@@ -37,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = CONTENT[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", "abc" if self.path == "/odd" else str(len(body)))
         self.end_headers()
         if self.path == "/cut" and type(self).cut_at:
             body, type(self).cut_at = body[: type(self).cut_at], None
@@ -113,6 +116,15 @@ def test_parts_fit_any_server(server: str, tmp_path: Path, address: str, have: i
     (tmp_path / "file.part").write_bytes(CONTENT[:have])
     download(f"{server}/{address}", tmp_path / "file", sha256=SHA256)
     assert (tmp_path / "file").read_bytes() == CONTENT and names(tmp_path) == ["file"]
+
+
+def test_a_length_that_is_no_number_is_none(server: str, tmp_path: Path) -> None:
+    totals: set[int | None] = set()
+    target = tmp_path / "file"
+    download(
+        f"{server}/odd", target, sha256=SHA256, on_progress=lambda done, total: totals.add(total)
+    )
+    assert target.read_bytes() == CONTENT and totals == {None}
 
 
 @pytest.mark.parametrize("expected", [{"sha256": "0" * 64}, {"md5": "0" * 32}])

@@ -1,9 +1,11 @@
 """A run's folder: what a refusal shows of two long settings."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from l2t_core.errors import UserError
-from l2t_core.run_folder import open_run
+from l2t_core.run_folder import load_tensors_and_record, open_run, save_tensors_and_record
 
 
 def test_of_two_long_commands_the_place_where_they_differ_is_shown(tmp_path):
@@ -19,3 +21,28 @@ def test_short_settings_are_shown_whole(tmp_path):
     open_run(tmp_path / "run", {"lr": 0.1})
     with pytest.raises(UserError, match=r"lr is 0\.1 there, 0\.5 here"):
         open_run(tmp_path / "run", {"lr": 0.5})
+
+
+def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
+    path, tensors = tmp_path / "state.safetensors", {"theta": torch.ones(3)}
+    save_tensors_and_record(path, tensors, {"step": 1})
+    whole = path.read_bytes()
+    assert load_tensors_and_record(path)[1] == {"step": 1}
+
+    def refused() -> str:
+        with pytest.raises(UserError) as error:
+            load_tensors_and_record(path)
+        line = str(error.value)
+        assert line.endswith("; delete it to start this run afresh")
+        return line.removeprefix(f"{path} ").partition(";")[0]
+
+    no_json = whole.replace(b'{\\"step', b'<\\"step')
+    for content in (b"", whole[:4], whole[:-2], b"x" * 500, no_json):
+        path.write_bytes(content)
+        assert refused() == "is damaged"
+    for metadata in (None, {"l2t": "{}"}):  # as a teacher file has it
+        save_file(tensors, path, metadata)
+        assert refused() == "holds no state that a run has kept"
+    path.unlink()
+    path.mkdir()
+    assert refused() == "is a folder, where a run keeps its state"

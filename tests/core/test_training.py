@@ -474,7 +474,7 @@ def test_another_runs_folder_is_refused(tmp_path):
 def test_one_number_of_a_run_may_grow(tmp_path):
     path = tmp_path / "run"
     open_run(path, {"training": {"episodes": 4, "lr": 0.1}}, may_grow="training.episodes")
-    open_run(path, {"training": {"episodes": 9, "lr": 0.1}}, may_grow="training.episodes")
+    open_run(path, {"training": {"episodes": 9, "lr": 0.1}}, may_grow="training.episodes").adopt()
     assert json.loads((path / "config.yaml").read_text())["training"]["episodes"] == 9
     refused = [
         ({"episodes": 4, "lr": 0.1}, "training.episodes=9, which may only grow; ask for 9 or more"),
@@ -490,7 +490,10 @@ def test_one_number_of_a_run_may_grow(tmp_path):
 def test_how_a_run_is_made_may_change(tmp_path):
     first, second = ({"training": {"memory": m, "lr": 0.1}} for m in ("1GiB", "2GiB"))
     open_run(tmp_path / "run", first)
-    assert not open_run(tmp_path / "run", second, may_change=("training.memory",)).grown
+    changed = open_run(tmp_path / "run", second, may_change=("training.memory",))
+    assert not changed.grown
+    assert json.loads((tmp_path / "run/config.yaml").read_text()) == first
+    changed.adopt()
     assert json.loads((tmp_path / "run/config.yaml").read_text()) == second
     with pytest.raises(UserError, match="another run"):
         open_run(tmp_path / "run", first)

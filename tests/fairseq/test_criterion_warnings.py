@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_criterion import Bench
 from toy_fairseq import run_module
 
@@ -110,6 +111,17 @@ def test_a_run_that_goes_on_as_another(
     del state["origin"]  # as early versions saved it
     make(teacher=other).criterion.load_teacher_state(state)
     assert warned() == []
+
+
+def test_the_first_process_warns_for_all(
+    make: Any, warned: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, longer = make(), make("--max-update", "30")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, count in ((1, 0), (0, 1)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        longer.criterion.load_teacher_state(bench.state())
+        assert len(warned()) == count
 
 
 def test_a_missing_teacher_is_named_with_its_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from l2t_core.errors import UserError
 from l2t_vision import image_folder
@@ -203,6 +205,34 @@ def test_decoded_once_and_again_when_a_picture_changes(
         path.write_bytes(b"damaged")
     load_image_folder(pets)
     assert len(decoded) == 48
+
+
+def test_a_class_that_a_split_lacks_is_named(pets: Path, cache: Path) -> None:
+    shutil.rmtree(pets / "test" / "dog")
+    spec = ImageSpec(data="images", folder=str(pets), dev_size=4, model="mlp", batch_size=2)
+    note = "there are no test images of 1 (dog) of 2 classes"
+    assert note in build_student(spec).notes()
+    assert note in build_student(spec).notes()  # out of the cache
+    # What an earlier version has cached tells no names.
+    (kept,) = cache.iterdir()
+    save_file({**load_file(kept), "num_classes": torch.tensor(2)}, kept)
+    assert note in build_student(spec).notes()
+    assert load_image_folder(pets).class_names == ("cat", "dog")
+
+
+def test_what_killed_writes_left_in_the_cache_is_swept(pets: Path, cache: Path) -> None:
+    load_image_folder(pets)
+    (kept,) = cache.iterdir()
+    old, young = cache / f".{'0' * 64}.safetensors.x1_", cache / f".{kept.name}.abc"
+    other = cache / ".nobody's"
+    for path in (old, young, other):
+        path.write_bytes(b"unfinished")
+    for path in (old, other):
+        os.utime(path, (1e9, 1e9))
+    load_image_folder(pets, size=5)
+    # Another process may be at the young one.
+    assert not old.exists() and young.exists() and other.exists() and kept.exists()
+    assert len(list(cache.glob("*.safetensors"))) == 2
 
 
 def test_without_a_place_for_the_cache(pets: Path, tmp_path: Path) -> None:
