@@ -64,7 +64,7 @@ def _double_backward(
     pieces_of: Callable[[list[Tensor | None]], list[Tensor]], scale: float = 1.0,
 ) -> tuple[Parts, Parts]:
     """Return both derivatives; ``scale`` is the power of two that the loss is multiplied by."""
-    with torch.enable_grad(), twice_differentiable(life.student.module), _own_lstm(life):
+    with torch.enable_grad(), twice_differentiable(life.student.module), own_lstm(life):
         leaves = {name: part.detach().requires_grad_() for name, part in phi.items()}
         log_probs, targets = life.predict(batch)
         value = step_loss(loss, log_probs, targets, leaves, step).mean()
@@ -84,7 +84,7 @@ def _double_backward(
     return plain[:count], plain[count:]
 
 
-def _own_lstm(life: Life) -> contextlib.AbstractContextManager[object]:
+def own_lstm(life: Life) -> contextlib.AbstractContextManager[object]:
     """Choose the LSTM that is cheap to differentiate twice, where the student has one.
 
     Not for the student's own steps, which torch's fused kernel makes faster; nor in low precision,
