@@ -49,8 +49,8 @@ class Life:
         self.buffers = list(student.module.buffers())
         self._copies: list[Tensor | None] = [None] * len(self.buffers)  # the latest ones
         self.shown = self.flat.vector
-        self._cast = PRECISIONS[precision]
-        self.half = self._cast is torch.float16
+        self.cast = PRECISIONS[precision]
+        self.half = self.cast is torch.float16
         self._gradient = self.flat.empty(1)[0]
 
     def begin(self, seed: int) -> Tensor:
@@ -113,16 +113,16 @@ class Life:
         Raises:
             UserError: if the CPU lacks ``training.precision`` for one of the student's layers.
         """
-        if self._cast is None:
+        if self.cast is None:
             return self.student.predict(batch)
         device = self.shown.device.type
         try:
-            with torch.autocast(device, dtype=self._cast):
+            with torch.autocast(device, dtype=self.cast):
                 log_probs, targets = self.student.predict(batch)
         except RuntimeError as error:
             if device != "cpu":
                 raise
-            name = str(self._cast).removeprefix("torch.")
+            name = str(self.cast).removeprefix("torch.")
             reason = str(error).splitlines()[0].split(". ")[0][:120]
             raise UserError(
                 f"training.precision={name} does not work for this student on this CPU ({reason}); "

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from l2t_core import lstm
 from l2t_core.double_backward import twice_differentiable
 from l2t_core.life import LOSS_SCALES, Life, over
 from l2t_core.loss_forms import Coefficients
@@ -63,7 +64,7 @@ def _double_backward(
     pieces_of: Callable[[list[Tensor | None]], list[Tensor]], scale: float = 1.0,
 ) -> tuple[Parts, Parts]:
     """Return both derivatives; ``scale`` is the power of two that the loss is multiplied by."""
-    with torch.enable_grad(), twice_differentiable(life.student.module):
+    with torch.enable_grad(), twice_differentiable(life.student.module), own_lstm(life):
         leaves = {name: part.detach().requires_grad_() for name, part in phi.items()}
         log_probs, targets = life.predict(batch)
         value = step_loss(loss, log_probs, targets, leaves, step).mean()
@@ -81,6 +82,16 @@ def _double_backward(
         )
     count, plain = len(life.flat.parameters), over(found, scale)
     return plain[:count], plain[count:]
+
+
+def own_lstm(life: Life) -> contextlib.AbstractContextManager[object]:
+    """Choose the LSTM that is cheap to differentiate twice, where the student has one.
+
+    Not for the student's own steps, which torch's fused kernel makes faster; nor in low precision,
+    of which only torch's kernels know.
+    """
+    has_one = any(isinstance(m, nn.LSTM) for m in life.student.module.modules())
+    return lstm.TwiceDifferentiable() if has_one and life.cast is None else contextlib.nullcontext()
 
 
 def _enlarged(life: Life, v: Tensor, share: float) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from toy_students import STUDENTS, knows_autocast
 
+from l2t_core import second_derivatives
 from l2t_core.diagnostics import Beside
 from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.life import Life
 from l2t_core.loss_forms import FORMS, neutral_coefficients
+from l2t_core.lstm import TwiceDifferentiable
 from l2t_core.second_derivatives import Exact, OneSidedDifference
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
@@ -206,8 +209,11 @@ def test_a_student_that_cannot_be_recorded_is_differentiated_without(make_studen
     assert list(episode.engine.second.traced.values()) == [None]
 
 
-def test_a_recording_that_cannot_be_replayed_is_given_up(make_student):
-    """In float32, oneDNN's LSTM leaves its backward nothing to work with in a replay."""
+@pytest.mark.parametrize("whose", ["ours", "oneDNN's"])
+def test_an_lstm_is_recorded_but_not_onednns(make_student, monkeypatch, whose):
+    """oneDNN's leaves its backward nothing to work with in a replay: the recording is given up."""
+    if whose != "ours":
+        monkeypatch.setattr(second_derivatives, "own_lstm", lambda _: contextlib.nullcontext())
     student = make_student("lstm", OptimiserSpec("sgd", 0.1), steps=4, dtype=torch.float32)
 
     def estimate():
@@ -217,8 +223,20 @@ def test_a_recording_that_cannot_be_replayed_is_given_up(make_student):
     reference, _ = estimate()
     student.fixed_shapes = True
     found, traced = estimate()
-    assert traced
+    (recording,) = traced.values()
+    if whose == "ours":
+        assert recording.trusted
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_low_precision_keeps_torchs_lstm(make_student):
+    """Autocast knows torch's kernels only."""
+    student = make_student("lstm", OptimiserSpec("sgd", 0.1), steps=4, dtype=torch.float32)
+    own = [
+        isinstance(second_derivatives.own_lstm(Life(student, precision)), TwiceDifferentiable)
+        for precision in ("float32", "bfloat16")
+    ]
+    assert own == [True, False]
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "transformer"])
