@@ -47,11 +47,14 @@ def command(
     if header.num_classes <= MATRIX_CLASSES:
         classes = range(header.num_classes)
         for name, part in square_parts(middle, header.num_classes).items():
-            what = "-log p" if name == "W" else "p"
+            # C means its square: its signs are chance.
+            title, what, weights = (
+                ("W", "-log p", part) if name == "W" else (f"{name}²", "p", part.square())
+            )
             console.table(
-                f"{name} at {when}: what the target in front gives to {what} of the class above",
+                f"{title} at {when}: what the target in front gives to {what} of the class above",
                 ["target", *map(str, classes)],
-                [[str(y), *(f"{part[k, y]:.2f}" for k in classes)] for y in classes],
+                [[str(y), *(f"{weights[k, y]:.2f}" for k in classes)] for y in classes],
             )
     if header.num_classes < 2:
         return

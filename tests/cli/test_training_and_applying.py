@@ -480,6 +480,16 @@ def test_inspect_shows_every_band(l2t: Run, tmp_path: Path) -> None:
         assert text in outcome.out
 
 
+def test_inspect_shows_a_confusion_without_its_signs(l2t: Run, tmp_path: Path) -> None:
+    """On a screen of 80 columns, a line for each target."""
+    teacher = write_teacher(tmp_path / "confusion.safetensors", 10, "confusion", kind="classes")
+    outcome = l2t("inspect", teacher)
+    assert outcome.code == 0
+    table = outcome.out[outcome.out.index("C² at t/T = 0.5") :].split("How the loss")[0]
+    assert len(table.splitlines()) == 15 and "-0." not in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
 def test_inspect_shows_a_small_w_whole(l2t: Run, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "dense.safetensors", 7, "dense", kind="classes")
     network, header = load_teacher(teacher)
