@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ def start_python(
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=environment(**more),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # As at a terminal: tests that are run in the background have Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
