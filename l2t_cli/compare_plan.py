@@ -18,7 +18,7 @@ from l2t_core.compare_specs import CompareSpec
 from l2t_core.comparison import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.files import from_home
-from l2t_core.fixed_losses import BASELINES, complete_settings
+from l2t_core.fixed_losses import BASELINES, LOSSES_KEY, complete_settings
 from l2t_core.user_code import import_problems, is_import_path
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
@@ -83,7 +83,7 @@ def _wrong_losses(recipe: Recipe) -> Iterator[str]:
             f"compare.losses: {own[0]}: losses of your own are for image recipes; to fairseq they "
             "come as criterions"
         )
-    yield from import_problems(("compare.losses", name) for name in own)
+    yield from import_problems((LOSSES_KEY, name) for name in own)
     for name in names:
         if name in own:
             continue
