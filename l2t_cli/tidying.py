@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,22 @@ class FreshFolder:
         return cls(path, fresh, missing)
 
     def take_back(self) -> None:
-        """Remove what the command wrote, unless the folder held something before."""
+        """Remove what the command wrote, unless the folder held something before.
+
+        Each process of a run does so when it ends, and finds gone what another has removed.
+        """
         if not self.fresh or not self.path.is_dir():
             return
+        with suppress(FileNotFoundError):
+            self._empty()
+        for folder in self.missing:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if next(folder.iterdir(), None) is None:
+                    folder.rmdir()
+
+    def _empty(self) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
-                entry.unlink()
-        for folder in self.missing:
-            if folder.is_dir() and next(folder.iterdir(), None) is None:
-                folder.rmdir()
+                entry.unlink(missing_ok=True)
