@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from l2t_cli.recipe_loading import COMMAND_LINE, Recipe
 from l2t_core.errors import UserError
 
@@ -13,9 +15,12 @@ def problems(recipe: Recipe, classes: int | None = None) -> list[str]:
     ``compare`` section has a check of its own.
     """
     from l2t_core import settings
+    from l2t_core.life import precision_of
 
+    precision = precision_of(recipe.student, recipe.training.precision)
+    training = replace(recipe.training, precision=precision)
     found = settings.problems(
-        recipe.loss, recipe.teacher, recipe.training, recipe.student.steps, classes
+        recipe.loss, recipe.teacher, training, recipe.student.steps, classes
     )
     return [located(recipe, line) for line in [*found, *recipe.field.problems(recipe.student)]]
 

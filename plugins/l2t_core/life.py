@@ -49,7 +49,7 @@ class Life:
         self.buffers = list(student.module.buffers())
         self._copies: list[Tensor | None] = [None] * len(self.buffers)  # the latest ones
         self.shown = self.flat.vector
-        self.cast = PRECISIONS[precision]
+        self.cast = PRECISIONS[precision_of(student, precision)]
         self.half = self.cast is torch.float16
         self._gradient = self.flat.empty(1)[0]
 
@@ -111,7 +111,7 @@ class Life:
         """Return log-probabilities [N, K] and targets [N] of a batch, in the parameters' dtype.
 
         Raises:
-            UserError: if the CPU lacks ``training.precision`` for one of the student's layers.
+            UserError: if the CPU lacks the student's low precision for one of its layers.
         """
         if self.cast is None:
             return self.student.predict(batch)
@@ -125,8 +125,8 @@ class Life:
             name = str(self.cast).removeprefix("torch.")
             reason = str(error).splitlines()[0].split(". ")[0][:120]
             raise UserError(
-                f"training.precision={name} does not work for this student on this CPU ({reason}); "
-                "use float32, or bfloat16 where that works"
+                f"precision={name} does not work for this student on this CPU ({reason}); use "
+                "float32, or bfloat16 where that works"
             ) from error
         return log_probs.to(self.shown.dtype), targets
 
@@ -201,6 +201,15 @@ class Life:
             return found
         parts = torch.tensor([found.nll, found.accuracy], dtype=torch.float64)
         return TrainStatistics(*self.over_processes(parts).tolist())
+
+
+def precision_of(student: object, asked: str) -> str:
+    """Return the name of the arithmetic: the one ``asked`` for, or the student's where it has one.
+
+    ``student`` may be its section of a recipe.
+    """
+    own: str = getattr(student, "precision", "float32")
+    return asked if asked != "float32" else own
 
 
 def over(parts: Iterable[Tensor | None], power: float) -> list[Tensor | None]:

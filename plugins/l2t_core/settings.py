@@ -115,8 +115,8 @@ def _wrong_together(
         )
     if SECOND.get(spec.hvp).approximate and spec.precision != "float32":
         yield (
-            f"training.precision={spec.precision} leaves nothing of the small differences that "
-            f"training.hvp={spec.hvp} takes; use float32 or training.hvp=exact"
+            f"training.hvp={spec.hvp} takes differences that are too small for "
+            f"precision={spec.precision}; use float32 or training.hvp=exact"
         )
 
 

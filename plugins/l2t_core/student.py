@@ -22,7 +22,8 @@ class Student(Protocol):
     where processes share them. Two baselines ask for more: ``logit_adjusted`` for
     ``class_shares()``, the classes' shares of the training data [K], ``forward_corrected`` for
     ``label_confusion()``, the share of training examples of class k labelled j [K, K].
-    A student may have ``notes()``, lines on what is odd about its data, which are shown.
+    A student's ``precision`` is the arithmetic of its steps, float32 unless it says bfloat16 or
+    float16. It may have ``notes()``, lines on what is odd about its data, which are shown.
     ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names what :meth:`true_measure`
     returns.
     """

@@ -16,7 +16,7 @@ from l2t_core.diagnostics import finite, largest, mean
 from l2t_core.differentiation import DIFFERENTIATIONS, Outcome, true_measure
 from l2t_core.engine import Engine, Episode, describe_plan
 from l2t_core.errors import UserError
-from l2t_core.life import Life
+from l2t_core.life import Life, precision_of
 from l2t_core.processes import ALONE, Processes
 from l2t_core.run_folder import RunFolder
 from l2t_core.settings import check_processes, check_settings
@@ -104,7 +104,8 @@ class TeacherTraining:
     def _check(
         self, student: Student, loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec
     ) -> None:
-        check_settings(loss, teacher, spec, student.total_steps, student.num_classes)
+        whole = dataclasses.replace(spec, precision=precision_of(student, spec.precision))
+        check_settings(loss, teacher, whole, student.total_steps, student.num_classes)
         check_processes(spec, self.processes.world)
 
     def _new_teacher(self, features: int) -> Teacher:

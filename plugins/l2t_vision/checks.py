@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from l2t_core.devices import device_problems
-from l2t_core.errors import Limit, UserError, out_of_range
+from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
+from l2t_core.life import PRECISIONS
 from l2t_core.optimisers import OPTIMISERS, build_optimiser
 from l2t_core.registry import Registry, unknown_names
 from l2t_core.schedules import SCHEDULES
@@ -42,6 +43,7 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
         *unknown_names(used),
         *import_problems((key, name) for key, _, name in own),
         *device_problems("image.device", spec.device),
+        *unknown_choice("image.precision", spec.precision, tuple(PRECISIONS)),
     ]
 
 

@@ -28,7 +28,8 @@ class ImageSpec:
 
     ``measure`` is M-tilde: expected_accuracy, smoothed_accuracy, margin or log_likelihood, on
     ``dev_batch`` dev examples per episode (0: all). ``dev_interval`` is in steps. ``device`` is
-    auto (the GPU if there is one), cpu or cuda.
+    auto (the GPU if there is one), cpu or cuda. ``precision`` (float32, bfloat16, float16) is the
+    arithmetic of the student's steps, taught or not; parameters and evaluation are in float32.
     """
 
     data: str = "digits"
@@ -55,3 +56,4 @@ class ImageSpec:
     dev_batch: int = 0
     dev_interval: int = 100
     device: str = "auto"
+    precision: str = "float32"

@@ -53,6 +53,7 @@ class ImageStudent:
         self.data = data
         self.num_classes = data.num_classes
         self.total_steps = spec.steps
+        self.precision = spec.precision
         self.optimiser = build_optimiser(spec.optimiser)
         self.smoothed = build_measure(spec.measure, data.num_classes)
         channels, height, width = data.train_x.shape[1:]
@@ -118,7 +119,8 @@ class ImageStudent:
         """Return log-probabilities [N, K] and labels [N] in training mode."""
         images, labels = batch
         self.module.train()
-        return torch.log_softmax(self.module(images), 1), labels
+        # In full precision: on a CPU autocast would leave the logarithms to eight bits.
+        return torch.log_softmax(self.module(images), 1, self._dtype()), labels
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of ``step``."""

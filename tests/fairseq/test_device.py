@@ -166,5 +166,5 @@ def test_a_precision_that_the_cpu_lacks_is_one_line(prepared_toy, monkeypatch):
         raise RuntimeError("could not create a primitive descriptor\nand more")
 
     monkeypatch.setattr(student, "predict", refuse)
-    with pytest.raises(UserError, match=r"training\.precision=float16 .*primitive descriptor\); "):
+    with pytest.raises(UserError, match=r"precision=float16 .*primitive descriptor\); "):
         life.outputs(0)
