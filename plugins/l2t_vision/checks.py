@@ -58,7 +58,7 @@ def _impossible_optimiser(spec: ImageSpec) -> list[str]:
 def _impossible_numbers(spec: ImageSpec) -> list[str]:
     scaled = spec.model in SCALABLE or is_import_path(spec.model)
     of_scaled = f"0 where the model is {spec.model}; only {' and '.join(SCALABLE)} take it"
-    rate = spec.optimiser.lr
+    rate, looked_at = spec.optimiser.lr, spec.dev_size - spec.trusted
     limits: list[Limit] = [
         ("optimiser.lr", rate, 0.0 < rate < math.inf, "above 0"),
         ("steps", spec.steps, spec.steps >= 1, "at least 1"),
@@ -90,8 +90,16 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
         ),
         (
             "dev_batch", spec.dev_batch,
-            spec.dev_batch >= 0 and (spec.dev_batch <= spec.dev_size or spec.dev_size < 1),
-            f"between 0 (the whole dev set) and image.dev_size, {spec.dev_size}",
+            spec.dev_batch >= 0 and (spec.dev_batch <= looked_at or spec.dev_size < 1),
+            f"between 0 (the whole dev set) and its size, {looked_at}",
+        ),
+        (
+            "trusted", spec.trusted, 0 <= spec.trusted < max(1, spec.dev_size),
+            f"0 or more and below image.dev_size, {spec.dev_size}: the rest of dev chooses",
+        ),
+        (
+            "only_trusted", spec.only_trusted, spec.trusted > 0 or not spec.only_trusted,
+            "false without image.trusted: nothing would be left to learn from",
         ),
         ("data_seed", spec.data_seed, 0 <= spec.data_seed < 2**31, "in [0, 2^31)"),
         ("label_noise", spec.label_noise, 0.0 <= spec.label_noise <= 1.0, "in [0, 1]"),

@@ -185,10 +185,21 @@ def load_data(spec: ImageSpec) -> ImageData:
     order = stratified_order(raw.train_y, spec.data_seed + 1)
     dev, train = order.split([spec.dev_size, left])
     train, train_y = _corrupted(train[: spec.train_size or left], raw, spec, spec.data_seed + 2)
-    confusion = label_confusion(raw.train_y[train], train_y, raw.num_classes)
     dev_y = raw.train_y[dev]
     if spec.corrupt_dev:
         dev, dev_y = _corrupted(dev, raw, spec, spec.data_seed + 3)
+    trusted, dev = dev[: spec.trusted], dev[spec.trusted :]
+    trusted_y, dev_y = dev_y[: spec.trusted], dev_y[spec.trusted :]
+    if not len(dev):
+        raise UserError(
+            f"image.trusted {spec.trusted} takes all that image.imbalance leaves of dev; make it "
+            "smaller"
+        )
+    if spec.only_trusted:
+        train, train_y = trusted, trusted_y
+    else:
+        train, train_y = torch.cat([train, trusted]), torch.cat([train_y, trusted_y])
+    confusion = label_confusion(raw.train_y[train], train_y, raw.num_classes)
     train_x = raw.train_x[train]
     mean, deviation = _pixel_statistics(train_x)
     return ImageData(

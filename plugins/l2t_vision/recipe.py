@@ -23,7 +23,9 @@ class ImageSpec:
     ``dev_size`` images are cut off train, by ``data_seed``; ``train_size`` 0 means all that dev
     leaves. ``label_noise`` is the fraction of training labels made wrong: ``noise`` symmetric
     (any other class) or pair (the next class). ``imbalance`` is the first class's size over the
-    last's. ``corrupt_dev`` does both to dev, too. ``augment`` is none, crop, crop-flip or
+    last's. ``corrupt_dev`` does both to dev, too. ``trusted`` of the dev images are learnt from
+    instead of looked at, with the labels that they have there; ``only_trusted``: nothing else is.
+    ``augment`` is none, crop, crop-flip or
     ``module:function`` (your own, on batches of bytes).
 
     ``measure`` is M-tilde: expected_accuracy, smoothed_accuracy, margin or log_likelihood, on
@@ -47,6 +49,8 @@ class ImageSpec:
     noise: str = "symmetric"
     imbalance: float = 1.0
     corrupt_dev: bool = False
+    trusted: int = 0
+    only_trusted: bool = False
     augment: str = "none"
     batch_size: int = 100
     steps: int = 1000

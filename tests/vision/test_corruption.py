@@ -12,6 +12,7 @@ from l2t_core.errors import UserError
 from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.recipe import ImageSpec
+from l2t_vision.student import build_student
 
 LABELS = torch.arange(10).repeat(2000)
 
@@ -136,6 +137,44 @@ def test_train_only_unless_dev_is_asked_for_and_never_test(small_mnist: Path) ->
     assert sum(changed) == 10  # one of the two, and half of one, rounded up, of each other
     for data in (worse, both):
         assert torch.equal(data.test_x, clean.test_x) and torch.equal(data.test_y, clean.test_y)
+
+
+def test_trusted_images_are_learnt_from_with_their_right_labels(small_mnist: Path) -> None:
+    worse = load(small_mnist, label_noise=1.0)
+    both = load(small_mnist, label_noise=1.0, trusted=10)
+    only = load(small_mnist, label_noise=1.0, trusted=10, only_trusted=True)
+    for data in (both, only):
+        assert torch.equal(data.dev_x, worse.dev_x[10:])
+        assert torch.equal(data.dev_y, worse.dev_y[10:])
+        assert torch.equal(data.test_x, worse.test_x) and torch.equal(data.test_y, worse.test_y)
+    assert torch.equal(only.train_x, worse.dev_x[:10])
+    assert torch.equal(only.train_y, worse.dev_y[:10])
+    assert sorted(only.train_y.tolist()) == list(range(10))  # of each class one
+    assert torch.equal(both.train_x, torch.cat([worse.train_x, only.train_x]))
+    assert torch.equal(both.train_y, torch.cat([worse.train_y, only.train_y]))
+    assert torch.equal(only.confusion, torch.eye(10, dtype=torch.float64))
+    # Of each class 4 wrong labels and 1 right one.
+    torch.testing.assert_close(both.confusion.diagonal(), torch.full((10,), 0.2).double())
+    pixels = only.train_x.double()
+    torch.testing.assert_close(only.mean, pixels.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trusted": 20}, r"trusted is 20.*below image\.dev_size, 20"),
+        ({"trusted": -1}, "trusted is -1"),
+        ({"only_trusted": True}, "only_trusted is True.*nothing would be left"),
+    ],
+)
+def test_trusted_images_have_to_be_there(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_student(ImageSpec(**{"dev_size": 20, **settings}))
+
+
+def test_a_tail_of_dev_may_leave_nothing_to_look_at(small_mnist: Path) -> None:
+    with pytest.raises(UserError, match=r"image\.trusted 15 takes all"):
+        load(small_mnist, imbalance=4.0, corrupt_dev=True, trusted=15)
 
 
 def test_the_data_seed_draws_other_noise(small_mnist: Path) -> None:

@@ -21,7 +21,8 @@ OTHER = {
     "dropout": 0.5, "train_size": 7, "dev_size": 8, "data_seed": 1, "label_noise": 0.25,
     "noise": "pair", "imbalance": 10.0, "corrupt_dev": True, "augment": "crop", "batch_size": 9,
     "steps": 99, "optimiser": OptimiserSpec(weight_decay=0.5), "schedule": ScheduleSpec("linear"),
-    "measure": "margin", "dev_batch": 5, "dev_interval": 6, "precision": "bfloat16",
+    "measure": "margin", "dev_batch": 5, "dev_interval": 6, "precision": "bfloat16", "trusted": 4,
+    "only_trusted": True,
 }
 
 
