@@ -23,7 +23,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="RECIPE [KEY=VALUE]... | SCRIPT.sh | -- fairseq-train ...",
-            help="What to train.",
+            help="What to train: a recipe with its changes, a script, or a command.",
         ),
     ],
     out: Annotated[Path | None, output_folder("runs/NAME-taught")] = None,
@@ -41,12 +41,15 @@ def command(
     generate: Annotated[
         str,
         typer.Option(
-            show_default="--beam 5", help="fairseq-generate's flags for a command or script."
+            show_default="--beam 5",
+            help="Flags of fairseq-generate for the scores of a command or script.",
         ),
     ] = "",
     reference: Annotated[
         Path | None,
-        typer.Option(help="Raw text of the test set's target side, for a command or script."),
+        typer.Option(
+            help="Score against this raw text, the test set's target side; for a command or script."
+        ),
     ] = None,
     dry_run: DryRun = False,
     log_format: ChosenFormat = None,

@@ -30,7 +30,7 @@ def command(
     overrides: Annotated[list[str] | None, changes("compare.seeds=10")] = None,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(help="A teacher file to compare, too (give it again for another)."),
+        typer.Option(help="A teacher file whose loss is compared, too; give it once or more."),
     ] = None,
     out: Annotated[Path | None, output_folder("runs/RECIPE-compare")] = None,
     jobs: Jobs = None,

@@ -33,7 +33,7 @@ def command(
     times = [f"t/T = {point:g}" for point in POINTS]
     written = [_coefficients(network, header, point) for point in POINTS]
     console.table(
-        "Coefficients φ over the life of a student without statistics (mean ± deviation)",
+        "Coefficients φ over a student's life, none of it seen yet (mean ± deviation)",
         ["part", *times],
         _coefficient_rows(written),
     )
@@ -59,7 +59,8 @@ def command(
     if header.num_classes < 2:
         return
     console.table(
-        "How the loss pulls at an example with probability p on its target; cross-entropy: 1",
+        "How the loss pulls at an example with probability p on its target\n"
+        "(cross-entropy: 1; below 0: it pushes p down)",
         ["p", *times],
         _pull_rows(written, header),
     )
@@ -96,8 +97,8 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     measure = record.get("measure", "measure")
     for key, label in (
         ("recipe", "recipe"),
-        ("episodes", "episodes until then"),
-        ("episode", "taught episode"),
+        ("episodes", "episodes run by then"),
+        ("episode", "taken from episode"),
         ("version", "made by l2t"),
     ):
         if record.get(key) is not None:

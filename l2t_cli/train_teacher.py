@@ -30,7 +30,9 @@ def command(
     recipe: RecipeName,
     overrides: Annotated[list[str] | None, changes("training.episodes=5")] = None,
     out: Annotated[Path | None, output_folder("runs/RECIPE")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run that the folder holds.")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run that the folder holds, or refuse to.")
+    ] = True,
     seed: Annotated[
         int | None, typer.Option(help="Seed of teacher and students (training.seed).")
     ] = None,
