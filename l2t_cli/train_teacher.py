@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import typer
 
 from l2t_cli import console
 from l2t_cli.console import LogFormat
-from l2t_cli.errors import Interrupted, Terminated
+from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
 from l2t_cli.recipe_loading import COMPARE, Recipe, load_recipe, refuse_sections
@@ -110,7 +112,7 @@ def run(
     from l2t_core.processes import join_processes
     from l2t_core.training import nothing_usable, train_teacher
 
-    processes = join_processes()
+    processes = join_processes(_end)
     # The first process alone reports; a mistake that all make is told once.
     if processes.rank:
         log_format, tensorboard_logdir = LogFormat.none, None
@@ -156,6 +158,18 @@ def run(
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
     return result.best_path
+
+
+def _end(message: str) -> None:
+    """End the process at once, as the main thread cannot: it waits for a process that is gone.
+
+    All files are written beside and put in place when whole, so that nothing is half-written.
+    """
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")  # a progress display hides the cursor
+        sys.stdout.flush()
+    say(f"l2t: error: {message}")
+    os._exit(PEER_LOST)
 
 
 def _open(

@@ -22,7 +22,7 @@ SPILLS = ("auto", "none", "host", "file")
 # Beyond so many recomputed steps a step, spilling to a file is what "auto" prefers.
 _MOST_RECOMPUTATION = 2.0
 # What the way back holds beside the trajectory, in states: measured, see docs/engine.md.
-WORKING_STATES = 10
+WORKING_STATES = 7
 
 
 @dataclass(frozen=True)

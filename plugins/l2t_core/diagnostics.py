@@ -40,12 +40,14 @@ class WayBack:
 
 
 class Watch:
-    """Samples norms and curvature at some of the reverse steps."""
+    """Samples norms and curvature at some of ``steps`` reverse steps.
 
-    def __init__(self, life: Life, cotangent: Tensor, steps: int) -> None:
-        self.life = life
+    ``last`` is ||d omega|| at the last of them.
+    """
+
+    def __init__(self, life: Life, last: float, steps: int) -> None:
+        self.life, self.last = life, last
         self.every = max(1, steps // _SAMPLES)
-        self.last = float(cotangent[0].norm())
         self.left = steps
         self.found = WayBack()
 

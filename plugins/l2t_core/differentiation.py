@@ -74,7 +74,7 @@ def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
     states are the kept ones. Batch-norm buffers are replayed but not differentiated.
     """
     engine, life = episode.engine, episode.life
-    readout = Readout(life, engine.spec, episode.measure_seed, differentiate=True)
+    readout = Readout(life, engine.spec, episode.measure_seed, engine.first)
     trajectory = engine.trajectory()
     final = run_forward(  # which lets go of the start: no name holds it here
         life, episode.follow(teacher), life.begin(episode.student_seed), trajectory, on_step,
@@ -82,9 +82,7 @@ def exact(episode: Episode, teacher: Teacher, on_step: OnStep) -> Outcome:
     )
     true = life.student.true_measure()
     cotangent = readout.final_cotangent(final)
-    gradient, way_back = _back(
-        episode, teacher, trajectory, cotangent, on_step, readout.arrive, readout.readings
-    )
+    gradient, way_back = _back(episode, teacher, trajectory, cotangent, on_step, readout)
     return Outcome([gradient], readout.smoothed, true, _taught(trajectory), way_back)
 
 
@@ -95,22 +93,30 @@ def _taught(trajectory: Trajectory) -> list[Tensor]:
 
 def _back(
     episode: Episode, teacher: Teacher, trajectory: Trajectory, cotangent: Tensor,
-    on_step: OnStep, arrive: Callable[[int, Tensor], None] = lambda step, cotangent: None,
-    readings: int = 1,
+    on_step: OnStep, readout: Readout | None = None,
 ) -> tuple[Tensor, WayBack]:
     """Walk ``trajectory`` back from ``cotangent``; return d theta [D] and what was seen.
 
-    ``cotangent`` is that of one of so many ``readings``; norms are told by all of them.
+    ``cotangent`` is that of the end; ``readout`` has it if M-tilde is read elsewhere, too. Norms
+    are told by that of all readings.
     """
     engine, spec = episode.engine, episode.engine.spec
-    watch = Watch(episode.life, readings * cotangent, trajectory.steps)
+    readings = readout.readings if readout else 1
+    watch = Watch(episode.life, readings * float(cotangent[0].norm()), trajectory.steps)
     most = spec.cotangent_cap * watch.last
     beside = None
     if engine.second.approximate and engine.comparable:
         beside = Beside(engine, teacher, trajectory, cotangent)
 
+    def depart(step: int, state: Tensor, gradient: Tensor | None) -> None:
+        if readout:
+            readout.depart(step)
+        if beside:
+            beside.depart(step, state, gradient)
+
     def arrive_and_cap(step: int, cotangent: Tensor) -> None:
-        arrive(step, cotangent)
+        if readout:
+            readout.arrive(step, cotangent)
         if most > 0.0 and (norm := float(cotangent[0].norm())) > most:
             cotangent *= most / norm
 
@@ -127,8 +133,7 @@ def _back(
 
     gradient = walk_back(
         episode.life, teacher, engine.loss, engine.second, trajectory, cotangent,
-        discount=spec.discount, on_step=on_step, arrive=arrive_both, watch=see,
-        depart=beside.depart if beside else lambda step, state, gradient: None,
+        discount=spec.discount, on_step=on_step, depart=depart, arrive=arrive_both, watch=see,
     )
     seen = watch.result()
     if beside:
@@ -221,7 +226,7 @@ def antithetic_es(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterat
     noise = _noise(episode, teacher)
     smoothed, true, features = [], [], []
     for sign in (1.0, -1.0):
-        readout = Readout(life, spec, episode.measure_seed, differentiate=False)
+        readout = Readout(life, spec, episode.measure_seed)
         twin = _Twin(episode, teacher, life.begin(episode.student_seed))
         with _moved(teacher, sign * noise):
             twin.live(episode, range(life.student.total_steps), on_step, readout)

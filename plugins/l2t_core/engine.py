@@ -54,7 +54,6 @@ class Engine:
         )
         self.plan = self._plan()
         self._slots: Slots | None = None
-        self._scratch: Tensor | None = None
 
     def _plan(self) -> Plan:
         life = self.life
@@ -97,15 +96,13 @@ class Engine:
 
         Without arguments, of all steps that the reverse pass visits.
         """
-        rows = self.life.student.optimiser.rows
-        if self._slots is None or self._scratch is None:
-            flat = self.life.flat
-            self._slots = Slots(flat, rows, self.keeps_gradient, self.plan, self.folder)
-            self._scratch = flat.empty(2, rows)
+        if self._slots is None:
+            rows = self.life.student.optimiser.rows
+            self._slots = Slots(self.life.flat, rows, self.keeps_gradient, self.plan, self.folder)
         self._slots.clear()
         first = self.first if first is None else first
         steps = self.stretch if steps is None else steps
-        return Trajectory(first, steps, self._slots, self._scratch, self.keeps_gradient)
+        return Trajectory(first, steps, self._slots, self.keeps_gradient)
 
 
 def describe_plan(engine: Engine, processes: Processes = ALONE) -> str:

@@ -78,6 +78,14 @@ class Life:
             return mean
         return self.processes.add_up(mean.mul_(self.share))
 
+    def gathered(self, gradients: list[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """Return gradients, one per parameter, as one vector [P] over all processes.
+
+        It is written to ``out`` [P], or to memory that the next call uses again.
+        """
+        into = self._gradient if out is None else out
+        return self.over_processes(self.flat.gather(gradients, into))
+
     def copy_buffers(self) -> list[Tensor]:
         """Return copies of the module's buffers; a large one that is as it was is not copied anew.
 
@@ -186,9 +194,8 @@ class Life:
         with twice_differentiable(self.student.module):
             log_probs, targets = self.outputs(step)
             gradients = self.gradients(loss_of(log_probs, targets).mean())
-        into = self._gradient if gradient_out is None else gradient_out
         with torch.no_grad():
-            gradient = self.over_processes(self.flat.gather(gradients, into))
+            gradient = self.gathered(gradients, gradient_out)
             rate = self.student.learning_rate(step)
             state = self.student.optimiser.update(state, gradient, step, rate, out)
         self.show(state[0])

@@ -67,7 +67,7 @@ def clip_by_norm(gradient: Tensor, max_norm: float) -> Tensor:
 
 
 def pull_back_clip(gradient: Tensor, max_norm: float, cotangent: Tensor) -> Tensor:
-    """Return the VJP of :func:`clip_by_norm` at ``gradient`` [P] with ``cotangent`` [P]."""
+    """Pull ``cotangent`` [P] back through :func:`clip_by_norm` at ``gradient`` [P], in place."""
     if max_norm <= 0.0:
         return cotangent
     norm = torch.linalg.vector_norm(gradient)
@@ -75,10 +75,10 @@ def pull_back_clip(gradient: Tensor, max_norm: float, cotangent: Tensor) -> Tens
     if bool(scale > 1.0):
         return cotangent
     if not bool(norm):  # clipped all the same if max_norm is below eps; the norm has no slope
-        return scale * cotangent
+        return cotangent.mul_(scale)
     # d scale / d gradient = -max_norm / (norm + eps)^2 * gradient / norm
     along = torch.dot(cotangent, gradient) * (scale / (norm + _CLIP_EPS) / norm)
-    return scale * cotangent - along * gradient
+    return cotangent.mul_(scale).addcmul_(gradient, -along)
 
 
 def _safe_root(squares: Tensor, eps_root: float) -> Tensor:
@@ -183,8 +183,6 @@ class Adam:
         spec = self.spec
         first = torch.lerp(state[1], direction, 1.0 - spec.beta1, out=rows[1])
         second = torch.mul(state[2], spec.beta2, out=rows[2])
-        if rows[2] is None:
-            return first, torch.addcmul(second, direction, direction, value=1.0 - spec.beta2)
         return first, second.addcmul_(direction, direction, value=1.0 - spec.beta2)
 
     def _corrections(self, step: int) -> tuple[float, float]:
@@ -194,8 +192,8 @@ class Adam:
     def _denominator(self, root: Tensor, correction: float) -> Tensor:
         """Return what divides the first moment, from the root of the second [P]."""
         if self.eps_form == "fairseq":
-            return (root + self.spec.eps) / correction
-        return root / correction + self.spec.eps
+            return (root + self.spec.eps).div_(correction)
+        return (root / correction).add_(self.spec.eps)
 
     def update(
         self, state: Tensor, gradient: Tensor, step: int, lr: float, out: Tensor | None = None
@@ -218,9 +216,10 @@ class Adam:
         spec = self.spec
         d_omega, d_first, d_second = cotangent.unbind(0)
         direction = self._direction(state[0], gradient)
-        first, second = self._moments(state, direction, [None, None, None])
+        # Four vectors at a time beside the direction: this is where an episode's memory peaks.
+        first, root = self._moments(state, direction, [None, None, None])
         first_correction, second_correction = self._corrections(step)
-        root = _safe_root(second, spec.eps_root)
+        root = (root.add_(spec.eps_root) if spec.eps_root else root).sqrt_()
         denominator = self._denominator(root, second_correction)
         d_scaled = d_omega * (-lr / first_correction)
         d_first.addcdiv_(d_scaled, denominator)
@@ -228,7 +227,7 @@ class Adam:
         d_root = d_scaled.mul_(first).div_(denominator.square_())
         d_root.div_(root.masked_fill_(root == 0, torch.inf))
         d_second.add_(d_root, alpha=-0.5 / second_correction)
-        d_direction = d_first * (1.0 - spec.beta1)
+        d_direction = torch.mul(d_first, 1.0 - spec.beta1, out=root)
         d_direction.addcmul_(d_second, direction, value=2.0 * (1.0 - spec.beta2))
         d_first.mul_(spec.beta1)
         d_second.mul_(spec.beta2)
@@ -245,6 +244,12 @@ for _name in ("adam", "adamw"):
     OPTIMISERS.register(_name)(Adam)
 
 
+# Settings that not every optimiser has.
+_USERS = {"momentum": ("momentum", "nesterov")} | dict.fromkeys(
+    ("beta1", "beta2", "eps", "eps_root"), ("adam", "adamw")
+)
+
+
 def build_optimiser(spec: OptimiserSpec, eps_form: str = "torch") -> Optimiser:
     """Return the optimiser that ``spec`` names.
 
@@ -258,4 +263,11 @@ def build_optimiser(spec: OptimiserSpec, eps_form: str = "torch") -> Optimiser:
     for name in ("momentum", "beta1", "beta2"):
         if not 0.0 <= getattr(spec, name) < 1.0:
             raise UserError(f"optimiser.{name} is {getattr(spec, name)}; it must lie in [0, 1)")
+    for name, users in _USERS.items():
+        # As it is usually, or off.
+        if spec.name not in users and getattr(spec, name) not in (getattr(OptimiserSpec, name), 0):
+            raise UserError(
+                f"optimiser.{name} has no effect with optimiser.name={spec.name}; use "
+                f"{' or '.join(users)}, or leave it out"
+            )
     return Adam(spec, eps_form) if kind is Adam else kind(spec)

@@ -17,12 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2t_core.errors import PeerLost, UserError
+from l2t_core.heartbeat import EVERY, MOST_MISSED, Heartbeat
 
 T = TypeVar("T")
-# A student may take days longer than another; a process that ends is noticed at once.
+# A student may take days longer than another; a process that ends is noticed at once, and one
+# that vanishes without a word by its heartbeat.
 _PATIENCE = timedelta(days=30)
 # But all begin alike: one that has not come by then is lost, or was never started.
 _MEETING = timedelta(minutes=5)
+_GOES_ON = "the same command continues from the last finished episode"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    heartbeat: Heartbeat | None = None
 
     def share(self, count: int) -> range:
         """Return which of ``count`` students are this process's."""
@@ -95,6 +99,8 @@ class Processes:
 
     def close(self) -> None:
         """Leave the group."""
+        if self.heartbeat:
+            self.heartbeat.stop()
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -104,8 +110,7 @@ class Processes:
         except RuntimeError as error:  # what gloo and NCCL raise once a connection is gone
             raise PeerLost(
                 f"process {self.rank} of {self.world} lost another one "
-                f"({str(error).splitlines()[0][:120]}); see that one's message; the same command "
-                "continues from the last finished episode"
+                f"({str(error).splitlines()[0][:120]}); see that one's message; {_GOES_ON}"
             ) from error
 
 
@@ -138,8 +143,32 @@ def _form_group(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
 
 
-def join_processes() -> Processes:
+def _start_heartbeat(rank: int, world: int, on_silence: Callable[[str], None]) -> Heartbeat:
+    """Watch the others; ``on_silence`` is told, in a line, that one has vanished."""
+
+    def tell(silent: list[int]) -> None:
+        minutes = round(EVERY * MOST_MISSED / 60)
+        on_silence(
+            f"process {rank} of {world} has not heard from process {silent[0]} for {minutes} "
+            f"minutes: its machine or its network is gone, or it was stopped; {_GOES_ON}"
+        )
+
+    # A connection of its own: on the group's a thread would wait for another's collective.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=False, timeout=_MEETING)
+    # torchrun may start all processes anew, in the same store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    heartbeat = Heartbeat(dist.PrefixStore(f"heartbeat/{attempt}", store), rank, world, tell)
+    heartbeat.start()
+    return heartbeat
+
+
+def join_processes(on_silence: Callable[[str], None] | None = None) -> Processes:
     """Join the group that ``torchrun`` describes in the environment; without it, run alone.
+
+    A process that vanishes without closing its connections is told of to ``on_silence``, in a line
+    and in a thread of its own: the main one waits for the lost one in torch, where nothing can
+    interrupt it, so that there is nothing left but to end the process. None: nobody watches.
 
     Raises:
         UserError: if the environment is incomplete or the group cannot be formed, as where one
@@ -163,9 +192,11 @@ def join_processes() -> Processes:
         backend = f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"
     try:
         _form_group(backend)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        heartbeat = _start_heartbeat(rank, world, on_silence) if on_silence else None
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {world} processes could not meet ({str(error).splitlines()[0][:120]}); "
             "start all of them with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return Processes(rank, world, heartbeat)

@@ -161,7 +161,7 @@ class Exact:
         def pieces_of(gradients: list[Tensor | None]) -> list[Tensor]:
             nonlocal power
             with torch.no_grad():
-                v = direction(lambda: life.over_processes(life.flat.gather(gradients)))
+                v = direction(lambda: life.gathered(gradients))
                 v, power = _enlarged(life, v, share)
                 return life.flat.split(v)
 
@@ -323,11 +323,11 @@ def _quotients(above: Parts, below: Parts, width: float) -> Parts:
 
 
 def _gradient(life: Life, loss: LossSpec, step: int, phi: Coefficients) -> Tensor:
-    """Return g [P] of ``step``, leaving the buffers as they were."""
+    """Return g [P] of ``step``, as :meth:`Life.gathered`, leaving the buffers as they were."""
     before = life.copy_buffers()
     with torch.enable_grad(), twice_differentiable(life.student.module):
         log_probs, targets = life.outputs(step)
         value = step_loss(loss, log_probs, targets, phi, step).mean()
-        gradient = life.over_processes(life.flat.gather(life.gradients(value)))
+        gradient = life.gathered(life.gradients(value))
     life.load_buffers(before)
     return gradient

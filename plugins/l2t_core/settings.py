@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 from l2t_core.checkpointing import SPILLS, parse_bytes
 from l2t_core.differentiation import DIFFERENTIATIONS
+from l2t_core.engine import first_differentiated_step
 from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
 from l2t_core.loss_forms import FORMS, coefficient_shapes, weights_to_bound
 from l2t_core.losses import SIGMAS
+from l2t_core.readout import measure_steps
 from l2t_core.registry import unknown_names
 from l2t_core.second_derivatives import SECOND
 from l2t_core.specs import (
@@ -46,7 +48,8 @@ def problems(
     found += out_of_range("loss", _loss_limits(loss, total_steps))
     # What follows looks up what is named.
     return found or [
-        *_wrong_together(loss, teacher, spec, num_classes), *_wrong_way(spec, total_steps)
+        *_wrong_together(loss, teacher, spec, num_classes), *_wrong_way(spec, total_steps),
+        *_idle(loss, spec, total_steps),
     ]
 
 
@@ -198,17 +201,54 @@ def _wrong_way(spec: TrainingSpec, total_steps: int) -> Iterator[str]:
             "training.differentiation=mixed weighs estimates by their variances, which needs "
             f"training.students of at least 2; it is {spec.students}"
         )
+    without = way in WITHOUT_DERIVATIVES
     idle = {
-        "average_last": (spec.average_last > 1, within),
-        "measure_points": (spec.measure_points > 1, within),
-        "truncate": (spec.truncate > 0, within or way == "antithetic-es"),
-        "discount": (spec.discount != 1.0, way in WITHOUT_DERIVATIVES),
-        "cotangent_cap": (spec.cotangent_cap > 0, way in WITHOUT_DERIVATIVES),
+        "average_last": within,
+        "measure_points": within,
+        "truncate": within or without,
+        "discount": without,
+        "cotangent_cap": without,
+        "max_growth": without,
+        "hvp": without,
+        "spill": without,
+        "perturbation": way in ("exact", "windows"),
     }
-    for name, (given, without_effect) in idle.items():
-        if given and without_effect:
+    for name, without_effect in idle.items():
+        usual = getattr(TrainingSpec, name)
+        if without_effect and getattr(spec, name) != usual:
             yield (
-                f"training.{name} has no effect with training.differentiation={way}; leave it out"
+                f"training.{name} has no effect with training.differentiation={way}; leave it out "
+                f"(that is {usual})"
+            )
+
+
+def _idle(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> Iterator[str]:
+    """Yield a line for settings that another one leaves nothing to do."""
+    if loss.rank != LossSpec.rank and loss.form != "lowrank":
+        yield f"loss.rank has no effect with loss.form={loss.form}; use lowrank, or leave it out"
+    if loss.warmup_smoothing and not loss.warmup_steps:
+        yield (
+            "loss.warmup_smoothing has no effect without a warm-up; set loss.warmup_steps, or "
+            "leave it out"
+        )
+    if spec.final_students != TrainingSpec.final_students and spec.finalists == 1:
+        yield (
+            "training.final_students has no effect with training.finalists=1; set that to 2 or "
+            "more, or leave it out"
+        )
+    if spec.differentiation in ("exact", "windows") and 0 < spec.student_seeds < spec.students:
+        yield (
+            f"training.students={spec.students} would live the same lives more than once with "
+            f"training.student_seeds={spec.student_seeds}; set that to 0 or to {spec.students} or "
+            "more"
+        )
+    if spec.measure_points > 1 and spec.differentiation not in WITHOUT_DERIVATIVES:
+        first = first_differentiated_step(total_steps, loss, spec)
+        if measure_steps(total_steps, spec.measure_points)[-2] <= first:
+            yield (
+                f"training.measure_points={spec.measure_points} has no effect: all but the last "
+                f"point lie in the first {first} steps, which are not differentiated "
+                "(training.truncate, loss.warmup_steps); use more points, or leave it out"
             )
 
 

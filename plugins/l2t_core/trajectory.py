@@ -19,7 +19,7 @@ class Slots:
 
     Reused from episode to episode: the first touch of fresh memory costs more than a step of a
     small student. The states that a plan spills are those of the earliest steps, which are
-    needed last.
+    needed last. Steps count from the first one that is walked back.
 
     Raises:
         UserError: if there is no such memory, or no room for the file.
@@ -28,32 +28,40 @@ class Slots:
     def __init__(
         self, flat: FlatParameters, rows: int, with_gradient: bool, plan: Plan, folder: Path
     ) -> None:
-        self.plan = plan
-        self.rows = rows + int(with_gradient)
-        self._block = _claim(flat, max(1, plan.slots - plan.spilled), self.rows)
+        self.plan, self.state_rows = plan, rows
+        rows_held = rows + int(with_gradient)
+        self._block = _claim(flat, max(1, plan.slots - plan.spilled), rows_held)
         self._free = list(range(len(self._block)))
         self._at: dict[int, int] = {}
         self._fetched = -1
         # Two, because a step reads one state while it writes the next.
-        self._scratch = flat.empty(2, self.rows) if plan.spilled else None
+        self._scratch = flat.empty(2, rows_held if plan.spilled else rows)
         self._away = _make_store(self._block, plan, folder) if plan.spilled else None
+
+    def passing(self, step: int) -> Tensor:
+        """Return [R, P] to write a state before ``step`` into that is not kept.
+
+        It lasts until that of the next step but one is written.
+        """
+        self._fetched = -1
+        return self._scratch[step % 2, : self.state_rows]
 
     def claim(self, step: int) -> Tensor:
         """Return [rows, P] to write the state before ``step`` and its gradient into."""
         self._fetched = -1
-        if self._scratch is not None and step < self.plan.spilled:
+        if step < self.plan.spilled:
             return self._scratch[step % 2]
         self._at[step] = self._free.pop()
         return self._block[self._at[step]]
 
     def seal(self, step: int) -> None:
         """Take note that what :meth:`claim` gave for ``step`` is written."""
-        if self._away is not None and self._scratch is not None and step < self.plan.spilled:
+        if self._away is not None and step < self.plan.spilled:
             self._away.put(step, self._scratch[step % 2])
 
     def being_written(self, step: int) -> Tensor:
         """Return what :meth:`claim` gave for ``step``, until it is sealed."""
-        if self._scratch is not None and step < self.plan.spilled:
+        if step < self.plan.spilled:
             return self._scratch[step % 2]
         return self._block[self._at[step]]
 
@@ -61,7 +69,7 @@ class Slots:
         """Return [rows, P] of the state before ``step``; it may be changed until released."""
         if step in self._at:
             return self._block[self._at[step]]
-        assert self._away is not None and self._scratch is not None
+        assert self._away is not None
         if self._fetched != step:
             self._away.get(step, self._scratch[step % 2])
             self._fetched = step
@@ -111,8 +119,10 @@ class _FileStore:
 
     def __init__(self, like: Tensor, count: int, folder: Path) -> None:
         self._folder = folder
-        self._size = like[0].numel() * like.element_size()
-        self._staging = torch.empty(like.shape[1:], dtype=like.dtype)
+        self._row_size = like.shape[-1] * like.element_size()
+        self._size = like.shape[1] * self._row_size
+        # A row at a time: there is no need for one more state.
+        self._staging = torch.empty(like.shape[-1], dtype=like.dtype)
         try:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="trajectory-")  # noqa: SIM115
             # Claim the room now: a full disk should not end the run in an hour.
@@ -133,22 +143,24 @@ class _FileStore:
         return memoryview(self._staging.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def put(self, index: int, value: Tensor) -> None:
-        self._staging.copy_(value)
-        try:
-            self._all(os.pwrite, self._bytes(), index)
-        except OSError as error:
-            raise self._refusal(error) from error
+        for place, row in enumerate(value):
+            self._staging.copy_(row)
+            try:
+                self._all(os.pwrite, self._bytes(), index, place)
+            except OSError as error:
+                raise self._refusal(error) from error
 
     def get(self, index: int, out: Tensor) -> None:
         def read(fd: int, view: memoryview, offset: int) -> int:
             return os.preadv(fd, [view], offset)
 
-        self._all(read, self._bytes(), index)
-        out.copy_(self._staging)
+        for place, row in enumerate(out):
+            self._all(read, self._bytes(), index, place)
+            row.copy_(self._staging)
 
-    def _all(self, move: object, view: memoryview, index: int) -> None:
-        done, start = 0, index * self._size
-        while done < self._size:  # a call may move less than asked, 2 GiB at most
+    def _all(self, move: object, view: memoryview, index: int, place: int) -> None:
+        done, start = 0, index * self._size + place * self._row_size
+        while done < self._row_size:  # a call may move less than asked, 2 GiB at most
             moved = move(self._file.fileno(), view[done:], start + done)  # type: ignore[operator]
             if moved == 0:
                 raise OSError(0, "the file is cut short")

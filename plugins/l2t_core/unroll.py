@@ -29,7 +29,6 @@ class Trajectory:
     first: int
     steps: int
     slots: Slots
-    scratch: Tensor  # [2, R, P], where states are that are not kept
     keeps_gradient: bool
     buffers: dict[int, list[Tensor]] = field(default_factory=dict)
     has_gradient: set[int] = field(default_factory=set)
@@ -56,13 +55,12 @@ class Trajectory:
     def place(self, step: int, kept: bool) -> Tensor:
         """Return [R, P] to write the state before ``step`` into."""
         if not kept:
-            return self.scratch[step % 2]
-        rows = self.scratch.shape[1]
-        return self.slots.claim(step - self.first)[:rows]
+            return self.slots.passing(step - self.first)
+        return self.slots.claim(step - self.first)[: self.slots.state_rows]
 
     def state(self, step: int) -> Tensor:
         """Return the kept state [R, P] before ``step``."""
-        return self.slots.fetch(step - self.first)[: self.scratch.shape[1]]
+        return self.slots.fetch(step - self.first)[: self.slots.state_rows]
 
     def gradient(self, step: int) -> Tensor | None:
         """Return the kept gradient [P] of ``step``, None if it is not kept."""
@@ -231,8 +229,8 @@ def walk_back(
     life: Life, teacher: nn.Module, loss: LossSpec, second: SecondDerivatives,
     trajectory: Trajectory, cotangent: Tensor,
     *, discount: float, on_step: OnStep,
-    arrive: Callable[[int, Tensor], None], watch: Callable[[StepBack, Tensor], None],
-    depart: Callable[[int, Tensor, Tensor | None], None] = lambda step, state, gradient: None,
+    depart: Callable[[int, Tensor, Tensor | None], None], arrive: Callable[[int, Tensor], None],
+    watch: Callable[[StepBack, Tensor], None],
 ) -> list[Tensor]:
     """Walk the trajectory back from ``cotangent`` [R, P] of the final state, changed in place.
 
@@ -262,6 +260,7 @@ def walk_back(
             if part is not None:
                 sum_ += part
         watch(back, cotangent)
+        del back  # two vectors of omega's size, which the next step would find in its way
         if discount != 1.0:
             cotangent *= discount
         arrive(step, cotangent)

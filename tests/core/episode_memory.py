@@ -1,7 +1,8 @@
 """Print the peak memory, in MiB, of a process that walks one life of so many steps back.
 
-``python episode_memory.py STEPS SPILL``: a student with 24 MiB of state (Adam's moments count) and
-a table of 8 MiB that it never changes, on a trajectory of 120 MiB.
+``python episode_memory.py STEPS SPILL POINTS``: a student with 24 MiB of state (Adam's moments
+count) and a table of 8 MiB that it never changes, on a trajectory of 120 MiB, its measure read at
+so many points. Then the part of it that came on top of the student.
 """
 
 from __future__ import annotations
@@ -36,15 +37,22 @@ class Large(nn.Module):
 
 
 def main() -> None:
-    steps, spill = int(sys.argv[1]), sys.argv[2]
+    steps, spill, points = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     student = ToyStudent(Large, OptimiserSpec("adam", 1e-4), steps, torch.float32)
-    spec, loss = TrainingSpec(memory="120MiB", spill=spill), LossSpec("shared", "identity")
+    before = peak()
+    spec = TrainingSpec(memory="120MiB", spill=spill, measure_points=points)
+    loss = LossSpec("shared", "identity")
     engine = Engine(Life(student), loss, spec)
     features = tuple(student.default_features)
     teacher = build_teacher(TeacherSpec(slots=2), loss, 3, feature_count(features, 3), seed=1)
     outcome = exact(Episode(engine, features, 3, 0), teacher, lambda phase, step: None)
     assert bool(outcome.estimates[0].isfinite().all())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10)
+    print(peak(), peak() - before)
+
+
+def peak() -> int:
+    """Return the largest memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
 main()

@@ -105,4 +105,4 @@ def test_sizes():
 def test_a_plan_tells_what_is_held_beside_it():
     plan = make_plan(2000, 6 * 2**20, 2**30, spill="none")
     assert "170 kept at a time (1,020 MiB)" in plan.describe()
-    assert plan.describe().endswith("; about 10 more (60 MiB) to work with")
+    assert plan.describe().endswith("; about 7 more (42 MiB) to work with")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkout import run_python  # type: ignore[import-not-found]
 
-from l2t_core.checkpointing import make_plan
+from l2t_core.checkpointing import WORKING_STATES, make_plan
 from l2t_core.errors import UserError
 from l2t_core.flat import FlatParameters
 from l2t_core.trajectory import Slots
@@ -17,18 +17,33 @@ from l2t_core.trajectory import Slots
 SCRIPT = Path(__file__).parent / "episode_memory.py"
 
 
-def peak(steps: int, spill: str) -> int:
-    done = run_python(SCRIPT, steps, spill)
+def peaks(steps: int, spill: str, points: int = 1) -> tuple[int, int]:
+    """Return the peak of a process, and what of it came on top of the student, in MiB."""
+    done = run_python(SCRIPT, steps, spill, points)
     assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout)
+    whole, added = done.stdout.split()
+    return int(whole), int(added)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB there")
 @pytest.mark.parametrize("spill", ["none", "file"])
 def test_peak_memory_is_flat(spill: str) -> None:
     """48 more steps: 1,152 MiB of states if kept, 384 MiB of tables."""
-    short, long = peak(12, spill), peak(60, spill)
+    short, long = peaks(12, spill)[0], peaks(60, spill)[0]
     assert long - short < 32, (short, long)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB there")
+@pytest.mark.parametrize("spill", ["none", "file"])
+def test_no_more_is_held_than_the_plan_says(spill: str) -> None:
+    """120 MiB of trajectory, so many states of 24 MiB beside it, and some of the libraries."""
+    assert peaks(12, spill)[1] < 120 + WORKING_STATES * 24 + 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB there")
+def test_points_of_the_measure_hold_no_vector_each() -> None:
+    """Eleven early readings would hold 88 MiB."""
+    assert peaks(12, "none", 12)[0] - peaks(12, "none")[0] < 32
 
 
 class Filling:

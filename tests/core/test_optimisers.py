@@ -138,6 +138,22 @@ def test_impossible_settings_are_refused(spec):
 
 
 @pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (OptimiserSpec("sgd", momentum=0.95), "momentum has no .*=sgd; use momentum or nesterov"),
+        (OptimiserSpec("adam", momentum=0.5), "momentum has no effect"),
+        (OptimiserSpec("momentum", beta2=0.98), "beta2 has no .*=momentum; use adam or adamw"),
+        (OptimiserSpec("nesterov", eps=1e-3), "eps has no effect"),
+    ],
+)
+def test_settings_of_another_optimiser_are_refused(spec, message):
+    """A momentum that plain SGD would pass over makes another student than was asked for."""
+    with pytest.raises(UserError, match=message):
+        build_optimiser(spec)
+    build_optimiser(OptimiserSpec("sgd", momentum=0.0))
+
+
+@pytest.mark.parametrize(
     ("gradient", "max_norm"),
     [
         ([3.0, 4.0], 5.0 + 1e-6),  # at the norm: the scale is one

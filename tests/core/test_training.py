@@ -558,6 +558,15 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LOSS, {"differentiation": "persistent-es", "window": 2, "average_last": 2}, "no effect"),
         (LOSS, {"average_last": 7}, "between 1 .off. and the student's 6 steps"),
         (LOSS, {"perturbation": 0.0}, "training.perturbation is 0.0"),
+        (LOSS, {"perturbation": 0.1}, r"perturbation has no effect .*=exact; .*is 0\.01"),
+        (LOSS, {"differentiation": "antithetic-es", "hvp": "finite-difference"}, "hvp has no eff"),
+        (LOSS, {"differentiation": "antithetic-es", "spill": "file"}, "spill has no effect"),
+        (LOSS, {"differentiation": "antithetic-es", "max_growth": 0.0}, "max_growth has no effect"),
+        (LossSpec("shared", rank=4), {}, "loss.rank has no effect with loss.form=shared"),
+        (LossSpec(warmup_smoothing=0.1), {}, "without a warm-up; set loss.warmup_steps"),
+        (LOSS, {"final_students": 5}, "final_students has no effect with training.finalists=1"),
+        (LOSS, {"students": 3, "student_seeds": 2}, "same lives more than once"),
+        (LOSS, {"measure_points": 2, "truncate": 3}, "in the first 3 steps, which are not diff"),
     ],
 )
 def test_impossible_settings_are_refused(student, tmp_path, loss, changes, message):
