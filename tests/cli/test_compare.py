@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -15,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from checkout import LIMIT, check_interrupted, start_python  # type: ignore[import-not-found]
+from checkout import LIMIT, ROOT, check_interrupted, start_python  # type: ignore[import-not-found]
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
@@ -335,9 +336,17 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
-# Ctrl-C goes to all processes; here it meets a worker that has only just been started.
+# Ctrl-C goes to all processes; here it meets a worker before it has imported anything of ours.
+IN_A_WORKER = """\
+import os, signal, sys
+if any("spawn_main" in word for word in sys.orig_argv):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        open("met", "w").close()
+"""
 TOO_EARLY = """\
-import json, multiprocessing, os, signal, sys
+import json, multiprocessing, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from l2t_cli.main import main
@@ -346,8 +355,10 @@ def met(self):
     spawn(self)
     pids = [child.pid for child in multiprocessing.active_children()]
     Path("pids.json").write_text(json.dumps(pids))
-    for pid in (*pids, os.getpid()):
-        os.kill(pid, signal.SIGINT)
+    while not Path("met").exists():
+        time.sleep(0.05)
+    time.sleep(1)  # for the worker to say what it should not
+    signal.raise_signal(signal.SIGINT)
 ProcessPoolExecutor._spawn_process = met
 main(sys.argv[1:])
 """
@@ -355,7 +366,10 @@ main(sys.argv[1:])
 
 def test_ctrl_c_while_workers_start_is_one_line(tiny: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tiny.parent)
-    child = start_python("-c", TOO_EARLY, "compare", tiny, "--jobs", "2", "--out", "early")
+    Path("sitecustomize.py").write_text(IN_A_WORKER)
+    paths = os.pathsep.join([".", str(ROOT / "plugins"), str(ROOT)])
+    command = ("compare", tiny, "--jobs", "2", "--out", "early")
+    child = start_python("-c", TOO_EARLY, *command, PYTHONPATH=paths)
     check_interrupted(child, "finished trials are kept")
     pids = json.loads(Path("pids.json").read_text())
     assert pids and ended(pids)
