@@ -163,6 +163,8 @@ class Comparison:
         """
         before = FreshFolder.before(self.folder)
         with claimed(self.folder):
+            # Once more: another comparison may have been here since this one was put together.
+            _refuse_foreign(self.folder, self.recipe)
             return self._run(before, jobs, log_format, report=report)
 
     def _run(

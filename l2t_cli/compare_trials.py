@@ -221,6 +221,20 @@ class _Here(Executor):
         return future
 
 
+class _Processes(ProcessPoolExecutor):
+    """Starts a process with Ctrl-C and SIGTERM held back until it knows what to do then.
+
+    Before, Python would show in which import it was.
+    """
+
+    def submit(self, task: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # a new process inherits it
+        try:
+            return super().submit(task, *arguments, **named)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def workers(recipe: Recipe, here: FieldTrials, jobs: int) -> Iterator[Executor]:
     """Yield what runs the trials; however it ends, no process of ours is left.
@@ -237,7 +251,7 @@ def workers(recipe: Recipe, here: FieldTrials, jobs: int) -> Iterator[Executor]:
             return
         # Fresh processes: torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(recipe,))
+        pool = _Processes(jobs, context, initializer=_begin_worker, initargs=(recipe,))
         try:
             yield pool
         except BrokenProcessPool:
@@ -267,22 +281,25 @@ def _one_thread() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 # What a process trains with, and whether it is at it.
 _TRAINER: dict[str, FieldTrials] = {}
 _BUSY = threading.Event()
 
 
 def _begin_worker(recipe: Recipe) -> None:
-    import torch
-
     def end(number: int, frame: object) -> None:
         if not _BUSY.is_set():
             os._exit(1)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for other in _ENDING:
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt  # so that a program started by the trial is ended, too
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for number in _ENDING:
+        signal.signal(number, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # held since the process was started
+    import torch
+
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -297,8 +314,8 @@ def _begin_worker(recipe: Recipe) -> None:
 
 
 def _run_trial(trial: Trial, folder: Path) -> Result:
-    _BUSY.set()
     try:
+        _BUSY.set()
         result = _TRAINER["it"].run(trial, folder)
     except KeyboardInterrupt:
         if multiprocessing.parent_process() is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from l2t_core.errors import PeerLost, UserError, suggestion
+from l2t_core.errors import PeerLost, ToldByTheFirst, UserError, suggestion
 
 # Recent Typer carries its own Click, older Typer imports it: this finds the classes in both.
 UsageError: Any = typer.BadParameter.__base__
@@ -38,27 +38,46 @@ def say(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
-def _told_by_the_first() -> bool:
+def _have_met() -> bool:
+    """Tell whether this is one of several processes that have joined."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _is_left_to_the_first(error: BaseException) -> bool:
     """Tell whether this is one of several processes that have all made the same mistake.
 
     Until they have joined they all read the same command line and recipe.
     """
     # The first of each machine: the recipe may be missing on one of them only.
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-        return False
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is None or not distributed.is_initialized()
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    return isinstance(error, ToldByTheFirst) or not (first or _have_met())
+
+
+def _tell_mistake(error: BaseException, message: str) -> None:
+    """Say what the user can mend, once for all processes that meet it."""
+    if _is_left_to_the_first(error):
+        from l2t_core.processes import wait_until_told
+
+        try:
+            if wait_until_told():
+                return
+        except KeyboardInterrupt:  # ended, as all are once the first has told and ended
+            return
+    say(f"l2t: error: {message}")
+    if _have_met():
+        from l2t_core.processes import tell_the_others
+
+        tell_the_others()
 
 
 def exit_code_of(error: BaseException) -> int | None:
     """Report ``error`` in one line and return the exit code, or None where it is a bug."""
     if isinstance(error, UserError):
-        if not _told_by_the_first():
-            say(f"l2t: error: {error}")
+        _tell_mistake(error, str(error))
         return USER_MISTAKE
     if isinstance(error, ClickError):
-        if not _told_by_the_first():
-            say(f"l2t: error: {usage_message(error)}")
+        _tell_mistake(error, usage_message(error))
         return USER_MISTAKE
     if isinstance(error, Interrupted):
         say(f"l2t: interrupted: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from l2t_core.errors import UserError
+from l2t_core.files import lock
 from l2t_fairseq.child_failure import reason_in
 
 # All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
@@ -41,8 +41,8 @@ def run_logged(
         try:
             # The child inherits the lock with its output: if we are killed and it lives on, the
             # next start must not write into the same checkpoints beside it.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(handle.fileno())
+        except BlockingIOError:
             raise UserError(f"another run is still writing {log}; wait for it or end it") from None
         start = handle.tell()
         try:
@@ -70,16 +70,20 @@ def run_logged(
 def _follow(
     child: subprocess.Popen[bytes], log: Path, start: int, on_progress: Callable[[int, str], None]
 ) -> None:
-    note = ""
+    note, line = "", ""
     with log.open("r", encoding="utf-8", errors="replace") as reader:
         reader.seek(start)
         while True:
             ended = child.poll() is not None
-            for line in reader:
+            for piece in reader:
+                line += piece
+                if not (line.endswith("\n") or ended):
+                    continue  # half a number, so far
                 if found := _DEV_NLL.search(line):
                     note = f"dev nll {float(found.group(1)):.3f}"
                 if counted := UPDATES.search(line):
                     on_progress(int(counted.group(1)), note)
+                line = ""
             if ended:
                 return
             time.sleep(0.2)

@@ -107,7 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code == INTERRUPTED:  # Typer has taken a Ctrl-C that no command turned into advice
             say("l2t: interrupted")
     except BaseException as error:
-        code = exit_code_of(error)
+        try:
+            code = exit_code_of(error)
+        except KeyboardInterrupt:  # one more, while the first is told
+            code = INTERRUPTED
         if code is None:
             raise
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +28,18 @@ class FreshFolder:
     def take_back(self) -> None:
         """Remove what the command wrote, unless the folder held something before.
 
-        Each process of a run does so when it ends, and finds gone what another has removed.
+        What another process has removed meanwhile is gone, as it should be. A signal comes after:
+        half a folder would be none of ours to go on with.
         """
         if not self.fresh or not self.path.is_dir():
             return
-        with suppress(FileNotFoundError):
-            self._empty()
-        for folder in self.missing:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                if next(folder.iterdir(), None) is None:
-                    folder.rmdir()
+        with _undisturbed():
+            with suppress(FileNotFoundError):
+                self._empty()
+            for folder in self.missing:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    if next(folder.iterdir(), None) is None:
+                        folder.rmdir()
 
     def _empty(self) -> None:
         for entry in self.path.iterdir():
@@ -43,3 +47,13 @@ class FreshFolder:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

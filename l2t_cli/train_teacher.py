@@ -130,7 +130,7 @@ def run(
             console.line(f"note: {text}")
         _say_where_it_stands(opened, len(done))
     with (
-        _tidy(opened, before, processes.world),
+        _tidy(opened, before, processes),
         closing(_scalars(tensorboard_logdir)) as scalars,
         view.running(done) as show,
     ):
@@ -151,10 +151,11 @@ def run(
             on_event=receive,
             processes=processes,
         )
-    processes.close()
     if all(row["skipped"] for row in result.history):
         # The teachers written are the first one, which has learnt nothing.
-        raise nothing_usable("none of the episodes", result.history[-1])
+        useless = nothing_usable("none of the episodes", result.history[-1])
+        raise processes.told_once(useless)
+    processes.close()
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
     return result.best_path
@@ -187,24 +188,30 @@ def _open(
 
 
 @contextmanager
-def _tidy(opened: Any, before: FreshFolder, world: int) -> Iterator[None]:
-    """Turn signals into advice; where nothing is finished take the folder back."""
+def _tidy(opened: Any, before: FreshFolder, processes: Any) -> Iterator[None]:
+    """Say how to go on where another process or a signal ends this one.
+
+    Where nothing is finished the first process, which alone writes, takes the folder back: another
+    one, a little ahead, would take what the first is about to finish.
+    """
     try:
         yield
     except BaseException as error:
         kept = opened.state.exists()
-        if not kept:
+        if not kept and not processes.rank:
             before.take_back()
         how = (
             "the finished episodes are kept; the same command continues" if kept
             else "no episode was finished; the same command begins anew"
         )
-        if isinstance(error, Terminated) and world > 1:
+        if isinstance(error, Terminated) and processes.world > 1:
             # torchrun ends the others so when one process has died.
             raise PeerLost(
-                f"ended from outside, most likely because another of the {world} processes was "
-                f"lost; see that one's message; {how}"
+                f"ended from outside, most likely because another of the {processes.world} "
+                f"processes was lost; see that one's message; {how}"
             ) from None
+        if isinstance(error, PeerLost):
+            raise PeerLost(f"{error}; {how}") from error
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(how) from None
         raise

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 900.0  # seconds that no command takes, however busy the machine
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -40,19 +41,27 @@ def start_python(
     )
 
 
-def wait_for(condition: Callable[[], Any], child: subprocess.Popen[str]) -> None:
-    """Wait until ``condition`` holds; fail if ``child`` ends before, or after five minutes."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+def end_of(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """Return what a program has printed on both streams when it ends."""
+    try:
+        return child.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise
 
 
-def interrupt(child: subprocess.Popen[str], number: int, kept: str) -> None:
-    """Send signal ``number`` to an l2t command; it must say what is ``kept`` and how to go on."""
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    if child.returncode != 0:  # it may have finished before the signal came
-        assert child.returncode == 130
-        said = f"l2t: interrupted: {kept}; the same command continues"
-        assert errors.splitlines() == [said]
+def check_interrupted(child: subprocess.Popen[str], kept: str) -> None:
+    """Let an l2t command end that a signal meets; it must say what is ``kept``, how to go on."""
+    _, errors = end_of(child)
+    said = f"l2t: interrupted: {kept}; the same command continues"
+    assert (child.returncode, errors.splitlines()) == (130, [said])
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Give a free port for processes to meet at, which no other program is given meanwhile."""
+    with socket.socket() as held:
+        # Bound and not listening, so that those who reuse addresses, and only they, can take it.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]

@@ -8,12 +8,12 @@ import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from l2t_core.errors import UserError
-from l2t_core.files import file_digest
+from l2t_core.files import file_digest, open_locked
 
 OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 OnEvent = Callable[[dict[str, Any]], None]
@@ -45,20 +45,23 @@ def download(
     not fetched again.
 
     Raises:
-        UserError: if the address cannot be reached, the file cannot be written or its checksum
-            is wrong (the wrong file is then removed).
+        UserError: if the address cannot be reached, another command is at it, the file cannot be
+            written or its checksum is wrong (the wrong file is then removed).
     """
     if to.exists() and _wrong_digest(to, sha256, md5) is None:
         return to
     part = to.with_name(to.name + ".part")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, on_progress)
-        wrong = _wrong_digest(part, sha256, md5)
-        if not wrong:
-            part.replace(to)
-            return to
-        part.unlink()
+        with _alone(part) as handle:
+            _fetch(url, handle, on_progress)
+            wrong = _wrong_digest(part, sha256, md5)
+            if not wrong:
+                part.replace(to)
+                return to
+            part.unlink()
+    except BlockingIOError:
+        raise UserError(f"another command is downloading {to}; wait for it") from None
     except urllib.error.HTTPError as error:
         raise UserError(
             f"{url} answered {error.code} {error.reason}; get the file by hand and give its "
@@ -116,8 +119,26 @@ def refuse_no_folder(source: Path | None) -> None:
         raise UserError(f"--from {source} is no folder; give the one with the files")
 
 
-def _fetch(url: str, part: Path, on_progress: OnProgress) -> None:
-    have = part.stat().st_size if part.exists() else 0
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[BinaryIO]:
+    """Open ``part``, for this process alone to add to; where nothing arrives it is removed.
+
+    Raises:
+        BlockingIOError: if another process has it open.
+    """
+    descriptor = open_locked(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(descriptor, "ab") as handle:
+        try:
+            yield handle
+        finally:
+            with contextlib.suppress(OSError):
+                handle.flush()
+                if not os.fstat(descriptor).st_size:
+                    part.unlink()
+
+
+def _fetch(url: str, part: BinaryIO, on_progress: OnProgress) -> None:
+    have = part.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
@@ -130,13 +151,14 @@ def _fetch(url: str, part: Path, on_progress: OnProgress) -> None:
         length = response.headers.get("Content-Length", "")
         done = have if resumed else 0
         total = done + int(length) if length.isdecimal() else None
-        with part.open("ab" if resumed else "wb") as handle:
-            for chunk in iter(lambda: response.read(_CHUNK), b""):
-                handle.write(chunk)
-                done += len(chunk)
-                on_progress(done, total)
-            handle.flush()
-            os.fsync(handle.fileno())
+        if not resumed:
+            part.truncate(0)
+        for chunk in iter(lambda: response.read(_CHUNK), b""):
+            part.write(chunk)
+            done += len(chunk)
+            on_progress(done, total)
+        part.flush()
+        os.fsync(part.fileno())
         if total is not None and done < total:
             raise ConnectionError(f"the connection ended after {done} of {total} bytes")
 

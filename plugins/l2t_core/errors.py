@@ -18,6 +18,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class ToldByTheFirst(UserError):
+    """A mistake that the first of several processes tells; see ``processes.wait_until_told``."""
+
+
 class PeerLost(Exception):
     """Another process of the run has ended, so that this one cannot go on."""
 

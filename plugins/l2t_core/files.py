@@ -23,6 +23,7 @@ from l2t_core.errors import UserError
 # link's missing target is a KeyError, text that is no UTF-8 a ValueError.)
 DAMAGED = (tarfile.TarError, EOFError, KeyError, zlib.error, lzma.LZMAError, OSError, ValueError)
 _LONG_AGO = 3600.0  # seconds; another process may be writing what is younger
+_TRIES = 10  # at making a folder that others remove meanwhile
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -82,26 +83,70 @@ def sweep(folder: Path, files: Collection[Path]) -> None:
                 left.unlink()
 
 
-def claim(folder: Path) -> int:
-    """Lock ``folder`` and return the descriptor that keeps it locked until it is closed.
+def lock(handle: int) -> None:
+    """Lock the open file ``handle`` until the last copy of it is closed.
 
-    Two commands at work in one folder would write over each other. The lock ends with the
-    process, however that ends; a file system without locks gives none.
+    The lock ends with the processes that have it, however they end; a file system without locks
+    gives none.
 
     Raises:
-        UserError: if another command is at work there.
+        BlockingIOError: if another process has it.
     """
-    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def open_locked(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open ``path`` and return the descriptor that keeps it locked, as :func:`lock` does.
+
+    Raises:
+        BlockingIOError: if another process has it locked.
+        OSError: if it cannot be opened.
+    """
+    while True:
+        handle = os.open(path, flags, 0o666)
+        try:
+            lock(handle)
+            # The one who had it may have moved or removed it before we locked what we opened.
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
+
+
+def claim(folder: Path) -> int:
+    """Make ``folder`` and return the descriptor that keeps it locked until it is closed.
+
+    Two commands at work in one folder would write over each other.
+
+    Raises:
+        UserError: if it cannot be made, or another command is at work there.
+    """
+    try:
+        for left in reversed(range(_TRIES)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return open_locked(folder)
+            except FileNotFoundError:  # another command has just taken it back
+                if not left:
+                    raise
+    except BlockingIOError:
         raise UserError(
             f"another command is at work in {folder}; wait for it, or choose another --out"
         ) from None
-    except OSError:
-        pass
-    return handle
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --out"
+        ) from error
+    raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager
@@ -111,12 +156,6 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UserError: if it cannot be made, or another command is at work there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another --out"
-        ) from error
     handle = claim(folder)
     try:
         yield

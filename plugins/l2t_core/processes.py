@@ -7,7 +7,9 @@ the batch of a step (``training.parallel``); process 0 alone writes files and re
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l2t_core.errors import PeerLost, UserError
+from l2t_core.errors import PeerLost, ToldByTheFirst, UserError
 from l2t_core.heartbeat import EVERY, MOST_MISSED, Heartbeat
 
 T = TypeVar("T")
@@ -26,6 +28,9 @@ _PATIENCE = timedelta(days=30)
 # But all begin alike: one that has not come by then is lost, or was never started.
 _MEETING = timedelta(minutes=5)
 _GOES_ON = "the same command continues from the last finished episode"
+# A mistake that all make is told by the first, which may be later by so many seconds.
+_TELLING = 60.0
+_TOLD = "l2t/told"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Processes:
 
         Raises:
             UserError: in the first process, with the first refusal.
-            SystemExit: in the others, so that one mistake is told once.
+            ToldByTheFirst: in the others, so that one mistake is told once.
             PeerLost: if another process has ended.
         """
         if self.world == 1:
@@ -81,11 +86,13 @@ class Processes:
         except UserError as error:
             refusal = str(error)
         refusals = [r for r in self.gather([refusal]) if r]
-        if refusals and self.rank == 0:
-            raise UserError(refusals[0])
         if refusals:
-            raise SystemExit(2)
+            raise self.told_once(UserError(refusals[0]))
         return cast(T, result)
+
+    def told_once(self, error: UserError) -> UserError:
+        """Return what to raise for ``error``, which all processes meet: the first tells it."""
+        return ToldByTheFirst(str(error)) if self.rank else error
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Add ``tensor`` up over the processes, in place, and return it.
@@ -110,11 +117,43 @@ class Processes:
         except RuntimeError as error:  # what gloo and NCCL raise once a connection is gone
             raise PeerLost(
                 f"process {self.rank} of {self.world} lost another one "
-                f"({str(error).splitlines()[0][:120]}); see that one's message; {_GOES_ON}"
+                f"({str(error).splitlines()[0][:120]}); see that one's message"
             ) from error
 
 
 ALONE = Processes()
+
+
+def _store() -> Any:
+    """Return what the processes of the run share besides collectives, None before they meet."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def tell_the_others() -> None:
+    """Let the others end: the first process, if this is it, has told what they all found wrong."""
+    store = _store()
+    if store is not None and dist.get_rank() == 0:
+        with suppress(RuntimeError):  # nobody is left to be told
+            store.set(_TOLD, "")
+
+
+def wait_until_told() -> bool:
+    """Wait for the first process to tell the mistake that all have made; False if it does not.
+
+    torchrun and the like end all processes as soon as one has ended. If this one were the quicker,
+    the first might be ended before it has told; processes that have not met wait to be ended.
+    """
+    store, deadline = _store(), time.monotonic() + _TELLING
+    while time.monotonic() < deadline:
+        try:
+            if store is not None and store.check([_TOLD]):
+                return True
+        except RuntimeError:  # the first process kept the store, and has ended
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def processes_here() -> int:

@@ -11,6 +11,7 @@ teacher_last.safetensors   the teacher after the last episode
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import weakref
@@ -125,22 +126,25 @@ def open_run(
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
-    if folder.config.exists():
-        changed = _check_same_run(folder, config, may_grow, may_change)
-        folder.grown, folder.asked = may_grow in changed, config if changed else None
-        if not resume and folder.state.exists():
-            raise UserError(
-                f"{path} already holds this run; drop --no-resume to continue it, or choose "
-                "another --out"
-            )
-    elif path.exists() and not all(is_unfinished(p, folder.config) for p in path.iterdir()):
-        raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
-    else:
-        _write_config(folder, config)
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}; choose another --out")
-    weakref.finalize(folder, os.close, claim(path))  # as long as ``folder`` lives
-    sweep(path, folder.files())
+    with contextlib.ExitStack() as held:
+        # Before it is looked at: of two that begin at once, each would find it empty.
+        held.callback(os.close, claim(path))
+        if folder.config.exists():
+            changed = _check_same_run(folder, config, may_grow, may_change)
+            folder.grown, folder.asked = may_grow in changed, config if changed else None
+            if not resume and folder.state.exists():
+                raise UserError(
+                    f"{path} already holds this run; drop --no-resume to continue it, or choose "
+                    "another --out"
+                )
+        elif not all(is_unfinished(p, folder.config) for p in path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no run of ours; choose another --out")
+        else:
+            _write_config(folder, config)
+        if not os.access(path, os.W_OK):
+            raise UserError(f"cannot write to {path}; choose another --out")
+        sweep(path, folder.files())
+        weakref.finalize(folder, held.pop_all().close)  # claimed as long as ``folder`` lives
     return folder
 
 

@@ -198,7 +198,8 @@ class TeacherTraining:
         self._write_teachers()
         on_event(row)
         if p.skipped_in_a_row >= MOST_SKIPPED and not self._finished():
-            raise nothing_usable(f"none of the last {MOST_SKIPPED} episodes", row)
+            stuck = nothing_usable(f"none of the last {MOST_SKIPPED} episodes", row)
+            raise self.processes.told_once(stuck)
 
     def _outcomes(self, on_event: OnEvent) -> Iterator[list[Outcome]]:
         """Yield the outcomes of all students wherever theta may be updated."""
@@ -347,9 +348,11 @@ class TeacherTraining:
             tensors, numbers = stored
             self.state.unpack(tensors, numbers, self.spec.episodes)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.folder.state} does not belong to this run; put its own there again, or "
-                "delete it to start this run afresh"
+            raise processes.told_once(
+                UserError(
+                    f"{self.folder.state} does not belong to this run; put its own there again, or "
+                    "delete it to start this run afresh"
+                )
             ) from error
         if first:
             self.folder.write_metrics(self.state.rows())

@@ -24,7 +24,7 @@ from typing import Any
 
 from l2t_core.download import OnEvent
 from l2t_core.errors import UserError
-from l2t_core.files import DAMAGED, file_digest
+from l2t_core.files import DAMAGED, file_digest, open_locked
 from l2t_core.registry import Registry
 from l2t_fairseq.child_failure import reason
 from l2t_fairseq.segmentation import MODEL_FILES, SUBWORDS, Corpus
@@ -116,7 +116,13 @@ def prepare_corpus(
         with _work_folder(out) as (work, lock):
             _build(work, lock, kept, {**settings, "dropped": dropped}, on_event)
             work.chmod(0o755)  # mkdtemp makes folders private
-            work.replace(out)
+            try:
+                work.replace(out)
+            except OSError:
+                # Another command may have been quicker, and made the same.
+                if (found := find_prepared(out, settings, on_event)) is None:
+                    raise
+                return found
     except OSError as error:
         raise UserError(
             f"cannot prepare {out}: {error.strerror or error}; free some space or choose --out"
@@ -133,27 +139,35 @@ def _work_folder(out: Path) -> Iterator[tuple[Path, int]]:
     """
     prefix = f".{out.name}.making-"
     for left in out.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix))
+        with contextlib.suppress(OSError):
+            _sweep(left)
+    work, lock = _fresh(out.parent, prefix)
     try:
-        with _locked(work) as lock:
-            yield work, lock
+        yield work, lock
     finally:
+        os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Hold the lock of ``folder``, which ends with the last process that has it open.
+def _fresh(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Return a new folder and its lock, which ends with the last process that has it open."""
+    while True:
+        work = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        # Until it is locked, another command takes it for one that a killed run left.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            return work, open_locked(work)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove ``folder`` unless a process is at work in it.
 
     Raises:
-        OSError: if another process holds it, or the disk knows no locks.
+        OSError: if one is, or if the disk knows no locks, so that nobody can tell.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
+        shutil.rmtree(folder)
     finally:
         os.close(handle)
 

@@ -16,6 +16,7 @@ from fairseq.distributed import utils as distributed
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
+from l2t_core.processes import tell_the_others, wait_until_told
 
 
 def is_first() -> bool:
@@ -60,8 +61,10 @@ def refuse_differences(fingerprint: int, update: int) -> None:
 def end_with(error: UserError, mine: bool = False) -> SystemExit:
     """Say what is wrong in one line; return what ends this process.
 
-    From the first process only, unless it is about this process's part (``mine``).
+    From the first process only, which the others wait for, unless it is about this process's part
+    (``mine``) or the first has nothing to tell.
     """
-    if mine or is_first():
+    if mine or is_first() or not wait_until_told():
         print(f"l2t: error: {error}", file=sys.stderr, flush=True)
+        tell_the_others()
     return SystemExit(2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import ROOT, run_python, start_python  # type: ignore[import-not-found]
+from checkout import ROOT, end_of, run_python, start_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
 from l2t_cli.console import _console
@@ -108,7 +108,7 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path, how: s
         start = ["-c", f"from {scripts[1]} import {scripts[2]}; {scripts[2]}()"]
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "plugins"), str(ROOT)])
     child = start_python(*start, "recipes", "ls", cwd=tmp_path, PYTHONPATH=paths)
-    out, err = child.communicate(timeout=60)
+    out, err = end_of(child)
     assert (child.returncode, out, err) == (130, "", "l2t: interrupted\n")
 
 

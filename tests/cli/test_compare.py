@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from checkout import interrupt, start_python, wait_for  # type: ignore[import-not-found]
+from checkout import LIMIT, ROOT, check_interrupted, start_python  # type: ignore[import-not-found]
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
@@ -32,6 +31,7 @@ from l2t_cli.fields import FIELDS
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.train_teacher import run as train
 from l2t_core.comparison import PairedComparison, Point
+from l2t_core.errors import UserError
 from l2t_core.files import claimed
 from l2t_core.fixed_losses import BASELINES
 from l2t_vision.student import ImageStudent
@@ -286,12 +286,37 @@ def test_a_killed_comparison_repeats_no_finished_trial(
     assert len(ran) == 21 and set(ran.values()) == {1}
 
 
-def is_alive(pid: str) -> bool:
+def is_alive(pid: int) -> bool:
     """Tell whether a process is there and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def ended(pids: list[int]) -> bool:
+    """Wait for processes that are not ours to end."""
+    deadline = time.monotonic() + LIMIT
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(is_alive(pid) for pid in pids)
+
+
+# A comparison that SIGTERM meets when its first trial is done.
+TERMINATED = """\
+import json, multiprocessing, signal, sys
+from pathlib import Path
+from l2t_cli.compare_trials import TrialStore
+from l2t_cli.main import main
+save = TrialStore.save
+def met(self, trial, result):
+    save(self, trial, result)
+    pids = [child.pid for child in multiprocessing.active_children()]
+    Path("pids.json").write_text(json.dumps(pids))
+    signal.raise_signal(signal.SIGTERM)
+TrialStore.save = met
+main(sys.argv[1:])
+"""
 
 
 def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
@@ -299,22 +324,67 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
 ) -> None:
     changes = ["compare.losses=[cross_entropy]", "compare.seeds=2"]
     command = ("compare", tiny, *changes, "--jobs", "2", "--out", "two")
-    child = start_python("-m", "l2t_cli", *command)
+    check_interrupted(start_python("-c", TERMINATED, *command), "finished trials are kept")
     trials = tmp_path / "two" / "trials"
-    wait_for(lambda: any(trials.glob("*.json")), child)
-    workers = subprocess.run(
-        ["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
-    interrupt(child, signal.SIGTERM, "finished trials are kept")
-    deadline = time.monotonic() + 60
-    while any(is_alive(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert any(trials.glob("*.json"))
+    pids = json.loads(Path("pids.json").read_text())
+    assert len(pids) == 2 and ended(pids)
     for out in ("two", "one"):
         assert l2t("compare", tiny, *changes, "--jobs", "1", "--out", out).code == 0
     for one in (tmp_path / "one" / "trials").glob("*.json"):
         first, second = (json.loads(p.read_text())["result"] for p in (one, trials / one.name))
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+# Ctrl-C goes to all processes; here it meets a worker before it has imported anything of ours.
+IN_A_WORKER = """\
+import os, signal, sys
+if any("spawn_main" in word for word in sys.orig_argv):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        open("met", "w").close()
+"""
+TOO_EARLY = """\
+import json, multiprocessing, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from l2t_cli.main import main
+spawn = ProcessPoolExecutor._spawn_process
+def met(self):
+    spawn(self)
+    pids = [child.pid for child in multiprocessing.active_children()]
+    Path("pids.json").write_text(json.dumps(pids))
+    while not Path("met").exists():
+        time.sleep(0.05)
+    time.sleep(1)  # for the worker to say what it should not
+    signal.raise_signal(signal.SIGINT)
+ProcessPoolExecutor._spawn_process = met
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_workers_start_is_one_line(tiny: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tiny.parent)
+    Path("sitecustomize.py").write_text(IN_A_WORKER)
+    paths = os.pathsep.join([".", str(ROOT / "plugins"), str(ROOT)])
+    command = ("compare", tiny, "--jobs", "2", "--out", "early")
+    child = start_python("-c", TOO_EARLY, *command, PYTHONPATH=paths)
+    check_interrupted(child, "finished trials are kept")
+    pids = json.loads(Path("pids.json").read_text())
+    assert pids and ended(pids)
+
+
+def test_what_another_comparison_has_begun_meanwhile_is_not_written_over(
+    tiny: Path, tmp_path: Path
+) -> None:
+    comparison = Comparison(load_for_comparison(str(tiny), []), [], tmp_path / "out")
+    other = load_for_comparison(str(tiny), ["image.hidden=8", "compare.seeds=2"])
+    Comparison(other, [], tmp_path / "out").run(1, LogFormat.none, report=False)
+    before = (tmp_path / "out/config.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds another comparison \(image.hidden is 8 there"):
+        comparison.run(1, LogFormat.none, report=False)
+    assert (tmp_path / "out/config.json").read_bytes() == before
 
 
 def test_too_few_trials_for_a_losss_own_values_are_told(l2t: Run, tiny: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
+from l2t_cli.errors import exit_code_of
 from l2t_cli.tidying import FreshFolder
+from l2t_cli.train_teacher import _tidy
+from l2t_core.errors import PeerLost, ToldByTheFirst, UserError
+from l2t_core.processes import Processes
+from l2t_core.run_folder import open_run
 
 
 def written(folder: Path) -> None:
@@ -74,3 +80,64 @@ def test_many_at_once(tmp_path: Path) -> None:
             thread.join()
         assert not list(tmp_path.iterdir())
     assert not failures
+
+
+def test_a_signal_comes_after_all_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C once more, while the first one's clean-up is at its first file."""
+    before = FreshFolder.before(tmp_path / "runs/tiny")
+    written(tmp_path / "runs/tiny")
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        signal.raise_signal(signal.SIGINT)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            before.take_back()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "left"), [(0, False), (1, True)])
+def test_only_the_first_process_takes_a_run_back(tmp_path: Path, rank: int, left: bool) -> None:
+    """Another, a little ahead, may fail while the first is about to write its first state."""
+    before = FreshFolder.before(tmp_path / "run")
+    opened = open_run(tmp_path / "run", {})
+    with (
+        pytest.raises(PeerLost, match=r"gone; no episode was finished"),
+        _tidy(opened, before, Processes(rank, 2)),
+    ):
+        raise PeerLost("gone")
+    assert (tmp_path / "run").exists() == left
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(True, ""), (False, "l2t: error: no such file\n"), (KeyboardInterrupt(), "")],
+)
+@pytest.mark.parametrize("where", ["before they meet", "since"])
+def test_a_mistake_of_all_is_left_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str,
+    found: bool | KeyboardInterrupt, said: str,
+) -> None:
+    """It tells it, or has not met it, or has told it and ended, for which all are ended."""
+
+    def wait() -> bool:
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr("l2t_core.processes.wait_until_told", wait)
+    error = ToldByTheFirst("no such file") if where == "since" else UserError("no such file")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert exit_code_of(error) == 2
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code_of(UserError("no such file")) == 2
+    assert capsys.readouterr().err == "l2t: error: no such file\n"

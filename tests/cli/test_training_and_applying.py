@@ -6,13 +6,12 @@ import hashlib
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkout import ROOT, interrupt, start_python, wait_for  # type: ignore[import-not-found]
+from checkout import ROOT, check_interrupted, start_python  # type: ignore[import-not-found]
 from in_process import Run, write_teacher  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from scipy import stats
@@ -172,14 +171,31 @@ def test_anothers_state_is_one_plain_line(l2t: Run, digits: Path, trained: Path)
     assert "snapshot.safetensors does not belong to this student; delete it" in line
 
 
+# A run that Ctrl-C meets in the middle of its fourth student's life.
+INTERRUPTED = """\
+import signal, sys
+from l2t_cli.main import main
+from l2t_core.training import TeacherTraining
+inner = TeacherTraining._on_step
+def met(self, episode, number, students, on_event):
+    on_step = inner(self, episode, number, students, on_event)
+    def step(phase, at):
+        on_step(phase, at)
+        if (episode, phase, at) == (3, "forward", 9):
+            signal.raise_signal(signal.SIGINT)
+    return step
+TeacherTraining._on_step = met
+main(sys.argv[1:])
+"""
+
+
 def test_killed_and_continued_is_the_same_run(l2t: Run, digits: Path, tmp_path: Path) -> None:
     longer = tmp_path / "longer.yaml"
     longer.write_text(digits.read_text().replace("episodes: 2", "episodes: 12"))
     assert l2t("train-teacher", longer, "--out", "whole").code == 0
-    child = start_python("-m", "l2t_cli", "train-teacher", longer, "--out", "parts")
-    log = tmp_path / "parts" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, child)
-    interrupt(child, signal.SIGINT, "the finished episodes are kept")
+    child = start_python("-c", INTERRUPTED, "train-teacher", longer, "--out", "parts")
+    check_interrupted(child, "the finished episodes are kept")
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 3
     assert l2t("train-teacher", longer, "--out", "parts").code == 0
     for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from l2t_core.download import download
 from l2t_core.errors import UserError
+from l2t_core.files import open_locked
 
 CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -183,3 +185,14 @@ def test_a_target_that_cannot_be_written(server: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write"):
         download(f"{server}/whole", tmp_path / "file" / "inner")
+
+
+def test_two_commands_do_not_write_one_file(server: str, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    handle = open_locked(tmp_path / "file.part", os.O_WRONLY | os.O_CREAT)
+    os.write(handle, CONTENT[:1000])
+    with pytest.raises(UserError, match=r"another command is downloading .*file; wait for it"):
+        download(f"{server}/whole", target, sha256=SHA256)
+    os.close(handle)
+    download(f"{server}/whole", target, sha256=SHA256)
+    assert Handler.ranges == ["bytes=1000-"] and target.read_bytes() == CONTENT

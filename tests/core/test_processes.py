@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import socket
 import tempfile
+import types
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from checkout import reserved_port  # type: ignore[import-not-found]
 from torch import nn
 from toy_students import STUDENTS, ToyStudent  # type: ignore[import-not-found]
 
@@ -21,7 +22,7 @@ from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.errors import PeerLost, UserError
 from l2t_core.life import Life, shard_rows
-from l2t_core.processes import ALONE, join_processes
+from l2t_core.processes import ALONE, join_processes, tell_the_others, wait_until_told
 from l2t_core.run_folder import RunFolder
 from l2t_core.second_derivatives import SECOND
 from l2t_core.settings import check_processes
@@ -68,14 +69,9 @@ def together(rank, port, folder, work):
     processes.close()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def in_two_processes(folder, work):
-    mp.spawn(together, (free_port(), folder, work), nprocs=2)
+    with reserved_port() as port:
+        mp.spawn(together, (port, folder, work), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -214,16 +210,46 @@ def deal(processes):
 
     try:
         processes.agree(refused)
-    except (UserError, SystemExit) as error:
-        refusals.append(str(error))
+    except UserError as error:
+        refusals.append((type(error).__name__, str(error)))
     agreed = processes.agree(lambda: processes.rank)
     return processes.gather(mine), processes.from_first(processes.rank), refusals, agreed
 
 
 def test_students_are_dealt_out_and_gathered_in_order(tmp_path):
     first, second = in_two_processes(tmp_path, deal)
-    assert first == ([0, 10, 20, 30, 40], 0, ["only here"], 0)
-    assert second == ([0, 10, 20, 30, 40], 0, ["2"], 1)
+    assert first == ([0, 10, 20, 30, 40], 0, [("UserError", "only here")], 0)
+    assert second == ([0, 10, 20, 30, 40], 0, [("ToldByTheFirst", "only here")], 1)
+
+
+def tell(processes):
+    if processes.rank == 0:
+        tell_the_others()
+        return True
+    return wait_until_told()
+
+
+def test_the_others_wait_until_the_first_has_told(tmp_path):
+    assert in_two_processes(tmp_path, tell) == [True, True]
+
+
+def test_how_long_the_others_wait(monkeypatch):
+    """Until they know: not less where the first is slow, no longer where it has ended."""
+    answers = iter([False, False, False, True])
+    store = types.SimpleNamespace(check=lambda keys: next(answers))
+    monkeypatch.setattr("l2t_core.processes._store", lambda: store)
+    assert wait_until_told() and next(answers, "all asked") == "all asked"
+
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    store.check = gone
+    assert wait_until_told()
+    monkeypatch.setattr("l2t_core.processes._TELLING", 0.1)
+    store.check = lambda keys: False
+    assert not wait_until_told()
+    monkeypatch.setattr("l2t_core.processes._store", lambda: None)  # they have not met
+    assert not wait_until_told()
 
 
 def lose_one(processes):
@@ -240,19 +266,20 @@ def lose_one(processes):
 def test_a_lost_process_is_noticed(tmp_path):
     first, _ = in_two_processes(tmp_path, lose_one)
     assert "process 0 of 2 lost another one" in first
-    assert "the same command continues" in first
+    assert first.endswith("see that one's message")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for(monkeypatch, rank):
     """Started by hand, nobody else would tell: the first hosts the meeting, the others go there."""
     monkeypatch.setattr("l2t_core.processes._MEETING", timedelta(seconds=2))
-    for name, value in {
-        "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=r"2 processes could not meet .*start all of them"):
-        join_processes()
+    with reserved_port() as port:
+        for name, value in {
+            "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=r"2 processes could not meet .*start all of them"):
+            join_processes()
 
 
 def test_rows_are_shared_without_rest():

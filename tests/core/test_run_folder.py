@@ -1,10 +1,18 @@
 """A run's folder: what a refusal shows of two long settings."""
 
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from l2t_core import run_folder
 from l2t_core.errors import UserError
+from l2t_core.files import claim
 from l2t_core.run_folder import load_tensors_and_record, open_run, save_tensors_and_record
 
 
@@ -46,3 +54,63 @@ def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
     path.unlink()
     path.mkdir()
     assert refused() == "is a folder, where a run keeps its state"
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
+    """The second comes while the first, which has found the folder empty, writes its name there."""
+    write = run_folder._write_config
+    refusals = []
+
+    def interrupted(folder, config):
+        monkeypatch.undo()
+        with pytest.raises(UserError) as refused:
+            open_run(tmp_path / "run", {"run": "second"})
+        refusals.append(str(refused.value))
+        write(folder, config)
+
+    monkeypatch.setattr(run_folder, "_write_config", interrupted)
+    first = open_run(tmp_path / "run", {"run": "first"})
+    assert "another command is at work" in refusals[0]
+    assert json.loads(first.config.read_text()) == {"run": "first"}
+
+
+def test_a_refusal_gives_the_claim_back(tmp_path):
+    open_run(tmp_path / "run", {"lr": 0.1})
+    with pytest.raises(UserError, match="holds another run") as kept:  # with all its frames
+        open_run(tmp_path / "run", {"lr": 0.5})
+    assert open_run(tmp_path / "run", {"lr": 0.1}).config.exists() and kept
+
+
+@pytest.mark.parametrize("when", ["open", "flock"])
+def test_a_folder_that_is_taken_back_while_it_is_claimed(tmp_path, monkeypatch, when):
+    """The one who had it removes it before it is opened, or before what was opened is locked."""
+    folder = tmp_path / "runs/run"
+    owner = os if when == "open" else fcntl
+    action = getattr(owner, when)
+
+    def late(*arguments):
+        monkeypatch.undo()
+        folder.rmdir()
+        folder.parent.rmdir()
+        return action(*arguments)
+
+    monkeypatch.setattr(owner, when, late)
+    handle = claim(folder)
+    with pytest.raises(UserError, match="another command is at work"):
+        claim(folder)  # it is locked under its name
+    os.close(handle)
+    os.close(claim(folder))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    os.close(claim(tmp_path / "run"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place without folders")
+def test_a_folder_that_can_never_be_made_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to /proc/none/run: No such file"):
+        claim(Path("/proc/none/run"))

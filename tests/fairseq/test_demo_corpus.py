@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from babel import Locale
+from checkout import LIMIT  # type: ignore[import-not-found]
 
 from l2t_fairseq.demo_corpus import Pair, make_demo_corpus
 
@@ -61,7 +62,7 @@ def test_neither_time_zone_nor_locale_nor_hash_seed_matters(
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     elsewhere = json.loads(done.stdout)
     assert elsewhere["test"] == [list(pair) for pair in corpus["test"]]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import start_python  # type: ignore[import-not-found]
+from checkout import LIMIT, end_of, start_python  # type: ignore[import-not-found]
 from iwslt_files import official_files, pack
 
 from l2t_core.errors import UserError
@@ -335,24 +333,28 @@ def test_offline_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(tmp_path.iterdir()) == []
 
 
-COMMAND = """\
-import resource, sys
-from pathlib import Path
-from l2t_cli.main import main
-if sys.argv[1] != "free":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-main(["data", "prepare", "iwslt14", "--from", sys.argv[2], "--out", sys.argv[3]])
+# A disk that is full after 100 bytes.
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
+# A process that dies as soon as it has started fairseq-preprocess.
+KILLED = """\
+import os, signal, subprocess
+from l2t_fairseq import prepare
+def start(command, pass_fds, **options):
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=pass_fds)
+    os.kill(os.getpid(), signal.SIGKILL)
+prepare.subprocess.run = start
 """
-
-
-def start(limit: str, archive: Path, out: Path) -> subprocess.Popen[str]:
-    return start_python("-c", COMMAND, limit, archive, out)
+COMMAND = """
+import sys
+from l2t_cli.main import main
+main(["data", "prepare", "iwslt14", "--from", sys.argv[1], "--out", sys.argv[2]])
+"""
 
 
 def test_a_full_disk_is_one_line(archive: Path, tmp_path: Path) -> None:
     pytest.importorskip("fairseq")
-    run = start("100", archive, tmp_path / "out")
-    _, err = run.communicate()
+    run = start_python("-c", FULL + COMMAND, archive, tmp_path / "out")
+    _, err = end_of(run)
     assert run.returncode == 2 and err.startswith("l2t: error: ") and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
 
@@ -360,11 +362,10 @@ def test_a_full_disk_is_one_line(archive: Path, tmp_path: Path) -> None:
 def test_a_killed_run_is_made_good_by_the_same_command(
     prepared: PreparedCorpus, archive: Path, tmp_path: Path
 ) -> None:
-    run = start("free", archive, tmp_path / "out")
-    while not list(tmp_path.glob(".out.making-*/encoded")) and run.poll() is None:
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run = start_python("-c", KILLED + COMMAND, archive, tmp_path / "out")
+    run.wait(LIMIT)
+    assert run.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".out.making-*/encoded"))
     # fairseq-preprocess lives on for a while, and keeps what it writes; this is nobody's.
     (tmp_path / ".out.making-old").mkdir()
     (tmp_path / ".out.making-old" / "code").write_text("half")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkout import reserved_port  # type: ignore[import-not-found]
 from test_criterion import Bench
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module, start_module
 from toy_runs import Result, parameters, same_parameters
@@ -33,19 +33,17 @@ def together(
     arguments: list[str], *own: list[str], module: str = "fairseq_cli.train"
 ) -> list[Result]:
     """Run ``module`` on two processes over gloo; ``own`` are the flags of each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    running = [
-        start_module(
-            module,
-            [*arguments, *GLOO, "--distributed-rank", str(rank), *own[rank]],
-            RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port,
-            LOCAL_RANK=str(rank),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    return [process.wait() for process in running]
+    with reserved_port() as port:
+        running = [
+            start_module(
+                module,
+                [*arguments, *GLOO, "--distributed-rank", str(rank), *own[rank]],
+                RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                LOCAL_RANK=str(rank),
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        return [process.wait() for process in running]
 
 
 def nearly_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -211,3 +209,26 @@ def test_flags_do_not_break_it(
     valid = [json.loads(line[line.index("{") :]) for line in done.stdout.splitlines()
              if "| valid |" in line]  # fmt: skip
     assert valid and float(valid[-1]["valid_loss"]) > 0
+
+
+@pytest.mark.parametrize("first_tells", [True, False])
+def test_the_others_speak_where_the_first_has_nothing_to_tell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first_tells: bool
+) -> None:
+    """A teacher file may be missing on one machine only; else it is told once."""
+    from l2t_core.errors import UserError
+    from l2t_fairseq import ranks
+
+    asked = []
+
+    def wait() -> bool:
+        asked.append(True)
+        return first_tells
+
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
+    monkeypatch.setattr(ranks, "wait_until_told", wait)
+    assert ranks.end_with(UserError("no teacher")).code == 2
+    said = "" if first_tells else "l2t: error: no teacher\n"
+    assert capsys.readouterr().err == said and asked
+    ranks.end_with(UserError("my own part"), mine=True)
+    assert capsys.readouterr().err == "l2t: error: my own part\n" and len(asked) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from l2t_core.errors import UserError
+from l2t_core.files import open_locked
 from l2t_fairseq import multi30k, prepare
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.demo_corpus import make_demo_corpus
@@ -204,6 +207,51 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare_small(small_corpus(), tmp_path / "out", on_event=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_make_the_same_at_once_one_is_kept(tmp_path: Path) -> None:
+    """The other is as quick as can be: all of it while the first calls fairseq-preprocess."""
+    corpus, others = small_corpus(), []
+
+    def overtaken(event: dict[str, Any]) -> None:
+        if event["stage"] == "fairseq-preprocess":
+            others.append(prepare_small(corpus, tmp_path / "out"))
+
+    made = prepare_small(corpus, tmp_path / "out", on_event=overtaken)
+    assert [made] == others and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def different(event: dict[str, Any]) -> None:
+        if event["stage"] == "fairseq-preprocess":
+            prepare_small(corpus, tmp_path / "other", vocabulary_size=180)
+
+    with pytest.raises(UserError, match=r"holds other data \(vocabulary_size is 180 there"):
+        prepare_small(corpus, tmp_path / "other", on_event=different)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_folder_that_another_sweeps_away_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    made: list[Path] = []
+
+    def swept(folder: Path) -> int:
+        made.append(folder)
+        if len(made) == 1:
+            folder.rmdir()
+        return open_locked(folder)
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(prepare, "open_locked", swept)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".out.making-killed").mkdir()
+    with prepare._work_folder(tmp_path / "out") as (work, _):
+        assert work.is_dir() and made[-1] == work and len(made) == 2
+        # Where nobody can tell whose it is, it stays.
+        assert (tmp_path / ".out.making-killed").exists() == (not locks)
+    assert not work.exists()
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

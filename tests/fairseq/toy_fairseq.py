@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkout import LIMIT  # type: ignore[import-not-found]
+
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 USER_DIR = PLUGINS / "l2t_fairseq"
 
@@ -33,7 +35,6 @@ TINY_RUN = shlex.split(
     "--batch-size 8 --num-workers 0 --log-format json --log-interval 1 --seed 3 "
     "--save-interval-updates 5 --max-update 20"
 )
-_TIME_LIMIT = 170.0
 
 
 class WarmPython:
@@ -89,6 +90,10 @@ class Running:
         path = self.base.with_suffix(".out")
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
+    def ended(self) -> bool:
+        """Tell whether it has ended, or can never have."""
+        return self.base.with_suffix(".code").exists() or self.server.poll() is not None
+
     def kill(self) -> None:
         """End it at once, as a power cut would."""
         with contextlib.suppress(ProcessLookupError):
@@ -96,7 +101,7 @@ class Running:
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Return exit code and output."""
-        ends = time.monotonic() + _TIME_LIMIT
+        ends = time.monotonic() + LIMIT
         code = self.base.with_suffix(".code")
         while not code.exists():
             if time.monotonic() > ends or self.server.poll() is not None:

@@ -58,8 +58,8 @@ def serve() -> None:
         worker = os.fork()
         if not worker:
             os.setsid()
+            Path(request["pid"]).write_text(str(os.getpid()))  # before it prints anything
             os._exit(run(request))
-        Path(request["pid"]).write_text(str(worker))
         _, status = os.waitpid(worker, 0)
         done = Path(request["code"])
         done.with_suffix(".tmp").write_text(str(os.waitstatus_to_exitcode(status)))

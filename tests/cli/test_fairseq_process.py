@@ -1,0 +1,59 @@
+"""Following a child: what it has half written, and the lock that lives as long as it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2t_cli import fairseq_process
+from l2t_cli.fairseq_process import run_logged
+from l2t_core.errors import UserError
+from l2t_core.files import lock
+
+
+def say_nothing(updates: int, note: str) -> None:
+    """Take progress."""
+
+
+def test_a_line_that_is_half_written_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, seen = tmp_path / "train.log", []
+    log.write_text("valid | nll_loss 4.25 | num_updates 1")
+    added = iter(["2", "34\nvalid | nll_loss 3.5 | num_upda", "tes 2000"])
+
+    class Child:
+        def poll(self) -> int | None:
+            text = next(added, None)
+            with log.open("a") as handle:
+                handle.write(text or "")
+            return 0 if text == "tes 2000" else None
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    fairseq_process._follow(
+        Child(), log, 0, lambda updates, note: seen.append((updates, note))  # type: ignore[arg-type]
+    )
+    assert seen == [(1234, "dev nll 4.250"), (2000, "dev nll 3.500")]
+
+
+def test_one_log_has_one_writer_where_there_are_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, command = tmp_path / "train.log", [sys.executable, "-c", "print('done')"]
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    lock(handle)
+    with pytest.raises(UserError, match=r"another run is still writing .*train\.log; wait"):
+        run_logged(command, {}, log, say_nothing)
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # a file system without
+    run_logged(command, {}, log, say_nothing)
+    os.close(handle)
+    assert log.read_text() == "done\n"
