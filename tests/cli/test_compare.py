@@ -585,6 +585,9 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
         assert [row["name"] for row in summary["losses"]] == ["cross_entropy", "taught"]
         assert summary["losses"][1]["students_steps"] == 5 * 30
         assert f"{mean(summary['losses'][1]['test']):.2f} ± " in outcome.out
+        for path in Path("runs/teacher-transfer", summary["name"], "trials").glob("*.json"):
+            trial = json.loads(path.read_text())["result"]  # dev was seen at 8, 16 and 24, too
+            assert trial["curve"][-1] == [30, pytest.approx(trial["dev"])]
     for name in ("tiny", "other"):
         assert f"{name}: losses compared" in outcome.out
     assert outcome.out.count("against tuned cross-entropy over 2 seeds") == 2
@@ -664,6 +667,22 @@ def test_no_two_learning_curves_look_alike(
     curves = {f"loss {n}": [[[1.0, n], [2.0, n + 1.0]]] for n in range(23)}
     plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
     assert len(set(looks)) == 23 and {style for _, style in looks[:10]} == {"-"}
+
+
+def test_a_single_look_at_dev_is_seen_and_the_legend_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(figure: Any, to: Path) -> None:
+        (axes,) = figure.axes
+        assert [line.get_marker() for line in axes.lines] == ["o", ""]
+        figure.tight_layout()
+        figure.canvas.draw()
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 >= axes.get_window_extent().x1 and legend.x1 <= figure.bbox.x1
+
+    monkeypatch.setattr(plots, "_write_png", look)
+    curves = {"one look": [[[20.0, 0.5]], [[20.0, 0.6]]], "two": [[[10.0, 0.4], [20.0, 0.5]]]}
+    plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
 
 
 def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:
