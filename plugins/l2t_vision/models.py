@@ -55,7 +55,7 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
         raise UserError(f"image.model {path} returned a {type(model).__name__}, not an nn.Module")
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             outputs = model(torch.zeros(2, *shape))
     except Exception as error:
         raise UserError(
@@ -65,6 +65,10 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
         found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(
             f"image.model {path} gives {found} for two images, expected logits [2, {num_classes}]"
+        )
+    if any(p.requires_grad for p in model.parameters()) and not outputs.requires_grad:
+        raise UserError(
+            f"image.model {path}: no derivative leads from its logits to its parameters"
         )
     # The way back sees a batch again: a model that works in place gets its own copy each time.
     model.register_forward_pre_hook(lambda _, inputs: tuple(x.clone() for x in inputs))

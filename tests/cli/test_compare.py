@@ -401,6 +401,17 @@ def test_a_changed_model_of_ones_own_is_trained_again(
     assert again.code == 0 and "were finished before" not in again.out
 
 
+def test_data_that_are_others_in_each_process_are_refused(l2t: Run, tiny: Path) -> None:
+    Path("own_drawn.py").write_text(
+        "import numpy as np\n"
+        "def pictures(folder, train):\n"
+        "    labels = np.arange(400) % 2\n"
+        "    return np.random.default_rng().integers(0, 9, (400, 8, 8), np.uint8), labels\n"
+    )
+    line = l2t("compare", tiny, "image.data=own_drawn:pictures", "--jobs", "2").error()
+    assert "data or code is not the same in each process" in line and not Path("runs").exists()
+
+
 OWN_LOSSES = """
 import torch
 

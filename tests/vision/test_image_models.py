@@ -243,6 +243,13 @@ def failing(num_classes):
     raise KeyError("weights")
 def number(num_classes):
     return num_classes
+class Decides(nn.Linear):
+    def forward(self, x):
+        return nn.functional.one_hot(super().forward(x.flatten(1)).argmax(1), 6).float()
+def decides(num_classes):
+    return Decides(16, num_classes)
+def frozen(num_classes):
+    return Decides(16, num_classes).requires_grad_(False)
 """
 
 
@@ -279,11 +286,17 @@ def test_an_own_model_that_works_in_place_leaves_the_batch_alone() -> None:
         ("own_models_here:wrong", "does not take images of 1 x 4 x 4"),
         ("own_models_here:failing", "could not be built .KeyError"),
         ("own_models_here:number", "returned a int, not an nn.Module"),
+        ("own_models_here:decides", "no derivative leads from its logits to its parameters"),
     ],
 )
 def test_own_models_that_do_not_fit(path: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         build_model((1, 4, 4), 6, spec_of(path))
+
+
+@pytest.mark.usefixtures("own_models")
+def test_a_model_without_trainable_parameters_is_told_by_the_engine() -> None:
+    assert build_model((1, 4, 4), 6, spec_of("own_models_here:frozen"))
 
 
 @pytest.mark.usefixtures("own_models")
