@@ -143,7 +143,9 @@ def _warnings(
 ) -> list[str]:
     label = _label(arm)
     if point is None:
-        return [f"{label} diverged at every point: no students; give compare.lr lower rates"]
+        own = not arm.teacher and baseline(arm.loss).own
+        look = ", or see that the loss is a finite number everywhere" if own else ""
+        return [f"{label} diverged at every point: no students; give compare.lr lower rates{look}"]
     found = []
     combinations = math.prod(map(len, arm.own.values()))
     if combinations > len(tuning.scores[arm.name]):

@@ -424,6 +424,9 @@ def mean(log_probs, targets):
 
 def broken(log_probs, targets):
     return log_probs + targets
+
+def never(log_probs, targets):
+    return brier(log_probs, targets) * float("nan")
 """
 
 
@@ -441,6 +444,8 @@ def test_a_loss_of_ones_own_is_compared(
     first, own = summary["losses"]
     assert own["label"] == "own_losses:brier" and len(own["test"]) == 2
     assert own["test"] != first["test"]
+    never = l2t(*arguments[:-1], "compare.losses=[own_losses:never]")
+    assert never.code == 0 and "see that the loss is a finite number everywhere" in never.out
     monkeypatch.delitem(sys.modules, "own_losses")
     Path("own_losses.py").write_text(f"SCALE = 2.0\n{OWN_LOSSES}")
     assert "5 of 10 trials were finished before" in l2t(*arguments).out
