@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -324,6 +325,11 @@ def test_too_few_trials_for_a_losss_own_values_are_told(l2t: Run, tiny: Path) ->
     )
     assert "large margin: only 3 of its 6 combinations" in outcome.out
     assert "give compare.trials=12, or fewer values" in outcome.out
+    # Of two rates each of them had one.
+    assert re.search(
+        r"large margin: no rate (below|above) the best, 0\.[14], was tried with margin \d, "
+        r"lambda_min \d; give compare.trials=12\n", outcome.out
+    )
 
 
 def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> None:
