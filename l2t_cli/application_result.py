@@ -22,6 +22,8 @@ from l2t_core.fixed_losses import BASELINES
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
 NOT_TUNED = "Cross-entropy's learning rate was not tuned here; `l2t compare` tunes both."
+# Columns that tell how a result came to be, for a screen too narrow for all.
+_MAKING = ("seeds", "diverged", "time each")
 LABELS = {TAUGHT: "taught", CROSS_ENTROPY: BASELINES.get(CROSS_ENTROPY).label}
 
 
@@ -178,12 +180,10 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     if log_format is LogFormat.none:
         return
     columns, rows = result.table()
-    console.table(
-        f"{result.name}: same steps, batches and seeds" if result.all_paired() else result.name,
-        columns,
-        rows,
-        numbers=range(2, len(columns)),
-    )
+    title = f"{result.name}: same steps, batches and seeds" if result.all_paired() else result.name
+    making = [i for i, name in enumerate(columns) if i == 0 or name in _MAKING]
+    came_out = [i for i, name in enumerate(columns) if name not in _MAKING]
+    console.table_in_parts(title, columns, rows, (came_out, making), text=2)
     console.line(f"signature: {result.signature()}")
     if verdict := result.verdict():
         console.line(verdict)

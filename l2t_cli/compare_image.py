@@ -89,6 +89,8 @@ class ImageTrials:
             return Result(recorded.seconds(), recorded.step, diverged=str(error))
         # Asked at the step where it is due, it answers for the parameters as they are.
         dev = student.dev_statistics(student.spec.dev_interval - 1)
+        curve = {step: accuracy for step, _, accuracy in recorded.curve}
+        curve[spec.steps] = dev.accuracy  # looks need not end with the run
         return Result(
             seconds=recorded.seconds(),
             steps=spec.steps,
@@ -96,7 +98,7 @@ class ImageTrials:
             nll=dev.nll if math.isfinite(dev.nll) else None,
             test=100.0 * student.test_error() if trial.final else None,
             signature=self.signature,
-            curve=[[step, accuracy] for step, _, accuracy in recorded.curve],
+            curve=[[step, accuracy] for step, accuracy in curve.items()],
         )
 
     def _student(self, spec: Any) -> Any:

@@ -272,6 +272,10 @@ class Tuning:
         """Return the grid's points of a loss."""
         return grid_points(self.rates, arm.own, self.count)
 
+    def grid(self, arm: Arm) -> list[Point]:
+        """Return the points of a loss where they were drawn from a grid, none of a search."""
+        return self.points(arm) if isinstance(self.searches[arm.name], GridSearch) else []
+
     def total(self) -> int:
         """Return how many students are tuned in all."""
         return self.count * len(self.arms) * len(self.seeds)

@@ -16,7 +16,14 @@ from l2t_cli.application_result import interval, mean_and_deviation, p_value
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
-from l2t_core.comparison import PairedComparison, Point, at_edge, compare_paired, counted
+from l2t_core.comparison import (
+    PairedComparison,
+    Point,
+    at_edge,
+    compare_paired,
+    counted,
+    untried_sides,
+)
 from l2t_core.files import atomic_write
 from l2t_core.fixed_losses import baseline
 from l2t_core.teacher_file import load_header
@@ -143,7 +150,9 @@ def _warnings(
 ) -> list[str]:
     label = _label(arm)
     if point is None:
-        return [f"{label} diverged at every point: no students; give compare.lr lower rates"]
+        theirs = not arm.teacher and baseline(arm.loss).own
+        look = ", or see that the loss is a finite number everywhere" if theirs else ""
+        return [f"{label} diverged at every point: no students; give compare.lr lower rates{look}"]
     found = []
     combinations = math.prod(map(len, arm.own.values()))
     if combinations > len(tuning.scores[arm.name]):
@@ -154,6 +163,12 @@ def _warnings(
     if edge := at_edge(point.lr, tuning.rates, ratio=1.05):
         found.append(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
+        )
+    if sides := untried_sides(point, tuning.grid(arm)):
+        own = ", ".join(f"{name} {value:g}" for name, value in point.settings)
+        found.append(
+            f"{label}: no rate {' or '.join(sides)} the best, {point.lr:g}, was tried with {own}; "
+            f"give compare.trials={len(tuning.rates) * combinations}"
         )
     for name, value in point.settings:
         known = baseline(arm.loss).settings[name]
@@ -309,13 +324,8 @@ def students_csv(results: Mapping[Trial, Result]) -> str:
 def show(summary: Summary, files: Sequence[tuple[str, Path]]) -> None:
     """Print the table, what it says, the warnings and the files."""
     heads, rows = columns(summary), table_rows(summary)
-    console.line(f"{summary['name']}: losses compared", style="bold")
-    every = range(len(heads))
-    for part in (every,) if console.fits(heads, rows) else (_RESULT, _MAKING):
-        console.table(
-            "", [heads[i] for i in part], [tuple(row[i] for i in part) for row in rows],
-            numbers=[place for place, i in enumerate(part) if i > 1],
-        )
+    title = f"{summary['name']}: losses compared"
+    console.table_in_parts(title, heads, rows, (_RESULT, _MAKING), text=2)
     console.line(how(summary))
     if said := verdict(summary):
         console.line(said)

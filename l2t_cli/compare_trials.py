@@ -251,7 +251,9 @@ def workers(recipe: Recipe, here: FieldTrials, jobs: int) -> Iterator[Executor]:
             return
         # Fresh processes: torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        pool = _Processes(jobs, context, initializer=_begin_worker, initargs=(recipe,))
+        pool = _Processes(
+            jobs, context, initializer=_begin_worker, initargs=(recipe, here.identity())
+        )
         try:
             yield pool
         except BrokenProcessPool:
@@ -287,7 +289,7 @@ _TRAINER: dict[str, FieldTrials] = {}
 _BUSY = threading.Event()
 
 
-def _begin_worker(recipe: Recipe) -> None:
+def _begin_worker(recipe: Recipe, identity: dict[str, Any]) -> None:
     def end(number: int, frame: object) -> None:
         if not _BUSY.is_set():
             os._exit(1)
@@ -310,10 +312,16 @@ def _begin_worker(recipe: Recipe) -> None:
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
     trainer: FieldTrials = recipe.field.load("trials")(recipe)
-    _TRAINER["it"] = trainer
+    if trainer.identity() == identity:  # its trials are stored under that name
+        _TRAINER["it"] = trainer
 
 
 def _run_trial(trial: Trial, folder: Path) -> Result:
+    if "it" not in _TRAINER:
+        raise UserError(
+            "the students' data or code is not the same in each process: a function of your own "
+            "draws them anew, or they have changed since this command began; keep them as they are"
+        )
     try:
         _BUSY.set()
         result = _TRAINER["it"].run(trial, folder)

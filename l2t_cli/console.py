@@ -85,7 +85,27 @@ def table(
     out().print(grid)
 
 
-def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+def table_in_parts(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    parts: Sequence[Sequence[int]],
+    *,
+    text: int,
+) -> None:
+    """Print a table whose first ``text`` columns are words and the others numbers.
+
+    On a screen that is too narrow for all it comes as several, one for the columns in each part.
+    """
+    for part in (range(len(columns)),) if _fits(columns, rows) else parts:
+        table(
+            title, [columns[i] for i in part], [[row[i] for i in part] for row in rows],
+            numbers=[place for place, i in enumerate(part) if i >= text],
+        )
+        title = ""
+
+
+def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     """Tell whether a table of these is as wide as the screen at most, no cell wrapped."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     return sum(widths) + 3 * len(widths) + 1 <= out().width

@@ -13,8 +13,12 @@ from l2t_core.files import atomic_write
 _LINES = ("-", "--", ":", "-.")
 
 
-def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str, to: Path) -> None:
-    """Write a PNG of the true dev measure by episode, the best episode marked.
+def plot_dev_measure(
+    history: Sequence[dict[str, Any]], best_episode: int, measure: str, title: str, to: Path
+) -> None:
+    """Write a PNG of the true dev measure by episode, that of the teacher that was taken marked.
+
+    Where final students decide, ``best_episode`` need not be the highest point.
 
     Raises:
         UserError: if the file cannot be written.
@@ -22,9 +26,9 @@ def plot_dev_measure(history: Sequence[dict[str, Any]], measure: str, title: str
     rows = [row for row in history if row.get("dev_measure") is not None]
     figure, (axes,) = _axes(1, 6.4, 3.6)
     axes.plot([r["episode"] for r in rows], [r["dev_measure"] for r in rows], marker="o", ms=3)
-    best = [r for r in rows if r.get("best")]
+    best = [r for r in rows if r["episode"] == best_episode]
     if best:
-        axes.plot(best[-1]["episode"], best[-1]["dev_measure"], "o", color="tab:red", label="best")
+        axes.plot(best_episode, best[-1]["dev_measure"], "o", color="tab:red", label="best teacher")
         axes.legend(frameon=False)
     axes.set_xlabel("episode")
     axes.set_ylabel(f"dev {measure}")
@@ -75,7 +79,7 @@ def plot_learning_curves(
     Raises:
         UserError: if the file cannot be written.
     """
-    figure, (axes,) = _axes(1, 6.4, 4.0)
+    figure, (axes,) = _axes(1, 8.0, max(4.0, 1.0 + 0.17 * len(curves)))
     for number, (label, seeds) in enumerate(curves.items()):
         at: dict[float, list[float]] = {}
         for curve in seeds:
@@ -86,14 +90,19 @@ def plot_learning_curves(
         spreads = [deviation(at[step]) or 0.0 for step in steps]
         # There are ten colours, and they are taken again with another kind of line.
         style = _LINES[number // 10 % len(_LINES)]
-        (line,) = axes.plot(steps, means, style, color=f"C{number % 10}", label=label, lw=1.2)
+        dot = "o" if len(steps) == 1 else ""  # no line leads through a single look at dev
+        (line,) = axes.plot(
+            steps, means, style, marker=dot, color=f"C{number % 10}", label=label, lw=1.2
+        )
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel(what)
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    # Beside the curves: between ten of them there is no room.
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _write_png(figure, to)
 
 

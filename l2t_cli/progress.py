@@ -71,7 +71,8 @@ class TeacherView:
                 self._note(f"threads: {count}, as this run began: another number has other bits")
             return
         if event["event"] == "final":
-            self._note(self.final(event))
+            for text in self.final(event):
+                self._note(text)
             return
         if self._bars:
             self._bars.episode(event)
@@ -99,18 +100,16 @@ class TeacherView:
             head = f"episode {event['episode']:>3}/{self.episodes - 1}"
             console.line(f"{head}  {what} {done}/{event['of']}")
 
-    def final(self, row: Event) -> str:
-        """Return one line about a teacher's final students."""
+    def final(self, row: Event) -> list[str]:
+        """Return one line about a teacher's final students, and what else is to be told."""
         score = row["dev_measure"]
         parts = [
             f"teacher of episode {row['episode']}",
-            f"dev {self.measure} {score:.4f}" if score is not None else "no student lived",
+            f"dev {score:.4f}" if score is not None else "no student lived",
             f"over {row['students']} final students",
             console.duration(row["seconds"]),
         ]
-        if lost := row["students_lost"]:
-            parts.append(f"{lost} of {row['students']} students lost")
-        return "  ".join(parts)
+        return ["  ".join(parts), *_lost(row)]
 
     def summary(self, row: Event) -> list[str]:
         """Return one line about an episode, of 80 columns at most, and what else is to be told."""
@@ -128,9 +127,12 @@ class TeacherView:
         lines = ["  ".join(parts)]
         if norm is None:
             lines.append(f"  skipped: {row.get('reason')}")
-        if lost := row.get("students_lost"):
-            lines.append(f"  {lost} of {row['students']} students lost")
-        return lines
+        return [*lines, *_lost(row)]
+
+
+def _lost(row: Event) -> list[str]:
+    lost = row.get("students_lost")
+    return [f"  {lost} of {row['students']} students lost"] if lost else []
 
 
 def _phase(event: Event) -> tuple[str, int]:

@@ -239,7 +239,7 @@ def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format:
     from l2t_cli.plots import plot_dev_measure
 
     picture = folder / PICTURE
-    plot_dev_measure(result.history, measure, recipe.name, picture)
+    plot_dev_measure(result.history, result.best_episode, measure, recipe.name, picture)
     if log_format is LogFormat.json:
         summary = {
             "event": "result",

@@ -118,6 +118,19 @@ def at_edge(chosen: float, tried: Sequence[float], ratio: float = 1.0) -> str:
     return "highest" if chosen >= max(tried) / ratio else ""
 
 
+def untried_sides(chosen: Point, points: Sequence[Point]) -> list[str]:
+    """Return ``below`` and ``above`` where ``points`` have rates on that side, none as ``chosen``.
+
+    A grid that is too large leaves rates out: the best of those tried with some settings may be the
+    last of them though it is within the grid.
+    """
+    alike = [point.lr for point in points if point.settings == chosen.settings]
+    rates = [point.lr for point in points]
+    below = any(lr < chosen.lr for lr in rates) and not any(lr < chosen.lr for lr in alike)
+    above = any(lr > chosen.lr for lr in rates) and not any(lr > chosen.lr for lr in alike)
+    return ["below"] * below + ["above"] * above
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean."""
     return statistics.fmean(values)

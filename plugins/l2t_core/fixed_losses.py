@@ -14,7 +14,7 @@ from typing import Any
 
 from l2t_core.errors import UserError, suggestion
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
+from l2t_core.user_code import is_import_path
 
 Settings = Mapping[str, float]
 LOSSES_KEY = "compare.losses"
@@ -59,7 +59,9 @@ class Baseline:
             UserError: if it is the user's and cannot be imported.
         """
         if self.own:
-            function = imported(self.function, LOSSES_KEY)
+            from l2t_core.own_functions import own_function
+
+            function = own_function(self.function, LOSSES_KEY, each=True)
             return lambda log_probs, targets, settings, at: function(log_probs, targets)
         module, name = self.function.split(":")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]

@@ -10,15 +10,17 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from l2t_core.loss_forms import target_log_probs
+
 
 def expected_accuracy(log_probs: Tensor, targets: Tensor) -> Tensor:
     """Return the mean of p(y|x) over log-probabilities [N, K] and targets [N]."""
-    return log_probs.gather(1, targets.unsqueeze(1)).exp().mean()
+    return target_log_probs(log_probs, targets).exp().mean()
 
 
 def log_likelihood(log_probs: Tensor, targets: Tensor) -> Tensor:
     """Return the mean of log p(y|x), in nats."""
-    return log_probs.gather(1, targets.unsqueeze(1)).mean()
+    return target_log_probs(log_probs, targets).mean()
 
 
 def margin_surrogate(log_probs: Tensor, targets: Tensor, k: float = 50.0) -> Tensor:
@@ -27,7 +29,7 @@ def margin_surrogate(log_probs: Tensor, targets: Tensor, k: float = 50.0) -> Ten
     Zero where the true class leads, towards -1 where another leads by more than a few 1/k.
     """
     probs = log_probs.exp()
-    gap = probs.max(1).values - probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    gap = probs.max(1).values - target_log_probs(log_probs, targets).exp()
     return -(2.0 * torch.sigmoid(k * gap) - 1.0).mean()
 
 
@@ -39,8 +41,8 @@ def smoothed_accuracy(log_probs: Tensor, targets: Tensor, width: float = 0.2) ->
     does not: a student cannot gain by certainty alone, and where its probabilities are 0 and 1
     the derivative does not vanish. It tends to the accuracy as ``width`` tends to 0.
     """
-    own = targets.unsqueeze(1)
-    margins = log_probs.gather(1, own) - log_probs.scatter(1, own, -torch.inf).amax(1, True)
+    others = log_probs.scatter(1, targets.unsqueeze(1), -torch.inf).amax(1)
+    margins = target_log_probs(log_probs, targets) - others
     size = margins.abs().mean()
     return torch.sigmoid(margins / (width * size)).mean()
 

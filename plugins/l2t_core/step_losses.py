@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from l2t_core.baselines import Moment
 from l2t_core.errors import UserError
-from l2t_core.fixed_losses import LOSSES_KEY, baseline, complete_settings
+from l2t_core.fixed_losses import baseline, complete_settings
+from l2t_core.own_functions import try_on_nothing_known
 from l2t_core.student import Student
 from l2t_core.student_state import DevStatistics, TrainStatistics
 
@@ -176,33 +177,9 @@ def fixed_loss(name: str, settings: Mapping[str, float], student: Student) -> Fi
         last_layer.check(student)
     loss = FixedLoss(name, settings, student.total_steps, last_layer, told)
     if found.own:
-        _try_own(name, loss, student)
+        device = next(student.module.parameters()).device
+        try_on_nothing_known(loss.loss, student.num_classes, device)
     return loss
-
-
-def _try_own(name: str, loss: FixedLoss, student: Student) -> None:
-    """Ask a loss of the user's own for those of 4 examples of a student that knows nothing.
-
-    Raises:
-        UserError: if it fails, or they are not 4 losses that can be differentiated.
-    """
-    classes, device = student.num_classes, next(student.module.parameters()).device
-    log_probs = torch.zeros(4, classes, device=device).log_softmax(1).requires_grad_()
-    targets = torch.arange(4, device=device) % classes
-    try:
-        values = loss.loss(log_probs, targets)
-    except Exception as error:  # whatever the user's function does
-        raise UserError(
-            f"{LOSSES_KEY} {name}: {type(error).__name__}: {error}; it is called with "
-            "log-probabilities [N, K] and targets [N]"
-        ) from error
-    usable = isinstance(values, Tensor) and values.shape == (4,) and values.requires_grad
-    if not usable:
-        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(
-            f"{LOSSES_KEY} {name} returned {shape} for 4 examples; return a tensor [N] of a loss "
-            "for each, made of the log-probabilities"
-        )
 
 
 class Recorded:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError, suggestion
+from l2t_core.loss_forms import target_log_probs
 
 IMAGE_FEATURES = (
     "progress",
@@ -77,7 +78,7 @@ def feature_count(feature_names: Sequence[str], num_classes: int) -> int:
 def train_statistics(log_probs: Tensor, targets: Tensor) -> TrainStatistics:
     """Return the statistics of a step from log-probabilities [N, K] and targets [N]."""
     with torch.no_grad():
-        nll = -log_probs.gather(1, targets.unsqueeze(1)).mean()
+        nll = -target_log_probs(log_probs, targets).mean()
         accuracy = (log_probs.argmax(1) == targets).float().mean()
     return TrainStatistics(float(nll), float(accuracy))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
+from l2t_core.loss_forms import target_log_probs
 from l2t_core.student_state import (
     DevStatistics,
     TrainStatistics,
@@ -90,7 +91,7 @@ class TaughtLoss(nn.Module):
         logits, targets = _without_ignored(logits, targets)
         log_probs = torch.log_softmax(logits, 1)
         if not self.training or not torch.is_grad_enabled():
-            return -log_probs.gather(1, targets.unsqueeze(1)).mean()
+            return -target_log_probs(log_probs, targets).mean()
         self._check_classes(log_probs)
         self._device = logits.device
         # Read now: a scheduler may have moved the rate since the last step.

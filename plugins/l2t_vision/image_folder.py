@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -197,7 +198,7 @@ def _channels_first(pixels: np.ndarray, colour: bool) -> Tensor:
 def _decode(content: bytes, name: str, size: int) -> np.ndarray:
     """Return a picture as unsigned bytes, [H, W] if it is grey, else [H, W, 3]."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with _large_pictures(), Image.open(io.BytesIO(content)) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits for each colour; save it with 8")
             picture: Any = ImageOps.exif_transpose(opened)  # as its camera was held
@@ -219,6 +220,19 @@ def _decode(content: bytes, name: str, size: int) -> np.ndarray:
         unknown = isinstance(error, UnidentifiedImageError)
         why = "of no known format, or damaged" if unknown else str(error)
         raise UserError(f"{name} is no picture that can be read ({why})") from error
+
+
+@contextlib.contextmanager
+def _large_pictures() -> Iterator[None]:
+    """Take pictures as large as Pillow does, without its warning; say so of those that it refuses.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(f"more than {most:,} pixels; scale it down") from None
 
 
 def _cache_folder() -> Path:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from l2t_core.errors import UserError
 from l2t_core.measures import (
     expected_accuracy,
     log_likelihood,
     margin_surrogate,
     smoothed_accuracy,
 )
+from l2t_core.own_functions import own_function, try_on_nothing_known
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
+from l2t_core.user_code import is_import_path
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 KEY = "image.measure"
@@ -34,28 +33,11 @@ def build_measure(name: str, num_classes: int) -> Measure:
     tried on a student that knows nothing.
 
     Raises:
-        UserError: if there is none; if the user's own fails or returns no scalar, also later.
+        UserError: if there is none, or the user's own fails or returns no scalar. What is returned
+            raises it, too, if it does so later.
     """
     if not is_import_path(name):
         return MEASURES.get(name)
-    function = imported(name, KEY)
-
-    def measure(log_probs: Tensor, targets: Tensor) -> Tensor:
-        try:
-            value = function(log_probs, targets)
-        except Exception as error:  # whatever the user's function does
-            raise UserError(
-                f"{KEY} {name}: {type(error).__name__}: {error}; it is called with "
-                "log-probabilities [N, K] and targets [N]"
-            ) from error
-        lost = isinstance(value, Tensor) and log_probs.requires_grad and not value.requires_grad
-        if not isinstance(value, Tensor) or value.ndim or lost:
-            raise UserError(
-                f"{KEY} {name} must return one number to maximise, a tensor [] made of the "
-                "log-probabilities"
-            )
-        return value
-
-    nothing = torch.zeros(4, num_classes).log_softmax(1).requires_grad_()
-    measure(nothing, torch.arange(4) % num_classes)
+    measure = own_function(name, KEY, each=False)
+    try_on_nothing_known(measure, num_classes)
     return measure

@@ -21,6 +21,8 @@ MODELS: Registry[Callable[[Shape, int, ImageSpec], nn.Module]] = Registry("model
 # DenseNet-BC of L=190 and growth rate k=40, and WRN-40-10.
 _SCALABLE = {"densenet": (DenseNet, 190, 40), "wide-resnet": (WideResNet, 40, 10)}
 SCALABLE = tuple(_SCALABLE)
+# A model that tosses a coin of its own comes up the same so often once in 128 times.
+_CALLS = 8
 
 
 def build_model(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
@@ -55,7 +57,7 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
         raise UserError(f"image.model {path} returned a {type(model).__name__}, not an nn.Module")
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             outputs = model(torch.zeros(2, *shape))
     except Exception as error:
         raise UserError(
@@ -66,9 +68,35 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
         raise UserError(
             f"image.model {path} gives {found} for two images, expected logits [2, {num_classes}]"
         )
+    if any(p.requires_grad for p in model.parameters()) and not outputs.requires_grad:
+        raise UserError(
+            f"image.model {path}: no derivative leads from its logits to its parameters"
+        )
     # The way back sees a batch again: a model that works in place gets its own copy each time.
     model.register_forward_pre_hook(lambda _, inputs: tuple(x.clone() for x in inputs))
     return model.train()
+
+
+def check_repeats(model: nn.Module, images: Tensor, path: str) -> None:
+    """Refuse a model of the user's own that makes something else of the same images and seed.
+
+    ``images`` [N, C, H, W] are where ``model`` is; its buffers stay as they were.
+
+    Raises:
+        UserError: so that no way back is walked through another model than the way there.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = []
+    for _ in range(_CALLS):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(1)
+            found.append(model.train()(images))
+        model.load_state_dict(before)
+    if not all(torch.equal(found[0], other) for other in found[1:]):
+        raise UserError(
+            f"image.model {path} gave two results for the same images and torch.manual_seed, and a "
+            "step must be the same whenever it is replayed; draw from torch.rand and the like"
+        )
 
 
 @MODELS.register("mlp")

@@ -25,7 +25,7 @@ from l2t_vision.data import ImageData, load_data
 from l2t_vision.data_notes import notes
 from l2t_vision.identity import content
 from l2t_vision.measures import build_measure
-from l2t_vision.models import build_model
+from l2t_vision.models import build_model, check_repeats
 from l2t_vision.recipe import ImageSpec
 
 # Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
@@ -64,6 +64,8 @@ class ImageStudent:
             check_repeatable(data.train_x[:8], self.own_augmentation, spec.augment)
         known = "none" if self.own_augmentation else spec.augment
         self.augmentation = AUGMENTATIONS.get(known)
+        if is_import_path(spec.model):
+            check_repeats(self.make(), data.standardised(data.train_x[:2]).cpu(), spec.model)
         self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation

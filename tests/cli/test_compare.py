@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -394,6 +395,11 @@ def test_too_few_trials_for_a_losss_own_values_are_told(l2t: Run, tiny: Path) ->
     )
     assert "large margin: only 3 of its 6 combinations" in outcome.out
     assert "give compare.trials=12, or fewer values" in outcome.out
+    # Of two rates each of them had one.
+    assert re.search(
+        r"large margin: no rate (below|above) the best, 0\.[14], was tried with margin \d, "
+        r"lambda_min \d; give compare.trials=12\n", outcome.out
+    )
 
 
 def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> None:
@@ -471,6 +477,17 @@ def test_a_changed_model_of_ones_own_is_trained_again(
     assert again.code == 0 and "were finished before" not in again.out
 
 
+def test_data_that_are_others_in_each_process_are_refused(l2t: Run, tiny: Path) -> None:
+    Path("own_drawn.py").write_text(
+        "import numpy as np\n"
+        "def pictures(folder, train):\n"
+        "    labels = np.arange(400) % 2\n"
+        "    return np.random.default_rng().integers(0, 9, (400, 8, 8), np.uint8), labels\n"
+    )
+    line = l2t("compare", tiny, "image.data=own_drawn:pictures", "--jobs", "2").error()
+    assert "data or code is not the same in each process" in line and not Path("runs").exists()
+
+
 OWN_LOSSES = """
 import torch
 
@@ -483,6 +500,9 @@ def mean(log_probs, targets):
 
 def broken(log_probs, targets):
     return log_probs + targets
+
+def never(log_probs, targets):
+    return brier(log_probs, targets) * float("nan")
 """
 
 
@@ -500,6 +520,8 @@ def test_a_loss_of_ones_own_is_compared(
     first, own = summary["losses"]
     assert own["label"] == "own_losses:brier" and len(own["test"]) == 2
     assert own["test"] != first["test"]
+    never = l2t(*arguments[:-1], "compare.losses=[own_losses:never]")
+    assert never.code == 0 and "see that the loss is a finite number everywhere" in never.out
     monkeypatch.delitem(sys.modules, "own_losses")
     Path("own_losses.py").write_text(f"SCALE = 2.0\n{OWN_LOSSES}")
     assert "5 of 10 trials were finished before" in l2t(*arguments).out
@@ -655,6 +677,9 @@ def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: W
         assert [row["name"] for row in summary["losses"]] == ["cross_entropy", "taught"]
         assert summary["losses"][1]["students_steps"] == 5 * 30
         assert f"{mean(summary['losses'][1]['test']):.2f} ± " in outcome.out
+        for path in Path("runs/teacher-transfer", summary["name"], "trials").glob("*.json"):
+            trial = json.loads(path.read_text())["result"]  # dev was seen at 8, 16 and 24, too
+            assert trial["curve"][-1] == [30, pytest.approx(trial["dev"])]
     for name in ("tiny", "other"):
         assert f"{name}: losses compared" in outcome.out
     assert outcome.out.count("against tuned cross-entropy over 2 seeds") == 2
@@ -734,6 +759,22 @@ def test_no_two_learning_curves_look_alike(
     curves = {f"loss {n}": [[[1.0, n], [2.0, n + 1.0]]] for n in range(23)}
     plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
     assert len(set(looks)) == 23 and {style for _, style in looks[:10]} == {"-"}
+
+
+def test_a_single_look_at_dev_is_seen_and_the_legend_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(figure: Any, to: Path) -> None:
+        (axes,) = figure.axes
+        assert [line.get_marker() for line in axes.lines] == ["o", ""]
+        figure.tight_layout()
+        figure.canvas.draw()
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 >= axes.get_window_extent().x1 and legend.x1 <= figure.bbox.x1
+
+    monkeypatch.setattr(plots, "_write_png", look)
+    curves = {"one look": [[[20.0, 0.5]], [[20.0, 0.6]]], "two": [[[10.0, 0.4], [20.0, 0.5]]]}
+    plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
 
 
 def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from in_process import Run, write_teacher  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from scipy import stats
 
+from l2t_cli import console, plots
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
@@ -84,6 +85,33 @@ def test_an_episodes_line_fits_eighty_columns(
     assert all(len(text) <= 80 for text in lines)
     skipped = view.summary({**row, "hypergradient_norm": None})
     assert skipped[1] == "  skipped: lost" and all(len(text) <= 80 for text in skipped)
+
+
+@pytest.mark.parametrize("score", [0.9814, -123.4567, None])
+def test_the_line_on_final_students_fits_eighty_columns(score: float | None) -> None:
+    row = {"episode": 260, "dev_measure": score, "students": 100, "students_lost": 100,
+           "seconds": 36_000 * 27.0}
+    first, second = TeacherView(401, "a measure of a long name", LogFormat.simple).final(row)
+    assert first.startswith("teacher of episode 260  ") and len(first) <= 80
+    assert second == "  100 of 100 students lost"
+
+
+def test_the_best_teacher_is_marked_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[list[float]] = []
+
+    def look(figure: Any, to: Path) -> None:
+        (axes,) = figure.axes
+        marked.extend(axes.lines[-1].get_xydata().tolist())
+
+    monkeypatch.setattr(plots, "_write_png", look)
+    history = [
+        {"episode": 0, "dev_measure": 0.9, "best": True}, {"episode": 1, "dev_measure": 0.8}
+    ]
+    # Final students took the second teacher, whose own student was the worse one.
+    plots.plot_dev_measure(history, 1, "accuracy", "tiny", tmp_path / "dev.png")
+    assert marked == [[1.0, 0.8]]
 
 
 def test_json_lines_are_all_that_json_prints(l2t: Run, digits: Path) -> None:
@@ -332,6 +360,23 @@ def test_all_students_have_the_teacher_that_there_was_at_the_start(
     assert "teacher is " in l2t("apply-teacher", other, digits, "--out", "used").error()
     next(Path("used").glob("teacher-*.safetensors")).write_bytes(b"")
     assert "missing or damaged" in l2t(*command, "3").error()
+
+
+def test_no_word_is_broken_on_a_narrow_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console._console.cache_clear()
+    taught = {seed: Score(9.0 + seed, "s", 3_900.0) for seed in (1, 2, 3, 9)}
+    taught[4] = Score(None, "s", 2.0, "at step 3")
+    others = {seed: Score(11.0 - seed / 2, "s", 1.0) for seed in (1, 2, 3, 9)}
+    scores = {"taught": taught, "cross_entropy": others}
+    result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
+    report(result, LogFormat.simple)
+    table = [line for line in capsys.readouterr().out.splitlines() if line[:1] in tuple("╭│╰├")]
+    assert max(map(len, table)) <= 80 and sum(line.startswith("╭") for line in table) == 2
+    columns, rows = result.table()
+    assert all(f" {cell} " in "\n".join(table) for row in [columns, *rows] for cell in row)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from l2t_core.comparison import (
     grid_points,
     mean,
     refined,
+    untried_sides,
 )
 
 OURS = [2.1, 1.9, 2.4, 2.0, 2.2]
@@ -124,3 +125,16 @@ def test_edges() -> None:
     assert at_edge(0.104, [0.1, 0.4], ratio=1.05) == "lowest"
     assert at_edge(0.39, [0.1, 0.4], ratio=1.05) == "highest"
     assert at_edge(0.11, [0.1, 0.4], ratio=1.05) == ""
+
+
+def test_rates_that_were_left_out_beside_the_best_are_told() -> None:
+    low, high = (("eps", 0.1),), (("eps", 0.2),)
+    points = [
+        *(Point(lr, low) for lr in (0.1, 0.2)), *(Point(lr, high) for lr in (0.05, 0.1, 0.4))
+    ]
+    assert untried_sides(Point(0.2, low), points) == ["above"]
+    assert untried_sides(Point(0.1, low), points) == ["below"]
+    assert untried_sides(Point(0.1, high), points) == []
+    assert untried_sides(Point(0.4, high), points) == []  # the end of the grid is told elsewhere
+    assert untried_sides(Point(0.1, low), [Point(0.1, low), *points[2:]]) == ["below", "above"]
+    assert untried_sides(Point(0.1, low), []) == []

@@ -210,7 +210,7 @@ def test_a_measure_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(value, -torch.relu(0.7 + own).mean())
     assert "code_sha256" in student.content()
     for name, says in (
-        ("broken", "AttributeError"), ("each", "must return one number"),
+        ("broken", "AttributeError"), ("each", "one number to maximise"),
         ("hard", "made of the log-probabilities"),
     ):
         with pytest.raises(UserError, match=says):

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,18 @@ def test_a_recipe_trains_on_them(pets: Path) -> None:
     student = build_student(ImageSpec(**settings, model="resnet8", batch_size=3))
     log_probs, _ = student.predict(student.batch(0))
     assert log_probs.shape == (3, 2) and student.fingerprint()["num_classes"] == 2
+
+
+def test_large_pictures_are_read_without_a_warning_and_huge_ones_refused(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9 * 8 - 1)  # Pillow warns above
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_image_folder(pets, size=4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)  # and fails above twice as many
+    with pytest.raises(UserError, match=r"png .*\(more than 70 pixels; scale it down\)"):
+        load_image_folder(pets, size=5)
 
 
 @pytest.mark.parametrize(

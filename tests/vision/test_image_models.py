@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from l2t_core.errors import UserError
 from l2t_vision.models import MODELS, SCALABLE, build_model
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.resnets import CifarResNet, WideResNet
+from l2t_vision.student import build_student
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 DEEP = ("resnet32", "resnet44", "resnet56", "resnet110")  # as resnet8 and resnet20, only slower
@@ -226,6 +229,7 @@ def test_wide_shortcuts_see_the_activated_input() -> None:
 
 
 OWN = """\
+import random
 import torch
 from torch import nn
 def net(num_classes, shape):
@@ -243,6 +247,25 @@ def failing(num_classes):
     raise KeyError("weights")
 def number(num_classes):
     return num_classes
+class Tossing(nn.Module):
+    def __init__(self, num_classes, toss):
+        super().__init__()
+        self.toss, self.last = toss, nn.Linear(64, num_classes)
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, x):
+        self.calls += self.training
+        return self.last(x.flatten(1)) * (1 + self.training * (self.toss() < 0.5))
+def own_coin(num_classes):
+    return Tossing(num_classes, random.random)
+def torchs_coin(num_classes):
+    return Tossing(num_classes, lambda: torch.rand(()))
+class Decides(nn.Linear):
+    def forward(self, x):
+        return nn.functional.one_hot(super().forward(x.flatten(1)).argmax(1), 6).float()
+def decides(num_classes):
+    return Decides(16, num_classes)
+def frozen(num_classes):
+    return Decides(16, num_classes).requires_grad_(False)
 """
 
 
@@ -279,11 +302,27 @@ def test_an_own_model_that_works_in_place_leaves_the_batch_alone() -> None:
         ("own_models_here:wrong", "does not take images of 1 x 4 x 4"),
         ("own_models_here:failing", "could not be built .KeyError"),
         ("own_models_here:number", "returned a int, not an nn.Module"),
+        ("own_models_here:decides", "no derivative leads from its logits to its parameters"),
     ],
 )
 def test_own_models_that_do_not_fit(path: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         build_model((1, 4, 4), 6, spec_of(path))
+
+
+@pytest.mark.usefixtures("own_models")
+def test_a_model_without_trainable_parameters_is_told_by_the_engine() -> None:
+    assert build_model((1, 4, 4), 6, spec_of("own_models_here:frozen"))
+
+
+@pytest.mark.usefixtures("own_models")
+def test_an_own_model_has_to_be_the_same_when_a_step_is_replayed() -> None:
+    sound = ImageSpec(dev_size=100, model="own_models_here:torchs_coin")
+    student = build_student(sound)
+    assert student.module.calls == 0  # its buffers are as they were
+    random.seed(1)
+    with pytest.raises(UserError, match="own_coin gave two results for the same images"):
+        build_student(replace(sound, model="own_models_here:own_coin"))
 
 
 @pytest.mark.usefixtures("own_models")
