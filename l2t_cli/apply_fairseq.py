@@ -10,7 +10,7 @@ from typing import Any
 from l2t_cli.application import student_title
 from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
-from l2t_cli.fairseq_process import lost_its_numbers, run_logged, this_python
+from l2t_cli.fairseq_process import lost_its_numbers, train_to_end
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
@@ -193,12 +193,7 @@ class FairseqApplication:
         try:
             with bar(student_title(teacher, seed), log_format, quiet=True) as update:
                 update(0, steps)
-                run_logged(
-                    [*this_python(command.program), *command.arguments],
-                    command.environment,
-                    log,
-                    lambda updates, note: update(updates, steps, note),
-                )
+                train_to_end(command, log, lambda updates, note: update(updates, steps, note))
         except UserError as error:
             if not lost_its_numbers(error, log):
                 raise

@@ -14,7 +14,7 @@ from typing import Any
 
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
-from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, run_logged, this_python
+from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, train_to_end
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.errors import UserError
@@ -166,9 +166,8 @@ class FairseqTrials:
         folder.mkdir(parents=True, exist_ok=True)
         command = self.command(trial, folder)
         log = folder / "train.log"
-        words = [*this_python(command.program), *command.arguments]
         try:
-            run_logged(words, command.environment, log, lambda updates, note: None)
+            train_to_end(command, log, lambda updates, note: None)
         except UserError as error:
             if not lost_its_numbers(error, log):
                 raise

@@ -13,11 +13,37 @@ from pathlib import Path
 from l2t_core.errors import UserError
 from l2t_core.files import lock
 from l2t_fairseq.child_failure import reason_in
+from l2t_fairseq.command import FairseqCommand, save_dir
 
 # All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
 UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
 _DEV_NLL = re.compile(r"valid.*?nll_loss[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*)")
+_AT_ITS_END = re.compile(r"\| done training in \d")
 _DIVERGED = re.compile(r"FloatingPointError|Minimum loss scale|\bNaN\b|\bNan\b")
+
+
+def train_to_end(
+    command: FairseqCommand, log: Path, on_progress: Callable[[int, str], None]
+) -> None:
+    """Run a fairseq-train command as :func:`run_logged` does, if it is not at its end already.
+
+    fairseq looks for its end after an update only: given once more, a command that has made its
+    ``--max-update`` makes one more, and one that ``--patience`` has ended goes on for epochs.
+
+    Raises:
+        UserError: if it cannot be started or fails.
+    """
+    if _came_to_its_end(log) and any(save_dir(command).glob("checkpoint*.pt")):
+        return
+    words = [*this_python(command.program), *command.arguments]
+    run_logged(words, command.environment, log, on_progress)
+
+
+def _came_to_its_end(log: Path) -> bool:
+    if not log.exists():
+        return False
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return any(_AT_ITS_END.search(line) for line in lines)
 
 
 def run_logged(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.teacher_file import check_teacher
-from l2t_fairseq.command import FairseqCommand
+from l2t_fairseq.command import FairseqCommand, has_flag, value_of
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.generate_flags import check_generate_flags
 from l2t_fairseq.prepare import read_lines
@@ -43,8 +43,10 @@ class TestSet:
         """Return the test set in the data folder that ``command`` names.
 
         Raises:
-            UserError: if it names none, or there is no test split to score on.
+            UserError: if it names none, there is no test split to score on, or the command would
+                leave no checkpoint to score.
         """
+        _refuse_to_leave_nothing(command)
         found = data_folder(command)
         if found is None:
             words = [word for word in command.arguments if not word.startswith("-")]
@@ -87,6 +89,22 @@ class TestSet:
             self.data_bin, checkpoint, flags, split, folder, reference, self.measure
         )
         return result.score, result.signature
+
+
+def _refuse_to_leave_nothing(command: FairseqCommand) -> None:
+    """Refuse what would be found missing after hours of training: the checkpoint to score."""
+    flag = ""
+    if has_flag(command, "--no-save"):
+        flag = "--no-save"
+    elif value_of(command, "--checkpoint-suffix"):
+        flag = "--checkpoint-suffix"
+    elif has_flag(command, "--no-last-checkpoints") and has_flag(command, "--disable-validation"):
+        flag = "--no-last-checkpoints"
+    if flag:
+        raise UserError(
+            f"{flag} leaves no checkpoint_best.pt or checkpoint_last.pt, and those are what is "
+            "scored at the end; remove it"
+        )
 
 
 def data_folder(command: FairseqCommand) -> Path | None:

@@ -333,8 +333,8 @@ def refuse_other_user_dir(command: FairseqCommand, user_dir: Path) -> None:
     if given is None or Path(given).resolve() == user_dir.resolve():
         return
     raise UserError(
-        f"the command has --user-dir {given}, and fairseq takes only one; remove it, or import "
-        f"that plugin from a folder that also imports {user_dir}"
+        f"the command has --user-dir {given}, and fairseq takes only one; remove it, or run "
+        f"fairseq-train yourself with a folder that imports both that plugin and {user_dir}"
     )
 
 

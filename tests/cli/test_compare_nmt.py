@@ -209,7 +209,7 @@ def test_only_numbers_that_were_lost_are_a_divergence(
         log.write_text("")
         raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
 
-    monkeypatch.setattr("l2t_cli.compare_fairseq.run_logged", failing)
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", failing)
     made, place = trials(tmp_path), tmp_path / "Nancy" / "NaN"
     if diverged:
         assert made.run(trial("cross_entropy"), place).diverged

@@ -102,6 +102,14 @@ def test_command_trained_scored_and_compared(l2t: Run, data_bin: Path, tmp_path:
     assert "num_updates" in log
     again = l2t(*arguments)
     assert again.out.count("(finished before)") == 2
+    # Killed while it was scored, a student is trained no further: fairseq would make an update
+    # more.
+    last = Path("mine/checkpoint_last.pt").read_bytes()
+    Path("out/taught/seed-1/score.json").unlink()
+    again = l2t(*arguments)
+    assert again.code == 0 and again.out.count("(finished before)") == 1, again.err
+    assert Path("out/taught/seed-1/train.log").read_text() == log
+    assert Path("mine/checkpoint_last.pt").read_bytes() == last
 
 
 def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
@@ -130,6 +138,8 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
         (["--seed", "x"], "--seed x"),
         (["--max-update", "many"], "--max-update many"),
         (["--user-dir", "elsewhere"], "--user-dir elsewhere"),
+        (["--no-save"], "--no-save leaves no checkpoint_best.pt"),
+        (["--checkpoint-suffix", "-1"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
     ],
 )
 def test_what_cannot_be_taught(
@@ -139,6 +149,16 @@ def test_what_cannot_be_taught(
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), *change]
     assert expected in l2t("apply-teacher", teacher, "--", *command).error()
     assert not Path("runs").exists()
+
+
+def test_a_command_that_leaves_no_checkpoint_has_nothing_to_score(data_bin: Path) -> None:
+    from l2t_cli.fairseq_scoring import TestSet
+    from l2t_fairseq.command import parse_command
+
+    command = f"fairseq-train {data_bin} {TRAIN} --no-last-checkpoints"
+    assert TestSet.of(parse_command(shlex.split(command)))  # the best on dev is there
+    with pytest.raises(UserError, match="--no-last-checkpoints leaves no"):
+        TestSet.of(parse_command(shlex.split(f"{command} --disable-validation")))
 
 
 def test_unfit_dictionary_missing_data_and_other_commands(
@@ -177,7 +197,7 @@ def test_a_command_that_loses_its_numbers_is_a_diverged_student(
             reason = "FloatingPointError: Minimum loss scale reached (0.0001)"
             raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
 
-    monkeypatch.setattr("l2t_cli.apply_fairseq.run_logged", training)
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
     monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
@@ -203,7 +223,7 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
             taught_by.append(Path(words[words.index("--l2t-teacher") + 1]).read_bytes())
         teacher.write_bytes(b"")
 
-    monkeypatch.setattr("l2t_cli.apply_fairseq.run_logged", training)
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
     monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     Path("train.sh").write_text(shlex.join(command) + "\n")
