@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
-from test_processes import free_port  # type: ignore[import-not-found]
+from checkout import reserved_port  # type: ignore[import-not-found]
 
 from l2t_core import heartbeat
 from l2t_core.heartbeat import MOST_MISSED, Heartbeat
@@ -74,7 +75,7 @@ def live(rank, port, folder, stopped, slow):
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
     }
-    heartbeat.EVERY = 0.05  # 45 of them: 2.25 seconds
+    heartbeat.EVERY = 0.1  # 45 of them: 4.5 seconds
 
     def end(message):
         (folder / f"{rank}.txt").write_text(message)
@@ -92,23 +93,30 @@ def live(rank, port, folder, stopped, slow):
     processes.close()
 
 
+@contextmanager
 def two(folder, stopped=None, slow=0.0):
-    context, port = mp.get_context("spawn"), free_port()
-    return [
-        context.Process(target=live, args=(rank, port, folder, stopped, slow)) for rank in range(2)
-    ]
+    context = mp.get_context("spawn")
+    with reserved_port() as port:
+        both = [
+            context.Process(target=live, args=(rank, port, folder, stopped, slow))
+            for rank in range(2)
+        ]
+        for process in both:
+            process.start()
+        try:
+            yield both
+        finally:
+            for process in both:
+                process.kill()
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_stands_still_for_ever_ends_the_other(tmp_path: Path, stopped: int) -> None:
     """Also the first, which holds the store that the other would ask."""
-    both = two(tmp_path, stopped)
-    for process in both:
-        process.start()
-    other = both[1 - stopped]
-    other.join(120)
-    both[stopped].kill()
-    assert other.exitcode == ENDED
+    with two(tmp_path, stopped) as both:
+        other = both[1 - stopped]
+        other.join(120)
+        assert other.exitcode == ENDED
     told = (tmp_path / f"{1 - stopped}.txt").read_text()
     assert f"has not heard from process {stopped} for 15 minutes" in told
     assert "the same command continues" in told
@@ -116,10 +124,8 @@ def test_a_process_that_stands_still_for_ever_ends_the_other(tmp_path: Path, sto
 
 def test_a_slow_process_is_waited_for(tmp_path: Path) -> None:
     """Three times as long as the silence that ends a run."""
-    both = two(tmp_path, slow=7.0)
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-        assert process.exitcode == 0
+    with two(tmp_path, slow=13.0) as both:
+        for process in both:
+            process.join(120)
+            assert process.exitcode == 0
     assert (tmp_path / "0.txt").read_text() == "[0, 1]"
