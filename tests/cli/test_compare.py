@@ -251,7 +251,8 @@ def test_final_students_are_part_of_a_teachers_cost(l2t: Run, tiny: Path) -> Non
     rows = [json.loads(r) for r in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows] == ["episode"] * 3 + ["final"] * 2
     for row in rows[3:]:
-        assert f"teacher of episode {row['episode']}  dev accuracy " in outcome.out
+        line = f"teacher of episode {row['episode']}  dev {row['dev_measure']:.4f}  over 2 final"
+        assert line in outcome.out
     best = max(rows[3:], key=lambda row: row["dev_measure"])
     assert f"{best['dev_measure']:.4f} (episode {best['episode']})" in outcome.out
     seconds, steps = teacher_cost(Path("runs/tiny/teacher_best.safetensors"), Path("runs/tiny"))
