@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -47,7 +48,28 @@ def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_pat
     assert (run / "dev_measure.png").read_bytes().startswith(b"\x89PNG")
     assert load_file(run / "teacher_best.safetensors")
     assert any((tmp_path / "tb").iterdir())
+    usual = f"  l2t compare {digits} --teacher runs/tiny/teacher_best.safetensors"
+    assert outcome.out.splitlines()[-1] == usual
     assert "\x1b" not in outcome.out  # no terminal, no colours
+
+
+def test_a_training_ends_with_the_command_to_go_on_with(
+    l2t: Run, digits: Path, tmp_path: Path
+) -> None:
+    """With the students' changes, quoted, without those of the teacher's training."""
+    folder = tmp_path / "a run"
+    done = l2t(
+        "train-teacher", "tiny.yaml", "image.optimiser={name: momentum, lr: 0.05}",
+        "training.episodes=1", "loss.form=shared", "--seed", "7", "--out", folder,
+    )
+    teacher = "a run/teacher_best.safetensors"
+    *_, text = done.out.splitlines()
+    assert shlex.split(text) == [
+        "l2t", "compare", "tiny.yaml", "image.optimiser={name: momentum, lr: 0.05}",
+        "--teacher", teacher, "--out", "a run-compare",
+    ]
+    planned = l2t(*shlex.split(text)[1:], "--dry-run")
+    assert planned.code == 0 and "taught" in planned.out, planned.err
 
 
 def test_episodes_without_a_usable_hypergradient_say_why(
