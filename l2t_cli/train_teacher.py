@@ -113,8 +113,7 @@ def run(
 ) -> Path:
     """Train or go on training the teacher of ``recipe``; return the best teacher's file.
 
-    ``asked`` are recipe and changes as the user wrote them: with them the end of the report is
-    the command to go on with.
+    ``asked``, recipe and changes as the user wrote them, makes the report end with what is next.
 
     Raises:
         UserError: if the recipe, its data or the folder cannot be used.
@@ -168,10 +167,7 @@ def run(
         raise nothing_usable("none of the episodes", result.history[-1])
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
-        if asked and log_format.wordy:
-            console.line("next, beside cross-entropy and others, each loss tuned alike on dev:")
-            usual = folder == default_folder(recipe)
-            console.line(f"  {next_command(asked, result.best_path, usual)}")
+        _say_next(asked, result.best_path, folder == default_folder(recipe), log_format)
     return result.best_path
 
 
@@ -292,6 +288,12 @@ def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Pa
             ("log", folder / "metrics.jsonl"),
         ]
     )
+
+
+def _say_next(asked: Sequence[str], teacher: Path, usual: bool, log_format: LogFormat) -> None:
+    if asked and log_format.wordy:
+        console.line("next, beside cross-entropy and others, each loss tuned alike on dev:")
+        console.line(f"  {next_command(asked, teacher, usual)}")
 
 
 def next_command(asked: Sequence[str], teacher: Path, usual: bool) -> str:

@@ -10,7 +10,8 @@ import pytest
 from in_process import Run  # type: ignore[import-not-found]
 from PIL import Image
 
-from l2t_cli.recipe_loading import load_recipe, read_yaml, shipped_recipes
+from l2t_cli.recipe_files import read_yaml, shipped_recipes
+from l2t_cli.recipe_loading import load_recipe
 from l2t_core.step_losses import LastLayer
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
