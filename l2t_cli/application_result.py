@@ -22,6 +22,8 @@ from l2t_core.fixed_losses import BASELINES
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
 NOT_TUNED = "Cross-entropy's learning rate was not tuned here; `l2t compare` tunes both."
+# On a screen that is too narrow for all columns these have a table of their own.
+_MAKING = ("seeds", "diverged", "time each")
 LABELS = {TAUGHT: "taught", CROSS_ENTROPY: BASELINES.get(CROSS_ENTROPY).label}
 
 
@@ -178,10 +180,12 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     if log_format is LogFormat.none:
         return
     columns, rows = result.table()
-    console.table(
+    making = [i for i, name in enumerate(columns) if i == 0 or name in _MAKING]
+    console.fitting_tables(
         f"{result.name}: same steps, batches and seeds" if result.all_paired() else result.name,
         columns,
         rows,
+        ([i for i, name in enumerate(columns) if name not in _MAKING], making),
         numbers=range(2, len(columns)),
     )
     console.line(f"signature: {result.signature()}")

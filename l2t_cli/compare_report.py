@@ -309,13 +309,10 @@ def students_csv(results: Mapping[Trial, Result]) -> str:
 def show(summary: Summary, files: Sequence[tuple[str, Path]]) -> None:
     """Print the table, what it says, the warnings and the files."""
     heads, rows = columns(summary), table_rows(summary)
-    console.line(f"{summary['name']}: losses compared", style="bold")
-    every = range(len(heads))
-    for part in (every,) if console.fits(heads, rows) else (_RESULT, _MAKING):
-        console.table(
-            "", [heads[i] for i in part], [tuple(row[i] for i in part) for row in rows],
-            numbers=[place for place, i in enumerate(part) if i > 1],
-        )
+    console.fitting_tables(
+        f"{summary['name']}: losses compared", heads, rows, (_RESULT, _MAKING),
+        numbers=range(2, len(heads)),
+    )
     console.line(how(summary))
     if said := verdict(summary):
         console.line(said)

@@ -91,6 +91,28 @@ def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     return sum(widths) + 3 * len(widths) + 1 <= out().width
 
 
+def fitting_tables(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    parts: Sequence[Sequence[int]],
+    *,
+    numbers: Sequence[int] = (),
+) -> None:
+    """Print a table as :func:`table`; where it is wider than the screen, one for each of ``parts``.
+
+    A part lists the positions of its columns.
+    """
+    whole = [range(len(columns))]
+    for place, part in enumerate(whole if fits(columns, rows) else parts):
+        table(
+            "" if place else title,
+            [columns[i] for i in part],
+            [[row[i] for i in part] for row in rows],
+            numbers=[here for here, i in enumerate(part) if i in numbers],
+        )
+
+
 def files(paths: Iterable[tuple[str, Path]]) -> None:
     """List what a run wrote: one path a line, each as the reader would type it."""
     line("written:", style="bold")

@@ -18,6 +18,7 @@ from in_process import Run, write_teacher  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from scipy import stats
 
+from l2t_cli import console
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
@@ -367,6 +368,23 @@ def test_what_chance_may_have_done_is_no_difference(
     tested = "told apart (3 students each, every" not in said and len(taught) > 2
     assert (f" {p:.3f} │" in printed) == tested
     assert printed.count(NOT_TUNED) == 1
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (120, 1)])
+def test_the_table_of_students_fits_the_screen(
+    width: int, tables: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    console._console.cache_clear()
+    taught = {seed: Score(2.0 + seed / 8, "s", 71.0) for seed in range(1, 6)}
+    others = {**taught, 5: Score(None, "", 71.0, diverged="lost")}
+    scores = {"taught": taught, "cross_entropy": others}
+    result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
+    report(result, LogFormat.simple)
+    printed = capsys.readouterr().out.splitlines()
+    drawn = [row for row in printed if row[0] in "╭│├╰"]
+    assert all(len(row) <= width for row in drawn) and len(drawn) == 6 * tables  # no cell folded
+    assert all(any(text in row for row in drawn) for text in (*result.table()[0], "1 min 11 s"))
 
 
 def test_the_demos_json_is_one_line(l2t: Run, monkeypatch: pytest.MonkeyPatch) -> None:
