@@ -90,7 +90,6 @@ class TeacherTraining:
         self.processes = processes
         processes.agree(lambda: self._check(student, loss, teacher_spec, spec))
         self.student, self.loss, self.spec, self.folder = student, loss, spec, folder
-        self.calm = ends_calmly(student)
         names = tuple(teacher_spec.features) or student.default_features
         self.teacher_spec = dataclasses.replace(teacher_spec, features=list(names))
         self.record = record
@@ -194,7 +193,7 @@ class TeacherTraining:
         for outcomes in self._outcomes(on_event):
             row |= self._learn(outcomes)
         row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
-        if warning := advice(row, self.spec, self.calm):
+        if warning := advice(row, self.spec, ends_calmly(self.student)):
             row["warning"] = warning
         p.episode += 1
         p.ended = p.episode > self.spec.episodes
