@@ -35,6 +35,9 @@ COLUMNS = (
 # On a screen that is too narrow for all: what came out, and how.
 _RESULT, _MAKING = (0, 3, 4, 5, 6), (0, 1, 2, 7, 8)
 
+# By whether lower is better: an error's change is told relative to it, a score's as it is.
+_CHANGE_UNIT = {True: "%", False: "points"}
+
 Summary = dict[str, Any]
 
 
@@ -53,15 +56,16 @@ def summarise(
     ]
     reference = rows[0]["test"]
     for row in rows[1:]:
-        paired = len(row["test"]) == len(reference) > 0
-        row["against_cross_entropy"] = (
-            asdict(compare_paired(row["test"], reference)) if paired else None
-        )
+        if len(row["test"]) == len(reference) > 0:
+            against = compare_paired(row["test"], reference)
+            row["against_cross_entropy"] = asdict(against)
+            row["change"] = change(against, field_trials.lower_is_better)
     signatures = [r.signature for r in results.values() if r.signature]
     return {
         "name": name,
         "measure": field_trials.measure,
         "lower_is_better": field_trials.lower_is_better,
+        "change_unit": _CHANGE_UNIT[field_trials.lower_is_better],
         "dev_measure": field_trials.dev_measure,
         "tuned_on": "nll" if tuning.on_nll else field_trials.dev_measure,
         "points_each": tuning.count,
@@ -110,6 +114,7 @@ def _row(
         "teacher_seconds": cost[0],
         "teacher_steps": cost[1],
         "against_cross_entropy": None,
+        "change": None,
         "warnings": _warnings(arm, point, tuning, last, cost[0]),
     }
 
@@ -213,7 +218,7 @@ def table_rows(summary: Summary) -> list[tuple[str, ...]]:
                 chosen,
                 mean_and_deviation(row["dev"], digits) if row["dev"] else "-",
                 mean_and_deviation(row["test"]) if row["test"] else "-",
-                _percent(against.relative) if against else "",
+                _with_unit(row["change"], summary["change_unit"]),
                 interval(against, len(row["test"])) if against else "",
                 p_value(against.t_p) if against else "",
                 console.duration(seconds) + unknown,
@@ -228,8 +233,19 @@ def _against(row: dict[str, Any]) -> PairedComparison | None:
     return PairedComparison(**found) if found else None
 
 
-def _percent(relative: float | None) -> str:
-    return "" if relative is None else f"{100 * relative:+.1f} %"
+def change(found: PairedComparison, lower_is_better: bool) -> float | None:
+    """Return the mean's change against cross-entropy's as the field counts it.
+
+    An error's in per cent of cross-entropy's, None where that is 0; that of a score such as BLEU
+    in points.
+    """
+    if not lower_is_better:
+        return found.difference
+    return None if found.relative is None else 100.0 * found.relative
+
+
+def _with_unit(changed: float | None, unit: str) -> str:
+    return "" if changed is None else f"{changed:+.{1 if unit == '%' else 2}f} {unit}"
 
 
 def verdict(summary: Summary) -> str:

@@ -10,13 +10,8 @@ import typer
 from l2t_cli import console
 from l2t_cli.errors import say
 from l2t_cli.options import Force, RecipeName, help_alone
-from l2t_cli.recipe_loading import (
-    check_recipe,
-    find_recipe,
-    read_yaml,
-    recipe_text,
-    shipped_recipes,
-)
+from l2t_cli.recipe_files import find_recipe, read_yaml, recipe_text, shipped_recipes
+from l2t_cli.recipe_loading import check_recipe
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 

@@ -6,7 +6,6 @@ Works with omegaconf 2.0 and 2.3, which the fairseq releases pin.
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import math
 import typing
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from l2t_cli.fields import FIELDS, Field
+from l2t_cli.recipe_files import first_line, kind_of, read_recipe
 from l2t_core.compare_specs import CompareSection, CompareSpec
 from l2t_core.errors import UserError, suggestion
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
@@ -68,44 +68,6 @@ class Recipe:
         }
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Return the paths of the recipes that come with l2t, by name (``image/digits``)."""
-    try:
-        root = Path(str(importlib.resources.files("l2t_cli.recipes")))
-    except ModuleNotFoundError:  # run from a checkout that is not installed
-        root = Path(__file__).resolve().parent.parent / "recipes"
-    paths = sorted(root.glob("*/*.yaml"))
-    return {f"{path.parent.name}/{path.stem}": path for path in paths}
-
-
-def find_recipe(name: str) -> tuple[str, Path]:
-    """Return the full name and the path of a recipe given by name or as a file.
-
-    Raises:
-        UserError: if there is none; the nearest name is suggested.
-    """
-    shipped = shipped_recipes()
-    if name in shipped:
-        return name, shipped[name]
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(
-                f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t"
-            )
-        return path.stem, path
-    short = [full for full in shipped if full.split("/")[1] == name]
-    if len(short) == 1:
-        return short[0], shipped[short[0]]
-    if short:
-        raise UserError(f"recipe {name!r} is ambiguous; give one of {', '.join(short)}")
-    names = [*shipped, *(full.split("/")[1] for full in shipped)]
-    raise UserError(
-        f"no recipe {name!r}{suggestion(name, names)} (`l2t recipes ls` lists them; "
-        "a file of your own ends in .yaml)"
-    )
-
-
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe ``name`` with ``key.sub=value`` overrides.
 
@@ -135,8 +97,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     Raises:
         UserError: if there is no such recipe, or it cannot be read as YAML.
     """
-    full_name, path = find_recipe(name)
-    content = read_yaml(path)
+    full_name, path, content = read_recipe(name)
     problems: list[str] = []
     field = _field_of(content, path)
     sections = {field.name: field.load("spec"), **CORE_SECTIONS, COMPARE: CompareSection}
@@ -160,7 +121,7 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
             except _Missing as error:
                 problems.append(f"{path}: {key}.{error} is missing; add it to the {key} section")
             except OmegaConfBaseException as error:
-                problems.append(f"{path}: {_first_line(error)}")
+                problems.append(f"{path}: {first_line(error)}")
     if problems:
         return None, problems
     recipe = Recipe(
@@ -173,42 +134,6 @@ def check_recipe(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         overridden=frozenset(key for key, _, where in changes if where == COMMAND_LINE),
     )
     return recipe, []
-
-
-def recipe_text(path: Path) -> str:
-    """Return what the recipe file ``path`` holds, as it is written.
-
-    Raises:
-        UserError: if it cannot be read or is no UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        UserError: if it cannot be read, is no YAML (with the line) or no mapping.
-    """
-    try:
-        # omegaconf's reader refuses duplicate keys and takes 1e-3 for the number that it is.
-        content = OmegaConf.to_container(OmegaConf.create(recipe_text(path) or "{}"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{place}: not valid YAML: {error.problem or error.context}"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, this is a {_kind(content)}")
-    return {str(key): value for key, value in content.items()}
 
 
 def _field_of(content: dict[str, Any], path: Path) -> Field:
@@ -250,7 +175,7 @@ def _apply(
     """Set one dotted key; return what is wrong with it, or an empty string."""
     if key in texts:
         if not isinstance(value, str):
-            return f"{key} = {value!r} is a {_kind(value)}, expected text"
+            return f"{key} = {value!r} is a {kind_of(value)}, expected text"
         if key == "field" and value != texts["field"]:
             return f"field = {value!r} cannot be changed; use a recipe of that field"
         texts[key] = value
@@ -263,7 +188,7 @@ def _apply(
     if dataclasses.is_dataclass(expected):
         if value == {}:
             return ""
-        return f"{key} = {value!r} is a {_kind(value)}, expected a section"
+        return f"{key} = {value!r} is a {kind_of(value)}, expected a section"
     if isinstance(value, dict):
         return f"{key} is a section here, expected {_type_name(expected)}"
     if "${" in str(value):  # omegaconf's, of which 2.0 and 2.3 make different things
@@ -357,19 +282,6 @@ def _instantiate(spec: type, values: Any) -> Any:
     return spec(**arguments)
 
 
-def _kind(value: Any) -> str:
-    names = {
-        bool: "yes/no value",
-        int: "whole number",
-        float: "number",
-        str: "text",
-        list: "list",
-        dict: "section",
-        type(None): "empty value",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
 def _type_name(kind: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if typing.get_origin(kind) is list:
@@ -385,14 +297,10 @@ def _mismatch(value: Any, expected: Any) -> str:
         takes = (int, float) if kind is float else (kind,)
         for item in value:
             if type(item) not in takes or _is_nan(item):
-                what = "no finite number" if _is_nan(item) else f"a {_kind(item)}"
+                what = "no finite number" if _is_nan(item) else f"a {kind_of(item)}"
                 return f"holds {item!r}, {what}; expected {_type_name(expected)}"
-    return f"is a {_kind(value)}, expected {_type_name(expected)}"
+    return f"is a {kind_of(value)}, expected {_type_name(expected)}"
 
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from l2t_cli.console import LogFormat
 from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
-from l2t_cli.recipe_loading import COMPARE, Recipe, load_recipe, refuse_sections
+from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
 from l2t_cli.recipe_values import refuse_impossible
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import PeerLost, UserError
@@ -50,12 +51,20 @@ def command(
         wanted.append(f"training.seed={seed}")
     refuse_sections(wanted, [COMPARE], "has no effect here; give it to `l2t compare`")
     loaded = load_recipe(recipe, wanted)
-    folder = out or Path("runs") / loaded.short_name
+    folder = out or default_folder(loaded)
     chosen = console.default_format(log_format)
     if dry_run:
         show_plan(loaded, folder)
         return
-    run(loaded, folder, resume=resume, log_format=chosen, tensorboard_logdir=tensorboard_logdir)
+    run(
+        loaded, folder, resume=resume, log_format=chosen, tensorboard_logdir=tensorboard_logdir,
+        asked=[recipe, *wanted],
+    )
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Return where a run goes unless ``--out`` says otherwise."""
+    return Path("runs") / recipe.short_name
 
 
 def show_plan(recipe: Recipe, folder: Path) -> None:
@@ -102,8 +111,11 @@ def run(
     resume: bool = True,
     log_format: LogFormat = LogFormat.simple,
     tensorboard_logdir: Path | None = None,
+    asked: Sequence[str] = (),
 ) -> Path:
     """Train or go on training the teacher of ``recipe``; return the best teacher's file.
+
+    ``asked``, recipe and changes as the user wrote them, makes the report end with what is next.
 
     Raises:
         UserError: if the recipe, its data or the folder cannot be used.
@@ -158,6 +170,7 @@ def run(
     processes.close()
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
+        _say_next(asked, result.best_path, folder == default_folder(recipe), log_format)
     return result.best_path
 
 
@@ -296,6 +309,26 @@ def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Pa
             ("log", folder / "metrics.jsonl"),
         ]
     )
+
+
+def _say_next(asked: Sequence[str], teacher: Path, usual: bool, log_format: LogFormat) -> None:
+    if asked and log_format.wordy:
+        console.line("next, beside cross-entropy and others, each loss tuned alike on dev:")
+        console.line(f"  {next_command(asked, teacher, usual)}")
+
+
+def next_command(asked: Sequence[str], teacher: Path, usual: bool) -> str:
+    """Return the ``l2t compare`` of a ``teacher`` on the students that it was trained on.
+
+    ``asked`` are recipe and changes; those of the teacher's own training are left out. A run in
+    the ``usual`` folder is compared in the usual one, any other beside its own folder.
+    """
+    recipe, *changes = asked
+    kept = [c for c in changes if c.split("=")[0].split(".")[0] not in CORE_SECTIONS]
+    words = ["l2t", "compare", recipe, *kept, "--teacher", console.shown(teacher)]
+    if not usual:
+        words += ["--out", f"{console.shown(teacher.parent)}-compare"]
+    return shlex.join(words)
 
 
 def _version() -> str:

@@ -26,6 +26,15 @@ from torch import Tensor
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write, claim, is_unfinished, sweep
 
+# Keys, by their last part, whose values are hashes; a reader is told what has changed in words.
+_HASHED = {
+    "data_sha256": "the data are others",
+    "code_sha256": "your own code is another",
+    "start_sha256": "the checkpoint that students start from is another",
+    "reference_sha256": "the reference text is another",
+    "teacher": "the teacher is another",
+}
+
 
 class RunFolder:
     """Paths and atomic writes of one run's folder; open it with :func:`open_run`.
@@ -162,7 +171,8 @@ def _check_same_run(
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
     before, now = flattened(stored), flattened(json.loads(json.dumps(config)))
     changed = set()
-    for key in sorted(before.keys() | now.keys()):
+    # Hashes last: a setting that differs says more, and may be why they do.
+    for key in sorted(before.keys() | now.keys(), key=lambda k: (_last(k) in _HASHED, k)):
         if key == may_grow and before.get(key, 0) < now.get(key, 0):
             changed.add(key)
         elif key == may_grow and before.get(key, 0) > now.get(key, 0):
@@ -176,11 +186,15 @@ def _check_same_run(
             changed.add(key)
         elif before.get(key) != now.get(key):
             there, here = _where_they_part(repr(before.get(key)), repr(now.get(key)))
-            raise UserError(
-                f"{folder.path} holds another run ({key} is {there} there, {here} here); choose "
-                "another --out"
-            )
+            said = f"{key} is {there} there, {here} here"
+            if _last(key) in _HASHED:
+                said = f"{_HASHED[_last(key)]} now than when it began"
+            raise UserError(f"{folder.path} holds another run ({said}); choose another --out")
     return changed
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
 
 
 def _where_they_part(first: str, second: str) -> tuple[str, str]:

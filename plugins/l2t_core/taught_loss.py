@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class TaughtLoss(nn.Module):
         loss.backward(); optimizer.step(); criterion.step()
 
     and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
-    after each validation. Without ``step`` the teacher would keep writing its first loss. The
+    after each validation; where the first one is overdue, a warning says so once, with how often
+    the teacher is used to it. Without ``step`` the teacher would keep writing its first loss. The
     module has no parameters; ``state_dict`` carries the student's state for a resume. In
     evaluation mode and under ``torch.no_grad`` it is plain cross-entropy, and the teacher learns
     nothing of it. Targets of -100 are left out, as in ``nn.CrossEntropyLoss``.
@@ -76,6 +78,10 @@ class TaughtLoss(nn.Module):
         self._seen = (0.0, 0.0, 0)
         self._dev: DevStatistics | None = None  # to be shared with the other processes
         self._device = torch.device("cpu")
+        header = self.applied.header
+        assert header is not None  # from_file always has one
+        self._dev_interval = header.dev_interval_for(total_steps)
+        self._may_miss_dev = header.teacher.reads_dev  # until it saw dev, or it was said
 
     @property
     def applied(self) -> AppliedTeacher:
@@ -105,12 +111,28 @@ class TaughtLoss(nn.Module):
     def step(self) -> None:
         """Tell the teacher that the optimiser has made its step; call it once after each.
 
-        All batches since the last call count as this step's (gradient accumulation).
+        All batches since the last call count as this step's (gradient accumulation). Warns once,
+        in the first process, if the teacher looks at dev and has seen nothing of it for more than
+        twice the steps that were between two looks in its own training, scaled to this one.
         """
         nll, right, examples = self._of_all_processes() if _several() else self._seen
         if examples:
             self.applied.commit(TrainStatistics(nll / examples, right / examples))
+            self._tell_if_dev_is_missed()
         self._seen = (0.0, 0.0, 0)
+
+    def _tell_if_dev_is_missed(self) -> None:
+        # One interval late is a loop that validates at the end of its epochs.
+        if not self._may_miss_dev or self.applied.step <= 2 * self._dev_interval:
+            return
+        self._may_miss_dev = False
+        if not _several() or dist.get_rank() == 0:
+            warnings.warn(
+                f"TaughtLoss: the teacher looks at dev and has not seen it in {self.applied.step} "
+                "steps: it takes the student for one that still guesses; call "
+                f"criterion.observe_dev(logits, targets) every {self._dev_interval} steps or so",
+                stacklevel=3,  # where the user's loop calls step
+            )
 
     def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
         """Show the teacher the dev set's logits [N, K] and targets [N] after a validation.
@@ -121,6 +143,7 @@ class TaughtLoss(nn.Module):
         self._check_classes(logits)
         logits, targets = _without_ignored(logits.detach(), targets)
         found = dev_statistics(torch.log_softmax(logits, 1), targets, logits.shape[1])
+        self._may_miss_dev = False
         if _several():
             self._dev = found
         else:
@@ -137,7 +160,7 @@ class TaughtLoss(nn.Module):
             looks: list[DevStatistics | None] = [None] * dist.get_world_size()
             dist.all_gather_object(looks, self._dev)
             self.applied.observe_dev(next(look for look in looks if look is not None))
-            self._dev = None
+            self._dev, self._may_miss_dev = None, False
         return nll, right, examples
 
     def _check_classes(self, logits: Tensor) -> None:
@@ -155,6 +178,8 @@ class TaughtLoss(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over the student's state, from ``load_state_dict``."""
         self.applied.load_state_dict(state)
+        if state["state"]["dev"]:
+            self._may_miss_dev = False
 
 
 def _without_ignored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def _demo(data: Path, schedule: str, rate: float, measure: str) -> Student:
     """Return the student of recipes/nmt/demo-de-en for 400 updates of half its batch."""
     import yaml
 
-    from l2t_cli.recipe_loading import shipped_recipes
+    from l2t_cli.recipe_files import shipped_recipes
     from l2t_fairseq.recipe import NmtSpec
     from l2t_fairseq.student import build_student
 

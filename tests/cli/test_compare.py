@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,15 @@ from scipy import stats
 from l2t_cli import console, plots
 from l2t_cli.compare import Comparison, load_for_comparison
 from l2t_cli.compare_image import ImageTrials
-from l2t_cli.compare_plan import Tuning, arms
-from l2t_cli.compare_report import show, table_rows, teacher_cost, verdict
+from l2t_cli.compare_plan import Arm, Tuning, arms
+from l2t_cli.compare_report import (
+    markdown,
+    show,
+    summarise,
+    table_rows,
+    teacher_cost,
+    verdict,
+)
 from l2t_cli.compare_trials import Result, Trial, TrialStore
 from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
@@ -165,11 +173,13 @@ def test_the_report_is_what_the_trial_files_say(watched: Watched) -> None:
         assert against["difference"] == pytest.approx(mean(values) - mean(reference))
         change = (mean(values) - mean(reference)) / mean(reference)
         assert against["relative"] == pytest.approx(change)
+        assert row["change"] == pytest.approx(100 * change)
         assert f"{100 * change:+.1f} %" in report
         if against["t_p"] is not None:
             p = stats.ttest_rel(values, reference).pvalue
             assert against["t_p"] == pytest.approx(p)
             assert (f"| {p:.3f} |" if p >= 0.0005 else "| <0.001 |") in report
+    assert watched.summary["change_unit"] == "%"
     assert watched.summary == json.loads((watched.folder / "comparison.json").read_text())
     with (watched.folder / "students.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -662,6 +672,26 @@ def test_a_damaged_trial_file_is_named(l2t: Run, tiny: Path, watched: Watched) -
     path.write_text("{")
     line = l2t("compare", tiny, change, "--jobs", "1").error()
     assert str(path) in line and "delete it" in line
+
+
+def test_a_score_changes_in_points() -> None:
+    """As the field tells BLEU: 33 to 34.5 is +1.5, not +4.5 %."""
+    field: Any = SimpleNamespace(measure="BLEU", dev_measure="BLEU", worst=0, lower_is_better=False)
+    point = Point(0.1, ())
+    tests = {"cross_entropy": (32.0, 33.0, 34.0), "mrt": (33.5, 34.0, 36.0)}
+    tuning: Any = SimpleNamespace(
+        chosen=lambda: dict.fromkeys(tests, point), scores={n: {point: (1.0, 0.0)} for n in tests},
+        rates=[0.05, 0.1, 0.2], on_nll=False, count=1, seeds=[900_001],
+    )
+    finals: Any = SimpleNamespace(
+        results={n: {s: Result(1.0, 9, 1.0, 0.0, v) for s, v in enumerate(t)}
+                 for n, t in tests.items()}
+    )
+    summary = summarise("tiny", [Arm(n, n, {}) for n in tests], tuning, finals, {}, field)
+    assert summary["change_unit"] == "points"
+    assert [row["change"] for row in summary["losses"]] == [None, pytest.approx(1.5)]
+    assert [row[4] for row in table_rows(summary)] == ["", "+1.50 points"]
+    assert "| +1.50 points |" in markdown(summary)
 
 
 def test_transfer_to_another_student_and_length(l2t: Run, tiny: Path, watched: Watched) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,28 @@ def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_pat
     assert (run / "dev_measure.png").read_bytes().startswith(b"\x89PNG")
     assert load_file(run / "teacher_best.safetensors")
     assert any((tmp_path / "tb").iterdir())
+    usual = f"  l2t compare {digits} --teacher runs/tiny/teacher_best.safetensors"
+    assert outcome.out.splitlines()[-1] == usual
     assert "\x1b" not in outcome.out  # no terminal, no colours
+
+
+def test_a_training_ends_with_the_command_to_go_on_with(
+    l2t: Run, digits: Path, tmp_path: Path
+) -> None:
+    """With the students' changes, quoted, without those of the teacher's training."""
+    folder = tmp_path / "a run"
+    done = l2t(
+        "train-teacher", "tiny.yaml", "image.optimiser={name: momentum, lr: 0.05}",
+        "training.episodes=1", "loss.form=shared", "--seed", "7", "--out", folder,
+    )
+    teacher = "a run/teacher_best.safetensors"
+    *_, text = done.out.splitlines()
+    assert shlex.split(text) == [
+        "l2t", "compare", "tiny.yaml", "image.optimiser={name: momentum, lr: 0.05}",
+        "--teacher", teacher, "--out", "a run-compare",
+    ]
+    planned = l2t(*shlex.split(text)[1:], "--dry-run")
+    assert planned.code == 0 and "taught" in planned.out, planned.err
 
 
 def test_episodes_without_a_usable_hypergradient_say_why(
@@ -357,7 +379,8 @@ def test_all_students_have_the_teacher_that_there_was_at_the_start(
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     # Another file is another teacher; a copy that is lost has no other.
     other = write_teacher(trained / "other.safetensors", 10, kind="classes")
-    assert "teacher is " in l2t("apply-teacher", other, digits, "--out", "used").error()
+    refused = l2t("apply-teacher", other, digits, "--out", "used").error()
+    assert "the teacher is another now" in refused
     next(Path("used").glob("teacher-*.safetensors")).write_bytes(b"")
     assert "missing or damaged" in l2t(*command, "3").error()
 
@@ -406,6 +429,23 @@ def test_what_chance_may_have_done_is_no_difference(
     tested = "told apart (3 students each, every" not in said and len(taught) > 2
     assert (f" {p:.3f} │" in printed) == tested
     assert printed.count(NOT_TUNED) == 1
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (120, 1)])
+def test_the_table_of_students_fits_the_screen(
+    width: int, tables: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    console._console.cache_clear()
+    taught = {seed: Score(2.0 + seed / 8, "s", 71.0) for seed in range(1, 6)}
+    others = {**taught, 5: Score(None, "", 71.0, diverged="lost")}
+    scores = {"taught": taught, "cross_entropy": others}
+    result = ApplicationResult("tiny", "error %", True, 100.0, scores, Path("out"))
+    report(result, LogFormat.simple)
+    printed = capsys.readouterr().out.splitlines()
+    drawn = [row for row in printed if row[0] in "╭│├╰"]
+    assert all(len(row) <= width for row in drawn) and len(drawn) == 6 * tables  # no cell folded
+    assert all(any(text in row for row in drawn) for text in (*result.table()[0], "1 min 11 s"))
 
 
 def test_the_demos_json_is_one_line(l2t: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 import types
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -120,6 +121,32 @@ def test_taught_loss_writes_one_loss_for_all_processes(tmp_path):
     torch.testing.assert_close(first, alone)
     assert state["state"]["dev"]["nll"] == pytest.approx(expected["state"]["dev"]["nll"])
     assert float((first[-1] - first[1]).abs().max()) > 1e-3
+
+
+def dev_warnings(path, processes):
+    """Return how many warnings a process gives if none of them looks at dev, or the second."""
+    logits, targets, counts = torch.zeros(4, 4), torch.arange(4), []
+    for looks in (False, True):
+        criterion = TaughtLoss(path, 6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(6):
+                criterion(logits, targets)
+                criterion.step()
+                if looks and step == 0 and processes.rank == 1:
+                    criterion.observe_dev(logits, targets)
+        counts.append(sum("TaughtLoss" in str(w.message) for w in caught))
+    return counts
+
+
+def test_the_first_process_alone_tells_that_dev_is_missed(tmp_path):
+    spec = TeacherSpec(slots=3, features=["progress", "dev_nll"])
+    loss = LossSpec("dense", "softplus")
+    header = TeacherHeader(spec, loss, 4, 6, 2, {"kind": "classes", "num_classes": 4})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 4, 2, seed=2), header)
+    counts = in_two_processes(tmp_path, functools.partial(dev_warnings, path))
+    assert counts == [[1, 0], [0, 0]]
 
 
 def share_batches(processes):

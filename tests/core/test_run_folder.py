@@ -31,6 +31,24 @@ def test_short_settings_are_shown_whole(tmp_path):
         open_run(tmp_path / "run", {"lr": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("data_sha256", "the data are others"), ("code_sha256", "your own code is another"),
+        ("start_sha256", "the checkpoint that students start from is another"),
+        ("reference_sha256", "the reference text is another"),
+    ],
+)
+def test_other_data_are_told_in_words_and_after_settings(tmp_path, key, said):
+    """The hash of data comes first in the alphabet, but what was asked for tells more."""
+    open_run(tmp_path / "run", {"content": {key: "a" * 64}, "image": {"data": "digits"}})
+    with pytest.raises(UserError) as refused:
+        open_run(tmp_path / "run", {"content": {key: "b" * 64}, "image": {"data": "digits"}})
+    assert f"holds another run ({said} now than when it began); choose" in str(refused.value)
+    with pytest.raises(UserError, match=r"image\.data is 'digits' there, 'images' here"):
+        open_run(tmp_path / "run", {"content": {key: "b" * 64}, "image": {"data": "images"}})
+
+
 def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
     path, tensors = tmp_path / "state.safetensors", {"theta": torch.ones(3)}
     save_tensors_and_record(path, tensors, {"step": 1})

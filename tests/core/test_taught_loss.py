@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,7 @@ from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import StudentState, train_statistics
-from l2t_core.teacher_file import TeacherHeader, save_teacher
+from l2t_core.teacher_file import TeacherHeader, load_teacher, save_teacher
 from l2t_core.teachers import build_teacher
 
 
@@ -158,6 +161,46 @@ def test_ignored_targets_are_left_out_as_in_cross_entropy(teacher_path):
     criterion(logits, torch.full_like(targets, -100))
     criterion.step()
     assert criterion.applied.state_dict()["state"] == kept.applied.state_dict()["state"]
+
+
+def step_through(criterion, steps, look_at=()):
+    """Make ``steps`` steps with a validation after each; return the texts of the warnings."""
+    logits, targets = torch.zeros(4, 4), torch.arange(4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            criterion(logits, targets)
+            criterion.step()
+            with torch.no_grad():
+                criterion(logits, targets)
+            if step in look_at:
+                criterion.observe_dev(logits, targets)
+    return caught
+
+
+def test_a_teacher_that_misses_dev_says_so_once(teacher_path):
+    """It saw dev every 2 of 10 steps: of 30 every 6, and from the 13th on it is overdue."""
+    criterion = TaughtLoss(teacher_path, 30, fresh()[1])
+    assert step_through(criterion, 12) == []
+    found, *more = step_through(criterion, 18)
+    assert not more and found.filename == __file__
+    assert re.search(r"in 13 steps: .* criterion.observe_dev\(.*\) every 6 s", str(found.message))
+
+
+@pytest.mark.parametrize("look_at", [0, 11])
+def test_a_teacher_that_saw_dev_says_nothing(teacher_path, look_at):
+    criterion = TaughtLoss(teacher_path, 30, fresh()[1])
+    assert step_through(criterion, 30, [look_at]) == []
+    resumed = TaughtLoss(teacher_path, 30, fresh()[1])
+    resumed.load_state_dict(criterion.state_dict())
+    assert step_through(resumed, 1) == []
+
+
+def test_a_teacher_that_needs_no_dev_says_nothing(teacher_path):
+    teacher, header = load_teacher(teacher_path)
+    header.teacher.features = ["progress", "train_nll", "train_accuracy", "log_learning_rate"]
+    save_teacher(teacher_path, teacher, header)
+    assert step_through(TaughtLoss(teacher_path, 30, fresh()[1]), 30) == []
 
 
 class OnceOnly(torch.autograd.Function):

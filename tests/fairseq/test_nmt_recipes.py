@@ -19,7 +19,8 @@ from l2t_cli.compare import load_for_comparison
 from l2t_cli.compare_fairseq import FairseqTrials
 from l2t_cli.compare_trials import Trial
 from l2t_cli.main import main
-from l2t_cli.recipe_loading import load_recipe, shipped_recipes
+from l2t_cli.recipe_files import shipped_recipes
+from l2t_cli.recipe_loading import load_recipe
 from l2t_fairseq import iwslt14
 from l2t_fairseq.fairseq_setup import FairseqSetup, parse_flags
 
