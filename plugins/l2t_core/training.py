@@ -64,10 +64,11 @@ class TrainingResult:
 
 def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
     """Return what to say where no hypergradient of ``episodes`` could be followed."""
-    return UserError(
-        f"{episodes} gave a usable hypergradient (the last: {last['reason']}); lower the student's "
-        "learning rate or training.lr"
-    )
+    reason = last["reason"]
+    mend = "lower the student's learning rate or training.lr"
+    if "measure" in reason:  # its students have lived
+        mend = f"look at the measure first (image.measure, nmt.measure), and if it is sound {mend}"
+    return UserError(f"{episodes} gave a usable hypergradient (the last: {reason}); {mend}")
 
 
 class TeacherTraining:

@@ -20,7 +20,7 @@ from torch import Tensor
 from l2t_core.errors import UserError
 from l2t_core.files import from_home
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
+from l2t_core.user_code import FAILURES, imported, is_import_path
 from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
 from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.idx import load_idx_set
@@ -116,7 +116,7 @@ def own_data(folder: Path, spec: ImageSpec) -> RawImages:
             found: Any = function(str(folder), train=train)
             images, labels = found if isinstance(found, tuple) else (found.data, found.targets)
             splits.append((_unsigned_bytes(images), _class_numbers(labels)))
-        except Exception as error:  # the user's own code
+        except FAILURES as error:
             raise UserError(
                 f"image.data {spec.data} failed ({type(error).__name__}: {error}); it is called "
                 "as function(folder, train=True) and returns images and labels"
