@@ -38,7 +38,8 @@ class ImageData:
 
     ``mean`` and ``deviation`` [C] are those of the training pixels as stored (0-255, or 0-16 for
     digits). ``confusion`` [K, K], float64, is the share of training images of class k that are
-    labelled j. ``class_names`` are the classes' folders; empty where they have none.
+    labelled j. ``class_names`` are the classes' folders; empty where they have none. ``notes`` are
+    lines on what of the source is left out.
     """
 
     train_x: Tensor
@@ -52,6 +53,7 @@ class ImageData:
     deviation: Tensor
     confusion: Tensor
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def standardised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return unsigned bytes [N, C, H, W] as numbers of mean 0 and deviation 1 on train."""
@@ -204,7 +206,7 @@ def load_data(spec: ImageSpec) -> ImageData:
     mean, deviation = _pixel_statistics(train_x)
     return ImageData(
         train_x, train_y, raw.train_x[dev], dev_y, raw.test_x, raw.test_y,
-        raw.num_classes, mean, deviation, confusion, raw.class_names,
+        raw.num_classes, mean, deviation, confusion, raw.class_names, raw.notes,
     )
 
 
