@@ -58,8 +58,6 @@ def command(
                 ["target", *map(str, classes)],
                 [[str(y), *(f"{weights[k, y]:.2f}" for k in classes)] for y in classes],
             )
-    if header.num_classes < 2:
-        return
     console.table_in_parts(
         "How the loss pulls at an example with probability p on its target\n"
         "(cross-entropy: 1; below 0: it pushes p down)",

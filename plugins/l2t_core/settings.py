@@ -100,6 +100,8 @@ def _unknown(
 def _wrong_together(
     loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, num_classes: int | None
 ) -> Iterator[str]:
+    if num_classes is not None and num_classes < 2:
+        yield f"num_classes of the student is {num_classes}; two or more are needed"
     if num_classes is not None and num_classes > PAIRS_LIMIT:
         shapes = coefficient_shapes(loss, num_classes).values()
         if (num_classes, num_classes) in shapes:
