@@ -230,8 +230,8 @@ def _idle(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> Iterator[str]
         yield f"loss.rank has no effect with loss.form={loss.form}; use lowrank, or leave it out"
     if loss.warmup_smoothing and not loss.warmup_steps:
         yield (
-            "loss.warmup_smoothing has no effect without a warm-up; set loss.warmup_steps, or "
-            "leave it out"
+            "loss.warmup_smoothing has no effect with loss.warmup_steps=0; set that, or leave it "
+            "out"
         )
     if spec.final_students != TrainingSpec.final_students and spec.finalists == 1:
         yield (
