@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from l2t_cli import application as applying
-from l2t_cli import console
+from l2t_cli import console, recipe_values
 from l2t_cli.application_result import ApplicationResult, report
 from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
-from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
+from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
 from l2t_core.errors import UserError
 from l2t_fairseq.command import looks_like_training
 
@@ -124,7 +124,7 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
     refuse_sections(
         target[1:], [COMPARE], "has no effect here; give it to `l2t compare`"
     )
-    return application_for_recipe(load_recipe(first, target[1:]))
+    return application_for_recipe(recipe_values.load(first, target[1:]))
 
 
 def application_for_recipe(recipe: Recipe) -> Any:

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli import compare_plan, console
+from l2t_cli import compare_plan, console, recipe_values
 from l2t_cli.console import LogFormat
 from l2t_cli.doctor import cores
 from l2t_cli.errors import Interrupted
 from l2t_cli.options import ChosenFormat, DryRun, Jobs, RecipeName, changes, output_folder
 from l2t_cli.progress import bar
-from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, load_recipe, refuse_sections
+from l2t_cli.recipe_loading import CORE_SECTIONS, Recipe, refuse_sections
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
@@ -62,7 +62,7 @@ def load_for_comparison(name: str, changes: Sequence[str]) -> Recipe:
         list(CORE_SECTIONS),
         "belongs to the teacher's training and has no effect here; give it to `l2t train-teacher`",
     )
-    recipe = load_recipe(name, changes)
+    recipe = recipe_values.load(name, changes)
     if wrong := compare_plan.problems(recipe):
         raise UserError(wrong[0])
     return recipe

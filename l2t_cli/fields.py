@@ -91,8 +91,19 @@ class Field:
             ) from error
 
     def problems(self, spec: Any) -> list[str]:
-        """Return a line for everything that is wrong with ``spec`` on its own."""
-        return list(self.load("check")(spec)) if self.check else []
+        """Return a line for everything that is wrong with ``spec`` on its own.
+
+        Raises:
+            UserError: if that takes a package that is missing.
+        """
+        if not self.check:
+            return []
+        try:
+            check = self.load("check")
+        except ImportError:
+            self.require()
+            raise
+        return list(check(spec))
 
     def known_classes(self, spec: Any) -> int | None:
         """Return the student's number of classes, None where building it alone would tell."""

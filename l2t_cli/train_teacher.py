@@ -18,8 +18,8 @@ from l2t_cli.console import LogFormat
 from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.progress import ScalarLog, TeacherView
-from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, load_recipe, refuse_sections
-from l2t_cli.recipe_values import refuse_impossible
+from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
+from l2t_cli.recipe_values import load, refuse_impossible
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import PeerLost, UserError
 
@@ -50,7 +50,7 @@ def command(
     if seed is not None:
         wanted.append(f"training.seed={seed}")
     refuse_sections(wanted, [COMPARE], "has no effect here; give it to `l2t compare`")
-    loaded = load_recipe(recipe, wanted)
+    loaded = load(recipe, wanted)
     folder = out or default_folder(loaded)
     chosen = console.default_format(log_format)
     if dry_run:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from l2t_cli import compare_plan
-from l2t_cli.recipe_loading import load_recipe, shipped_recipes
+from l2t_cli.recipe_files import shipped_recipes
+from l2t_cli.recipe_loading import load_recipe
 from l2t_cli.recipe_values import problems
 
 ROOT = Path(__file__).parent.parent

@@ -42,7 +42,7 @@ class WayBack:
 class Watch:
     """Samples norms and curvature at some of ``steps`` reverse steps.
 
-    ``last`` is ||d omega|| at the last of them.
+    ``last`` is ||d omega|| at the last of them, or at the latest that has one.
     """
 
     def __init__(self, life: Life, last: float, steps: int) -> None:

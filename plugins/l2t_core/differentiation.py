@@ -98,12 +98,12 @@ def _back(
     """Walk ``trajectory`` back from ``cotangent``; return d theta [D] and what was seen.
 
     ``cotangent`` is that of the end; ``readout`` has it if M-tilde is read elsewhere, too. Norms
-    are told by that of all readings.
+    are told, and capped, by that of all readings; where the end has none, by that of the latest
+    reading that has one.
     """
     engine, spec = episode.engine, episode.engine.spec
     readings = readout.readings if readout else 1
     watch = Watch(episode.life, readings * float(cotangent[0].norm()), trajectory.steps)
-    most = spec.cotangent_cap * watch.last
     beside = None
     if engine.second.approximate and engine.comparable:
         beside = Beside(engine, teacher, trajectory, cotangent)
@@ -117,8 +117,12 @@ def _back(
     def arrive_and_cap(step: int, cotangent: Tensor) -> None:
         if readout:
             readout.arrive(step, cotangent)
-        if most > 0.0 and (norm := float(cotangent[0].norm())) > most:
-            cotangent *= most / norm
+        if watch.last == 0.0:
+            watch.last = (len(readout.steps) if readout else 1) * float(cotangent[0].norm())
+        elif spec.cotangent_cap:
+            most, norm = spec.cotangent_cap * watch.last, float(cotangent[0].norm())
+            if norm > most:
+                cotangent *= most / norm
 
     def arrive_both(step: int, cotangent: Tensor) -> None:
         arrive_and_cap(step, cotangent)
@@ -257,7 +261,8 @@ def mixed(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Outco
     assert plus.true is not None and minus.true is not None
     yield Outcome(
         estimates, (plus.smoothed + minus.smoothed) / 2, (plus.true + minus.true) / 2,
-        plus.features, max((plus.way_back, minus.way_back), key=lambda w: w.largest),
+        plus.features + minus.features,
+        max((plus.way_back, minus.way_back), key=lambda w: w.largest),
     )
 
 

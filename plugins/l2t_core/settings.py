@@ -100,6 +100,8 @@ def _unknown(
 def _wrong_together(
     loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, num_classes: int | None
 ) -> Iterator[str]:
+    if num_classes is not None and num_classes < 2:
+        yield f"num_classes of the student is {num_classes}; two or more are needed"
     if num_classes is not None and num_classes > PAIRS_LIMIT:
         shapes = coefficient_shapes(loss, num_classes).values()
         if (num_classes, num_classes) in shapes:
@@ -228,8 +230,8 @@ def _idle(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> Iterator[str]
         yield f"loss.rank has no effect with loss.form={loss.form}; use lowrank, or leave it out"
     if loss.warmup_smoothing and not loss.warmup_steps:
         yield (
-            "loss.warmup_smoothing has no effect without a warm-up; set loss.warmup_steps, or "
-            "leave it out"
+            "loss.warmup_smoothing has no effect with loss.warmup_steps=0; set that, or leave it "
+            "out"
         )
     if spec.final_students != TrainingSpec.final_students and spec.finalists == 1:
         yield (

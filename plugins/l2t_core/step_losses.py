@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from l2t_core.baselines import Moment
 from l2t_core.errors import UserError
-from l2t_core.fixed_losses import baseline, complete_settings
-from l2t_core.own_functions import try_on_nothing_known
+from l2t_core.fixed_losses import LOSSES_KEY, baseline, complete_settings
+from l2t_core.own_functions import try_out
 from l2t_core.student import Student
 from l2t_core.student_state import DevStatistics, TrainStatistics
 
@@ -178,7 +178,7 @@ def fixed_loss(name: str, settings: Mapping[str, float], student: Student) -> Fi
     loss = FixedLoss(name, settings, student.total_steps, last_layer, told)
     if found.own:
         device = next(student.module.parameters()).device
-        try_on_nothing_known(loss.loss, student.num_classes, device)
+        try_out(loss.loss, student.num_classes, f"{LOSSES_KEY} {name}", device)
     return loss
 
 

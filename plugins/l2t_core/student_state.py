@@ -104,10 +104,12 @@ class StudentState:
         feature_names: which features, in which order.
 
     Raises:
-        UserError: if a feature is unknown.
+        UserError: if a feature is unknown, or there is one class only.
     """
 
     def __init__(self, total_steps: int, num_classes: int, feature_names: Sequence[str]) -> None:
+        if num_classes < 2:
+            raise UserError(f"num_classes is {num_classes}; it must be 2 or more")
         self.total_steps = total_steps
         self.num_classes = num_classes
         self.feature_names = tuple(feature_names)

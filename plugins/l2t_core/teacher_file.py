@@ -172,8 +172,8 @@ def _check_values(header: TeacherHeader) -> None:
     }
     for name, value in whole.items():
         # Forms without a part for each class have no tensor that would give a wrong K away.
-        most = 2**24 if name == "num_classes" else 2**40
-        if type(value) is not int or not 1 <= value < most:
+        least, most = (2, 2**24) if name == "num_classes" else (1, 2**40)
+        if type(value) is not int or not least <= value < most:
             raise ValueError(f"{name} is {value!r}")
     warmup = header.loss.warmup_steps
     if type(warmup) is not int or warmup < 0:

@@ -68,9 +68,10 @@ def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
 
     The row of the ``last`` one may have a warning with a remedy of its own.
     """
-    said = last.get("warning") or (
-        f"{last['reason']}; lower the student's learning rate, or training.lr"
-    )
+    reason, mend = last["reason"], "lower the student's learning rate, or training.lr"
+    if "measure" in reason:  # its students have lived
+        mend = f"look at the measure first (image.measure, nmt.measure), and if it is sound {mend}"
+    said = last.get("warning") or f"{reason}; {mend}"
     return UserError(f"{episodes} gave a usable hypergradient; the last: {said}")
 
 

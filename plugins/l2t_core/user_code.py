@@ -11,6 +11,9 @@ from typing import Any
 
 from l2t_core.errors import UserError
 
+# What the user's code may do; a script that ends itself must not end the command without a word.
+FAILURES = (Exception, SystemExit)
+
 _ADDED: list[str] = []  # the folder that is on sys.path for the user's modules, if any
 
 
@@ -39,8 +42,7 @@ def imported(path: str, key: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    # Whatever the user's module does while it is imported; a script without a guard ends it all.
-    except (Exception, SystemExit) as error:
+    except FAILURES as error:  # a script without a guard ends itself as it is imported
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{key} {path} cannot be imported ({reason}); write module:function, with the module "

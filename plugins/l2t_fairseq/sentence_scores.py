@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 
 from l2t_core.errors import UserError, suggestion
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path, source_of
+from l2t_core.user_code import FAILURES, imported, is_import_path, source_of
 
 # The reference's n-grams are counted once for all candidates and all episodes.
 _REFERENCES = 4096
@@ -177,7 +177,7 @@ def own_measure(path: str) -> Measure:
         try:
             value = function(hypothesis, reference)
             number = float(value)
-        except Exception as error:  # whatever the user's function does
+        except FAILURES as error:
             raise UserError(
                 f"nmt.measure {path} fails on {hypothesis!r} against {reference!r} "
                 f"({type(error).__name__}: {error}); it takes two texts and returns a number"

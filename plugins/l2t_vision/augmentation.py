@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_core.own_functions import comes_to_the_same
 from l2t_core.registry import Registry
-
-# A function that tosses a coin of its own comes up the same so often once in 128 times.
-_CALLS = 8
+from l2t_core.user_code import FAILURES
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def augmented(images: Tensor, how: Augmentation, generator: torch.Generator) -> 
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global random numbers of torch, ``random`` and NumPy, and take them back."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -89,10 +88,10 @@ def own_augmented(
     Raises:
         UserError: if it fails or returns something else than such images.
     """
-    with _seeded(seed, images.device):
+    with seeded(seed, images.device):
         try:
             found = function(images.clone())
-        except Exception as error:  # the user's own code
+        except FAILURES as error:
             raise UserError(
                 f"image.augment {path} failed ({type(error).__name__}: {error}); it is called with "
                 "images, unsigned bytes [N, C, H, W], and returns as many of the same size"
@@ -117,8 +116,7 @@ def check_repeatable(images: Tensor, function: Callable[[Tensor], Tensor], path:
     Raises:
         UserError: so that no way back is walked on other batches than the way there.
     """
-    first, *others = (own_augmented(images, function, path, seed=1) for _ in range(_CALLS))
-    if not all(torch.equal(first, other) for other in others):
+    if not comes_to_the_same(lambda: own_augmented(images, function, path, seed=1)):
         raise UserError(
             f"image.augment {path} gave two results from one seed, and a step must see the same "
             "images whenever it is replayed; draw from torch.rand and the like, random or "

@@ -21,8 +21,24 @@ from l2t_vision.recipe import ImageSpec
 
 def problems(spec: ImageSpec) -> list[str]:
     """Return a line for every unknown name and impossible number, none if there is none."""
-    found = [*_unknown_names(spec), *_impossible_numbers(spec)]
+    found = [*_unknown_names(spec), *_impossible_numbers(spec), *_idle(spec)]
     return found or _impossible_optimiser(spec)
+
+
+def _idle(spec: ImageSpec) -> list[str]:
+    """Return a line for each setting that another one leaves nothing to do."""
+    scaled = spec.model in SCALABLE or is_import_path(spec.model)
+    models, own = f"image.model={spec.model}; use {' or '.join(SCALABLE)}", spec.data == "images"
+    idle = [
+        ("depth", spec.depth > 0 and not scaled, models),
+        ("width", spec.width > 0 and not scaled, models),
+        ("size", spec.size > 0 and not own, f"image.data={spec.data}; use images"),
+    ]
+    return [
+        f"image.{name} has no effect with {by}, or leave it out"
+        for name, without_effect, by in idle
+        if without_effect
+    ]
 
 
 def _unknown_names(spec: ImageSpec) -> list[str]:
@@ -51,13 +67,11 @@ def _impossible_optimiser(spec: ImageSpec) -> list[str]:
     try:
         build_optimiser(spec.optimiser)
     except UserError as error:
-        return [f"image.{error}"]
+        return [f"image.{error}".replace("with optimiser.", "with image.optimiser.")]
     return []
 
 
 def _impossible_numbers(spec: ImageSpec) -> list[str]:
-    scaled = spec.model in SCALABLE or is_import_path(spec.model)
-    of_scaled = f"0 where the model is {spec.model}; only {' and '.join(SCALABLE)} take it"
     rate, looked_at = spec.optimiser.lr, spec.dev_size - spec.trusted
     limits: list[Limit] = [
         ("optimiser.lr", rate, 0.0 < rate < math.inf, "above 0"),
@@ -71,18 +85,12 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
         ("hidden", spec.hidden, spec.hidden >= 1, "at least 1"),
         ("depth", spec.depth, spec.depth >= 0, "0 (the paper's largest) or more"),
         ("width", spec.width, spec.width >= 0, "0 (the paper's largest) or more"),
-        ("depth", spec.depth, scaled or spec.depth <= 0, of_scaled),
-        ("width", spec.width, scaled or spec.width <= 0, of_scaled),
         (
             "schedule.warmup_steps", spec.schedule.warmup_steps,
             0 <= spec.schedule.warmup_steps < max(1, spec.steps), "0 or more and below image.steps",
         ),
         ("dropout", spec.dropout, 0.0 <= spec.dropout < 1.0, "in [0, 1)"),
         ("size", spec.size, spec.size >= 0, "0 (as they are) or more"),
-        (
-            "size", spec.size, spec.data == "images" or spec.size <= 0,
-            f"0 where the data is {spec.data}; only images of your own are scaled",
-        ),
         ("train_size", spec.train_size, spec.train_size >= 0, "0 (all that dev leaves) or more"),
         (
             "dev_size", spec.dev_size, spec.dev_size >= 1,

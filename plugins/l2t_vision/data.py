@@ -20,7 +20,7 @@ from torch import Tensor
 from l2t_core.errors import UserError
 from l2t_core.files import from_home
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
+from l2t_core.user_code import FAILURES, imported, is_import_path
 from l2t_vision.cifar import CIFAR10, CIFAR100, load_cifar
 from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.idx import load_idx_set
@@ -38,7 +38,8 @@ class ImageData:
 
     ``mean`` and ``deviation`` [C] are those of the training pixels as stored (0-255, or 0-16 for
     digits). ``confusion`` [K, K], float64, is the share of training images of class k that are
-    labelled j. ``class_names`` are the classes' folders; empty where they have none.
+    labelled j. ``class_names`` are the classes' folders; empty where they have none. ``notes`` are
+    lines on what of the source is left out.
     """
 
     train_x: Tensor
@@ -52,6 +53,7 @@ class ImageData:
     deviation: Tensor
     confusion: Tensor
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def standardised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return unsigned bytes [N, C, H, W] as numbers of mean 0 and deviation 1 on train."""
@@ -116,7 +118,7 @@ def own_data(folder: Path, spec: ImageSpec) -> RawImages:
             found: Any = function(str(folder), train=train)
             images, labels = found if isinstance(found, tuple) else (found.data, found.targets)
             splits.append((_unsigned_bytes(images), _class_numbers(labels)))
-        except Exception as error:  # the user's own code
+        except FAILURES as error:
             raise UserError(
                 f"image.data {spec.data} failed ({type(error).__name__}: {error}); it is called "
                 "as function(folder, train=True) and returns images and labels"
@@ -204,7 +206,7 @@ def load_data(spec: ImageSpec) -> ImageData:
     mean, deviation = _pixel_statistics(train_x)
     return ImageData(
         train_x, train_y, raw.train_x[dev], dev_y, raw.test_x, raw.test_y,
-        raw.num_classes, mean, deviation, confusion, raw.class_names,
+        raw.num_classes, mean, deviation, confusion, raw.class_names, raw.notes,
     )
 
 

@@ -12,12 +12,12 @@ from l2t_vision.data import ImageData
 
 
 def notes(data: ImageData, own: bool) -> list[str]:
-    """Return a line for each split that lacks classes, or that shares images with train.
+    """Return its own, and a line for each split that lacks classes, or shares images with train.
 
     Shared images are looked for in the users' ``own`` data: the official sets hold some, and are
     what they are.
     """
-    found = []
+    found = [*data.notes]
     for name, labels in (("training", data.train_y), ("dev", data.dev_y), ("test", data.test_y)):
         if missing := missing_classes(labels, data.num_classes):
             words = [data.class_names[k] for k in missing] if data.class_names else missing

@@ -7,13 +7,15 @@ a name that is the digest of all file names and contents, so that a changed pict
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,11 +61,15 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
     return raw
 
 
-def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yield every picture's path, down from its split, and its content."""
+def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+    """Yield every picture's path, down from its split, and its content.
+
+    So are other files in classes' folders, with None: they are left out.
+    """
     if source.is_dir():
-        for found in sorted(_pictures(source)):
-            yield PurePosixPath(found.relative_to(source).as_posix()), found.read_bytes()
+        for found in sorted(_found(source)):
+            path = PurePosixPath(found.relative_to(source).as_posix())
+            yield path, found.read_bytes() if _is_picture(path) else None
         return
     if not source.is_file():
         raise UserError(
@@ -82,14 +88,20 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     "(tar --dereference)"
                 )
             # A hard link stands for a file that is packed further up.
-            if (member.isfile() or member.islnk()) and _is_picture(path) and not _hidden(path):
+            if not (member.isfile() or member.islnk()) or _hidden(path):
+                continue
+            if _is_picture(path):
                 handle = archive.extractfile(member)
                 assert handle is not None  # it is a file
                 yield path, handle.read()
+            elif _is_in_class(path):
+                yield path, None
 
 
-def _pictures(source: Path) -> Iterator[Path]:
-    """Yield the pictures under the folder ``source``, those behind links too.
+def _found(source: Path) -> Iterator[Path]:
+    """Yield the pictures under the folder ``source``, and what else is in classes' folders.
+
+    Links are followed.
 
     Raises:
         UserError: if a split, a class or a picture is a link to nothing, or a class of train is
@@ -113,8 +125,8 @@ def _pictures(source: Path) -> Iterator[Path]:
         pictures = 0
         for path in (here / name for name in files if not _hidden(PurePosixPath(name))):
             if path.is_file():
-                if _is_picture(path):
-                    pictures += 1
+                pictures += _is_picture(path)
+                if _is_picture(path) or _is_in_class(path.relative_to(source)):
                     yield path
                 continue
             parts = path.relative_to(source).parts
@@ -122,11 +134,17 @@ def _pictures(source: Path) -> Iterator[Path]:
             if path.is_symlink() and wanted:
                 raise UserError(f"{path} is a link to nothing; mend or remove it")
         if here.parent == source / "train" and not pictures and not folders:
-            raise UserError(f"{here} holds no picture; fill it, or remove that class")
+            raise UserError(
+                f"{here} holds no picture ({', '.join(SUFFIXES)}); fill it, or remove that class"
+            )
 
 
 def _is_picture(path: PurePosixPath | Path) -> bool:
     return path.suffix.lower() in SUFFIXES
+
+
+def _is_in_class(path: PurePosixPath | Path) -> bool:
+    return len(path.parts) > 2 and path.parts[0] in SPLITS
 
 
 def _hidden(path: PurePosixPath) -> bool:
@@ -145,20 +163,39 @@ def _content_key(source: Path, size: int) -> str:
         digest.update(file_digest(source, "sha256").encode())
     else:
         for path, content in _files(source):
+            if content is None:
+                digest.update(os.fsencode(path) + b"\0left out")
+                continue
+            _refuse_other_than_utf8(source, path)
             digest.update(str(path).encode() + b"\0" + hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def _refuse_other_than_utf8(source: Path, path: PurePosixPath) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"{source}: the name of {shown} is not UTF-8; rename it") from None
 
 
 def _decode_all(source: Path, size: int) -> RawImages:
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in SPLITS}
     shapes: dict[tuple[int, ...], PurePosixPath] = {}
+    left_out: Counter[str] = Counter()
+    several: list[PurePosixPath] = []
     for path, content in _files(source):
+        if content is None:
+            left_out[path.suffix.lower() or "no suffix"] += 1
+            continue
+        _refuse_other_than_utf8(source, path)
         if len(path.parts) != 3 or path.parts[0] not in SPLITS:
             raise UserError(
                 f"{source}: {path} is not where an image is looked for: train/CLASS/NAME or "
                 "test/CLASS/NAME; dev images belong to train, dev is cut from it"
             )
-        pixels = _decode(content, f"{source}: {path}", size)
+        pixels, more = _decode(content, f"{source}: {path}", size)
+        several += [path] if more else []
         shapes.setdefault(pixels.shape[:2], path)
         if len(shapes) > 1:
             (first, one), (second, other) = list(shapes.items())[:2]
@@ -170,7 +207,24 @@ def _decode_all(source: Path, size: int) -> RawImages:
     for split in SPLITS:
         if not found[split]:
             raise UserError(f"{source} holds no {split}/CLASS/*.jpg, *.png or the like")
-    return _assemble(source, found)
+    return dataclasses.replace(_assemble(source, found), notes=_notes(left_out, several))
+
+
+def _notes(left_out: Counter[str], several: Sequence[PurePosixPath]) -> tuple[str, ...]:
+    """Return a line on what is left out of files, by suffix, and one on that of pictures."""
+    notes = []
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+        notes.append(
+            f"files in classes' folders that are left out: {kinds}; pictures are read from "
+            f"{', '.join(SUFFIXES)}"
+        )
+    if several:
+        notes.append(
+            f"pictures of several pages or frames, of which the first is taken: {len(several)} "
+            f"({several[0]}{', ...' if several[1:] else ''})"
+        )
+    return tuple(notes)
 
 
 def _assemble(source: Path, found: dict[str, list[tuple[str, str, np.ndarray]]]) -> RawImages:
@@ -195,12 +249,17 @@ def _channels_first(pixels: np.ndarray, colour: bool) -> Tensor:
     return tensor.expand(3 if colour else 1, *tensor.shape).contiguous()
 
 
-def _decode(content: bytes, name: str, size: int) -> np.ndarray:
-    """Return a picture as unsigned bytes, [H, W] if it is grey, else [H, W, 3]."""
+def _decode(content: bytes, name: str, size: int) -> tuple[np.ndarray, bool]:
+    """Return a picture as unsigned bytes, [H, W] if it is grey, else [H, W, 3].
+
+    And whether its file holds more than that, a document's pages or an animation's frames.
+    """
     try:
         with _large_pictures(), Image.open(io.BytesIO(content)) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits for each colour; save it with 8")
+            # Not a camera's MPO: what it adds is the same picture, smaller or from beside.
+            several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
             picture: Any = ImageOps.exif_transpose(opened)  # as its camera was held
             grey = picture.mode in ("1", "L", "LA")
             if "A" in picture.getbands() or "transparency" in picture.info:
@@ -214,7 +273,7 @@ def _decode(content: bytes, name: str, size: int) -> np.ndarray:
             left, top = ((length - side) // 2 for length in picture.size)
             picture = picture.crop((left, top, left + side, top + side))
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-        return np.array(picture)
+        return np.array(picture), several
     # Pillow fails on damaged pictures in many ways, SyntaxError among them.
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
@@ -241,22 +300,23 @@ def _cache_folder() -> Path:
 
 
 def _load(cache: Path) -> RawImages | None:
-    """Return what is cached; a damaged file, or one without the classes' names, counts as none."""
+    """Return what is cached; a damaged file, or one without names and notes, counts as none."""
     try:
         with safetensors.safe_open(cache, framework="pt") as kept:
-            names = json.loads((kept.metadata() or {})["class_names"])
+            texts = kept.metadata() or {}
+            names, notes = (tuple(json.loads(texts[key])) for key in ("class_names", "notes"))
             tensors = {name: kept.get_tensor(name) for name in _TENSORS}
-        return RawImages(**tensors, num_classes=len(names), class_names=tuple(names))
+        return RawImages(**tensors, num_classes=len(names), class_names=names, notes=notes)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
 def _save(cache: Path, raw: RawImages) -> None:
     tensors = {name: getattr(raw, name) for name in _TENSORS}
-    names = {"class_names": json.dumps(raw.class_names)}
+    texts = {"class_names": json.dumps(raw.class_names), "notes": json.dumps(raw.notes)}
     # Without room or permission the images are decoded again next time.
     with contextlib.suppress(UserError, OSError):
-        atomic_write(cache, safetensors.torch.save(tensors, names))
+        atomic_write(cache, safetensors.torch.save(tensors, texts))
         # Of whatever pictures: those that were changed since are asked for no more.
         unfinished = (left.name.split(".") for left in cache.parent.glob(".*.safetensors.*"))
         sweep(cache.parent, [cache.with_stem(stem) for _, stem, *_ in unfinished])

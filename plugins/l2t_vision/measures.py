@@ -12,7 +12,7 @@ from l2t_core.measures import (
     margin_surrogate,
     smoothed_accuracy,
 )
-from l2t_core.own_functions import own_function, try_on_nothing_known
+from l2t_core.own_functions import own_function, try_out
 from l2t_core.registry import Registry
 from l2t_core.user_code import is_import_path
 
@@ -30,14 +30,15 @@ def build_measure(name: str, num_classes: int) -> Measure:
     """Return the measure that ``name`` says: an entry of ``MEASURES``, or an import path.
 
     It maps log-probabilities [N, K] and targets [N] to a scalar to maximise. The user's own is
-    tried on a student that knows nothing.
+    tried out on a few predictions.
 
     Raises:
-        UserError: if there is none, or the user's own fails or returns no scalar. What is returned
+        UserError: if there is none, or the user's own fails, returns no scalar or is not the same
+            each time. What is returned
             raises it, too, if it does so later.
     """
     if not is_import_path(name):
         return MEASURES.get(name)
     measure = own_function(name, KEY, each=False)
-    try_on_nothing_known(measure, num_classes)
+    try_out(measure, num_classes, f"{KEY} {name}")
     return measure

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
+from l2t_core.own_functions import comes_to_the_same
 from l2t_core.registry import Registry
-from l2t_core.user_code import imported, is_import_path
+from l2t_core.user_code import FAILURES, imported, is_import_path
 from l2t_vision.densenets import DenseNet
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.resnets import CifarResNet, Shape, WideResNet
@@ -21,8 +22,6 @@ MODELS: Registry[Callable[[Shape, int, ImageSpec], nn.Module]] = Registry("model
 # DenseNet-BC of L=190 and growth rate k=40, and WRN-40-10.
 _SCALABLE = {"densenet": (DenseNet, 190, 40), "wide-resnet": (WideResNet, 40, 10)}
 SCALABLE = tuple(_SCALABLE)
-# A model that tosses a coin of its own comes up the same so often once in 128 times.
-_CALLS = 8
 
 
 def build_model(shape: Shape, num_classes: int, spec: ImageSpec) -> nn.Module:
@@ -48,7 +47,7 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
         if "shape" in inspect.signature(function).parameters:
             arguments["shape"] = shape
         model = function(**arguments)
-    except Exception as error:  # the user's own code
+    except FAILURES as error:
         raise UserError(
             f"image.model {path} could not be built ({type(error).__name__}: {error}); it is "
             "called with num_classes, and with shape if it has such a parameter"
@@ -59,40 +58,64 @@ def _own_model(shape: Shape, num_classes: int, path: str) -> nn.Module:
     try:
         with torch.enable_grad():
             outputs = model(torch.zeros(2, *shape))
-    except Exception as error:
+    except FAILURES as error:
         raise UserError(
-            f"image.model {path} does not take images of {_size(shape)} ({error})"
+            f"image.model {path} does not take images of {_size(shape)} ({_said(error)})"
         ) from error
-    if not isinstance(outputs, Tensor) or outputs.shape != (2, num_classes):
-        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise UserError(
-            f"image.model {path} gives {found} for two images, expected logits [2, {num_classes}]"
-        )
+    _check_logits(path, outputs, 2, num_classes)
     if any(p.requires_grad for p in model.parameters()) and not outputs.requires_grad:
         raise UserError(
             f"image.model {path}: no derivative leads from its logits to its parameters"
         )
     # The way back sees a batch again: a model that works in place gets its own copy each time.
     model.register_forward_pre_hook(lambda _, inputs: tuple(x.clone() for x in inputs))
+    # Of other numbers of images, too: one that puts some of them together fits two by chance.
+    model.register_forward_hook(
+        lambda _, inputs, outputs: _check_logits(path, outputs, len(inputs[0]), num_classes)
+    )
     return model.train()
+
+
+def _check_logits(path: str, outputs: object, images: int, num_classes: int) -> None:
+    if not isinstance(outputs, Tensor) or outputs.shape != (images, num_classes):
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            f"image.model {path} gives {found} for {images} images, expected logits "
+            f"[{images}, {num_classes}]"
+        )
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def check_repeats(model: nn.Module, images: Tensor, path: str) -> None:
     """Refuse a model of the user's own that makes something else of the same images and seed.
 
-    ``images`` [N, C, H, W] are where ``model`` is; its buffers stay as they were.
+    ``images`` [N, C, H, W], one step's, are where ``model`` is; its buffers stay as they were. All
+    are seen once, and two of them often.
 
     Raises:
-        UserError: so that no way back is walked through another model than the way there.
+        UserError: so that no way back is walked through another model than the way there; if it
+            fails.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = []
-    for _ in range(_CALLS):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(1)
-            found.append(model.train()(images))
+
+    def logits(seen: Tensor) -> Tensor:
+        try:
+            with torch.no_grad():
+                found: Tensor = model.train()(seen)
+        except UserError:
+            raise
+        except FAILURES as error:
+            raise UserError(
+                f"image.model {path} fails in training on {len(seen)} images ({_said(error)})"
+            ) from error
         model.load_state_dict(before)
-    if not all(torch.equal(found[0], other) for other in found[1:]):
+        return found
+
+    logits(images)
+    if not comes_to_the_same(lambda: logits(images[:2])):
         raise UserError(
             f"image.model {path} gave two results for the same images and torch.manual_seed, and a "
             "step must be the same whenever it is replayed; draw from torch.rand and the like"

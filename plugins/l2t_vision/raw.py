@@ -17,6 +17,7 @@ class RawImages:
     """Training and test images, unsigned bytes [N, C, H, W], with their long labels [N].
 
     ``class_names`` are what its source calls the classes, in order; empty where it has numbers.
+    ``notes`` are lines on what of the source is not among them.
     """
 
     train_x: Tensor
@@ -25,6 +26,7 @@ class RawImages:
     test_y: Tensor
     num_classes: int
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def checked_splits(

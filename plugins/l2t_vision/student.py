@@ -19,6 +19,7 @@ from l2t_vision.augmentation import (
     augmented,
     check_repeatable,
     own_augmented,
+    seeded,
 )
 from l2t_vision.checks import problems
 from l2t_vision.data import ImageData, load_data
@@ -65,7 +66,8 @@ class ImageStudent:
         known = "none" if self.own_augmentation else spec.augment
         self.augmentation = AUGMENTATIONS.get(known)
         if is_import_path(spec.model):
-            check_repeats(self.make(), data.standardised(data.train_x[:2]).cpu(), spec.model)
+            some = data.standardised(data.train_x[: spec.batch_size]).cpu()
+            check_repeats(self.make(), some, spec.model)
         self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation
@@ -157,7 +159,10 @@ class ImageStudent:
             images, labels = images[chosen], labels[chosen]
         self.module.eval()
         log_probs = torch.log_softmax(self.module(self._images(images)), 1)
-        return self.smoothed(log_probs, labels)
+        if not is_import_path(self.spec.measure):
+            return self.smoothed(log_probs, labels)
+        with seeded(seed, images.device):  # one of the user's own may draw
+            return self.smoothed(log_probs, labels)
 
     def true_measure(self) -> float:
         """Return dev accuracy in [0, 1]."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from in_process import Run, write_teacher  # type: ignore[import-not-found]
+from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 
 from l2t_cli.errors import exit_code_of
+from l2t_cli.recipe_loading import load_recipe
+from l2t_cli.recipe_values import problems, without_idle
 
 
 @pytest.mark.parametrize(
@@ -242,3 +244,78 @@ def test_validate_refuses_a_dense_loss_over_the_dictionary_that_is_there(
 @pytest.mark.parametrize("change", ["loss.form=dense", "teacher.slots=3", "training.lr=1"])
 def test_an_application_refuses_what_belongs_to_the_teacher(l2t: Run, change: str) -> None:
     assert "no effect" in l2t("apply-teacher", "t.safetensors", "digits", change).error()
+
+
+TAUGHT_BY_NOISE = "training: {differentiation: antithetic-es, perturbation: 0.05, lr: 0.01}"
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "left_out"),
+    [
+        (TAUGHT_BY_NOISE, ["training.differentiation=exact"], ["training.perturbation=0.05"]),
+        ("loss: {form: lowrank, rank: 4}", ["loss.form=shared"], ["loss.rank=4"]),
+        (
+            "loss: {warmup_steps: 4, warmup_smoothing: 0.1}", ["loss.warmup_steps=0"],
+            ["loss.warmup_smoothing=0.1"],
+        ),
+        ("training: {finalists: 2, final_students: 5}", ["training.finalists=1"],
+         ["training.final_students=5"]),
+        (
+            "training: {differentiation: windows, window: 4}", ["training.differentiation=exact"],
+            ["training.window=4"],
+        ),
+        ("", ["image.optimiser.name=sgd"], ["image.optimiser.momentum=0.8"]),
+        (
+            "training: {cotangent_cap: 5.0, discount: 0.9}",
+            ["training.differentiation=antithetic-es", "image.optimiser.name=sgd"],
+            ["training.discount=0.9", "training.cotangent_cap=5.0", "image.optimiser.momentum=0.8"],
+        ),
+    ],
+)
+def test_what_the_command_line_leaves_nothing_to_do_is_left_out(
+    l2t: Run, digits: Path, section: str, changes: list[str], left_out: list[str]
+) -> None:
+    """As if it had been taken back on the command line, too; with a line on each."""
+    kept = [line for line in digits.read_text().splitlines()
+            if not line.startswith(("loss", "training"))]
+    kept = [line.replace("momentum: 0.9", "momentum: 0.8") for line in kept]
+    write(digits, "\n".join([*kept, section, ""]))
+    assert l2t("recipes", "validate", digits).code == 0
+    done = l2t("train-teacher", digits, *changes, "--dry-run")
+    assert done.code == 0, done.err
+    notes = done.err.splitlines()
+    assert [note.split(" has no effect with ")[0] for note in notes] == [
+        f"note: {setting} of the recipe" for setting in left_out
+    ]
+    plain = load_recipe(str(digits), changes)
+    whole, told = without_idle(plain)
+    assert len(told) == len(left_out) and problems(whole) == []
+    assert len(problems(plain)) >= 1
+    given = l2t("train-teacher", digits, *changes, *left_out, "--dry-run").error()
+    assert "the command line: " in given and "has no effect" in given
+
+
+def test_what_stands_beside_its_reason_is_refused(l2t: Run, digits: Path) -> None:
+    text = digits.read_text().replace("episodes: 2", "episodes: 2, perturbation: 0.05")
+    write(digits, text)
+    line = l2t("train-teacher", digits, "image.steps=16", "--dry-run").error()
+    assert f"{digits}: training.perturbation has no effect" in line
+
+
+def test_an_image_models_sizes_go_with_it() -> None:
+    recipe = load_recipe("cifar10-wide-resnet", ["image.model=resnet8"])
+    whole, told = without_idle(recipe)
+    assert [text.split("=")[0] for text in told] == ["image.depth", "image.width"]
+    assert (whole.student.depth, whole.student.width) == (0, 0) and problems(whole) == []
+
+
+def test_a_comparison_and_an_application_leave_the_same_out(l2t: Run, tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher.safetensors", 10, kind="classes")
+    recipe = write(tmp_path / "low.yaml", DIGITS.replace("momentum: 0.9", "momentum: 0.8"))
+    for words in (("compare", recipe), ("apply-teacher", teacher, recipe)):
+        done = l2t(*words, "image.optimiser.name=sgd", "--dry-run")
+        assert done.code == 0, done.err
+        assert done.err == (
+            "note: image.optimiser.momentum=0.8 of the recipe has no effect with "
+            "image.optimiser.name=sgd\n"
+        )

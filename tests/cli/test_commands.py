@@ -249,7 +249,7 @@ import importlib.abc, sys
 
 class NoFairseq(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fairseq":
+        if name.split(".")[0] in ("fairseq", "sacrebleu"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NoFairseq())
@@ -258,6 +258,8 @@ main(sys.argv[1:])
 """
     for arguments in (
         ["train-teacher", "demo-de-en"],
+        ["train-teacher", "demo-de-en", "nmt.candidates=ancestral"],
+        ["recipes", "validate", "demo-de-en"],
         ["apply-teacher", "t.safetensors", "--", "fairseq-train", "data"],
     ):
         run = run_python("-c", code, *arguments, cwd=tmp_path)

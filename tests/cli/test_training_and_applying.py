@@ -21,6 +21,7 @@ from l2t_cli import console, plots
 from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.apply_image import ImageApplication
 from l2t_cli.console import LogFormat
+from l2t_cli.inspect_teacher import PROBABILITIES
 from l2t_cli.progress import TeacherView
 from l2t_cli.recipe_loading import load_recipe
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
@@ -589,6 +590,22 @@ def test_inspect_shows_a_confusion_without_its_signs(l2t: Run, tmp_path: Path) -
     table = outcome.out[outcome.out.index("C² at t/T = 0.5") :].split("How the loss")[0]
     assert len(table.splitlines()) == 15 and "-0." not in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_inspect_breaks_no_number_in_two(
+    l2t: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 80 columns what is told over time comes in two tables."""
+    monkeypatch.setenv("COLUMNS", "80")
+    console._console.cache_clear()  # it may have met another screen
+    teacher = write_teacher(tmp_path / "dense.safetensors", 10, "dense", kind="classes")
+    out = l2t("inspect", teacher).out
+    lines = [line.strip("│ ") for line in out.splitlines() if line.startswith("│")]
+    told = [re.split(r"\s*│\s*", line) for line in lines if "±" in line]
+    assert len(told) == 2 * (2 + len(PROBABILITIES))  # W and b
+    assert all(re.fullmatch(r"-?[\d.]+ ± [\d.]+", cell) for row in told for cell in row[1:])
+    assert sum("t/T = 0.25" in line for line in lines) == 2
+    assert max(map(len, lines)) <= 76
 
 
 def test_inspect_shows_a_small_w_whole(l2t: Run, tmp_path: Path) -> None:

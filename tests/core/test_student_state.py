@@ -77,3 +77,9 @@ def test_statistics_from_log_probs():
 def test_unknown_feature():
     with pytest.raises(UserError, match="did you mean 'progress'"):
         StudentState(10, 3, ("progres",))
+
+
+def test_one_class_alone_is_refused():
+    """Its log K, by which the nll is measured, is 0."""
+    with pytest.raises(UserError, match="num_classes is 1; it must be 2 or more"):
+        StudentState(10, 1, ("train_nll",))

@@ -101,7 +101,8 @@ def test_other_files_are_refused(saved, tmp_path):
         load_teacher(other)
     bad["teacher"]["slots"] = 3
     for section, key, value in (
-        (None, "num_classes", "five"), (None, "num_classes", None), (None, "total_steps", 0),
+        (None, "num_classes", "five"), (None, "num_classes", 1),
+        (None, "num_classes", None), (None, "total_steps", 0),
         (None, "dev_interval", "x"), ("teacher", "slots", -1), ("teacher", "slots", "3"),
         ("teacher", "features", None), ("teacher", "features", [1]), ("loss", "ce_mix", "a"),
         ("loss", "warmup_smoothing", 1.0), ("loss", "warmup_steps", -2), ("loss", "sigma", "x"),

@@ -564,7 +564,7 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LOSS, {"differentiation": "antithetic-es", "spill": "file"}, "spill has no effect"),
         (LOSS, {"differentiation": "antithetic-es", "max_growth": 0.0}, "max_growth has no effect"),
         (LossSpec("shared", rank=4), {}, "loss.rank has no effect with loss.form=shared"),
-        (LossSpec(warmup_smoothing=0.1), {}, "without a warm-up; set loss.warmup_steps"),
+        (LossSpec(warmup_smoothing=0.1), {}, "no effect with loss.warmup_steps=0; set that"),
         (LOSS, {"final_students": 5}, "final_students has no effect with training.finalists=1"),
         (LOSS, {"students": 3, "student_seeds": 2}, "same lives more than once"),
         (LOSS, {"measure_points": 2, "truncate": 3}, "in the first 3 steps, which are not diff"),

@@ -98,6 +98,30 @@ def test_the_cap_bounds_the_cotangent(make_student):
     assert not torch.allclose(tight.estimates[0], free.estimates[0], rtol=1e-2)
 
 
+def test_the_cap_goes_by_the_latest_reading_that_has_a_gradient(make_student):
+    """Where M-tilde is flat at the end: that of step 6 of 9 stays whole, and no further."""
+    episode, teacher = build(make_student, TrainingSpec(measure_points=3, cotangent_cap=1e-10))
+    measure, calls = episode.life.student.smoothed_measure, []
+
+    def flat_at_the_end(seed):
+        calls.append(seed)
+        return measure(seed) * (0.0 if len(calls) == 1 else 1.0)
+
+    episode.life.student.smoothed_measure = flat_at_the_end
+    outcome = exact(episode, teacher, no_step)
+    assert len(calls) == 3 and outcome.way_back.growth > 0.0
+    spec = TrainingSpec(truncate=1)
+    short, teacher = build(make_student, spec)
+    short.life.student.total_steps = 6
+    one = exact(
+        Episode(Engine(short.life, LOSS, spec), short.feature_names, 3, 0), teacher, no_step
+    )
+    torch.testing.assert_close(
+        outcome.estimates[0], one.estimates[0] / 3, rtol=1e-4, atol=1e-9
+    )
+    assert one.estimates[0].norm() > 1e-4
+
+
 def test_windows_are_truncated_gradients_at_their_ends(make_student):
     """The last window's is the truncated hypergradient; the first one's that of a short life."""
     outcomes = list(
@@ -170,6 +194,9 @@ def test_mixed_estimates_come_from_the_same_lives(make_student):
     es = TrainingSpec(differentiation="antithetic-es", perturbation=1e-4)
     alone = next(DIFFERENTIATIONS.get("antithetic-es")(*build(make_student, es), no_step))
     torch.testing.assert_close(outcome.estimates[1], alone.estimates[0])
+    # phi_penalty sees the s_t of both lives.
+    assert len(outcome.features) == len(alone.features) == 2 * (STEPS - LOSS.warmup_steps)
+    torch.testing.assert_close(torch.stack(outcome.features), torch.stack(alone.features))
 
 
 def test_persistent_estimates_add_up_to_the_gradient_of_the_mean_measure(make_student):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from l2t_core.errors import UserError
 from l2t_vision import image_folder
 from l2t_vision.data import load_data
+from l2t_vision.data_notes import notes
 from l2t_vision.image_folder import load_image_folder
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student
@@ -118,6 +119,44 @@ def test_other_formats_of_pictures_are_not_left_out(pets: Path, kind: str) -> No
     raw = load_image_folder(pets)
     assert len(raw.train_y) == 11
     assert np.array_equal(raw.train_x[4].permute(1, 2, 0).numpy(), COLOURS[9])
+
+
+def test_what_is_left_out_is_told(pets: Path, cache: Path) -> None:
+    """Whether it is decoded, cached or packed, and once a file has come to those in the cache."""
+    assert load_image_folder(pets).notes == ()
+    pages = [Image.fromarray(COLOURS[n]) for n in (1, 2)]
+    for name in ("zoo.tif", "zoo.webp"):
+        pages[0].save(pets / "train" / "dog" / name, save_all=True, append_images=pages[1:])
+    pages[0].save(pets / "train" / "dog" / "phone.jpg", "MPO", save_all=True,
+                  append_images=pages[1:])
+    several = (
+        "pictures of several pages or frames, of which the first is taken: 2 (train/dog/zoo.tif, "
+        "...)"
+    )
+    assert load_image_folder(pets).notes == (several,)
+    for split in ("train", "test"):
+        pages[0].save(pets / split / "cat" / "old.GIF")
+    (pets / "train" / "cat" / "NOTES").write_text("none")
+    (pets / "train" / "labels.csv").write_text("none")
+    kinds = "2 .gif, 1 no suffix; pictures are read from .jpg, .jpeg, "
+    for source in (pets, pets, packed(pets, "")):
+        raw = load_image_folder(source)
+        assert raw.notes[0].startswith(f"files in classes' folders that are left out: {kinds}")
+        assert raw.notes[1:] == (several,) and len(raw.train_y) == 13
+    spec = ImageSpec(data="images", folder=str(pets), dev_size=4)
+    assert notes(load_data(spec), own=True)[: len(raw.notes)] == [*raw.notes]
+
+
+def test_a_name_that_is_not_utf8_is_told(pets: Path) -> None:
+    for split in ("train", "test"):
+        cat = os.fsencode(pets / split / "cat")
+        try:
+            os.rename(cat, cat[:-3] + b"caf\xe9")  # noqa: PTH104 - no text, so no Path
+        except OSError:
+            pytest.skip("this file system takes UTF-8 only")
+    for source in (pets, packed(pets, "")):
+        with pytest.raises(UserError, match=r"the name of t\w+/caf\\xe9/000.png is not UTF-8"):
+            load_image_folder(source)
 
 
 def test_classes_of_any_name(pets: Path) -> None:
@@ -283,7 +322,7 @@ def test_large_pictures_are_read_without_a_warning_and_huge_ones_refused(
         ("no test", r"holds no test/CLASS"),
         ("other class", r"no train/cow for test/cow"),
         ("one class", r"holds one class only"),
-        ("empty class", r"train/dog holds no picture; fill it, or remove that class"),
+        ("empty class", r"train/dog holds no picture \(.jpg, .*\); fill it, or remove that class"),
     ],
 )
 def test_what_cannot_be_used_is_named(pets: Path, mishap: str, says: str) -> None:

@@ -259,6 +259,18 @@ def own_coin(num_classes):
     return Tossing(num_classes, random.random)
 def torchs_coin(num_classes):
     return Tossing(num_classes, lambda: torch.rand(()))
+class Folds(nn.Linear):  # two images and more of a size that the last layer takes for one
+    def forward(self, x):
+        return super().forward(x.reshape(max(2, len(x) // 2), -1)[:, :64])
+def folds(num_classes):
+    return Folds(64, num_classes)
+class FewOnly(nn.Linear):
+    def forward(self, x):
+        if len(x) > 2:
+            raise SystemExit(3)
+        return super().forward(x.flatten(1))
+def few_only(num_classes):
+    return FewOnly(64, num_classes)
 class Decides(nn.Linear):
     def forward(self, x):
         return nn.functional.one_hot(super().forward(x.flatten(1)).argmax(1), 6).float()
@@ -326,6 +338,19 @@ def test_an_own_model_has_to_be_the_same_when_a_step_is_replayed() -> None:
 
 
 @pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("own_models_here:folds", r"gives \[4, 10\] for 8 images, expected logits \[8, 10\]"),
+        ("own_models_here:few_only", r"fails in training on 8 images \(SystemExit: 3\)"),
+    ],
+)
+def test_an_own_model_that_fits_few_images_only(path: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"image.model {path} {says}"):
+        build_student(ImageSpec(dev_size=100, batch_size=8, model=path))
+
+
+@pytest.mark.usefixtures("own_models")
 def test_an_own_model_with_another_number_of_classes() -> None:
-    with pytest.raises(UserError, match=r"gives \[2, 7\] for two images, expected logits \[2, 6\]"):
+    with pytest.raises(UserError, match=r"gives \[2, 7\] for 2 images, expected logits \[2, 6\]"):
         build_model((3, 4, 4), 6, spec_of("own_models_here:wrong"))

@@ -47,6 +47,51 @@ def digits_student(**settings: Any) -> ImageStudent:
     return build_student(spec)
 
 
+OWN_MEASURES = """
+import torch
+
+def some(log_probs, targets):  # a third of the examples, drawn anew each time
+    drawn = torch.rand(len(targets)) < 1 / 3
+    return log_probs.gather(1, targets[:, None])[drawn].mean()
+
+def never(log_probs, targets):
+    return log_probs.mean() * float("nan")
+
+def constant(log_probs, targets):
+    return 0.5 + 0.0 * log_probs.mean()
+"""
+
+
+@pytest.fixture
+def own_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_measures_here.py").write_text(OWN_MEASURES)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("own_measures")
+def test_an_own_measure_draws_by_the_seed_of_its_measurement() -> None:
+    student = digits_student(measure="own_measures_here:some")
+    student.reset(1)
+    torch.manual_seed(1)
+    first = float(student.smoothed_measure(7).detach())
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert float(student.smoothed_measure(7).detach()) == first
+    assert float(student.smoothed_measure(8).detach()) != first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("own_measures")
+@pytest.mark.parametrize("name", ["never", "constant"])
+def test_a_measure_that_says_nothing_is_named_before_the_rates(name: str, tmp_path: Path) -> None:
+    student = digits_student(measure=f"own_measures_here:{name}", steps=2, dev_interval=2)
+    with pytest.raises(UserError, match=r"look at the measure first \(image.measure.*rate or"):
+        train_teacher(
+            student, LossSpec(), TeacherSpec(), TrainingSpec(episodes=9),
+            open_run(tmp_path / "run", {}), record={},
+        )
+
+
 def test_classes_that_a_split_lacks_are_told(make_student: Make) -> None:
     student = make_student()
     assert student.notes() == []
