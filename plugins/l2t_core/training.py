@@ -36,6 +36,7 @@ from l2t_core.update import (
     advice,
     ascend,
     combine,
+    ends_calmly,
     keep_bounded,
     penalised,
     signal_to_noise,
@@ -63,11 +64,14 @@ class TrainingResult:
 
 
 def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
-    """Return what to say where no hypergradient of ``episodes`` could be followed."""
-    return UserError(
-        f"{episodes} gave a usable hypergradient (the last: {last['reason']}); lower the student's "
-        "learning rate or training.lr"
+    """Return what to say where no hypergradient of ``episodes`` could be followed.
+
+    The row of the ``last`` one may have a warning with a remedy of its own.
+    """
+    said = last.get("warning") or (
+        f"{last['reason']}; lower the student's learning rate, or training.lr"
     )
+    return UserError(f"{episodes} gave a usable hypergradient; the last: {said}")
 
 
 class TeacherTraining:
@@ -189,7 +193,7 @@ class TeacherTraining:
         for outcomes in self._outcomes(on_event):
             row |= self._learn(outcomes)
         row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
-        if warning := advice(row, self.spec):
+        if warning := advice(row, self.spec, ends_calmly(self.student)):
             row["warning"] = warning
         p.episode += 1
         p.ended = p.episode > self.spec.episodes

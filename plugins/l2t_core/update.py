@@ -17,6 +17,7 @@ from l2t_core.flat import as_vector, pieces_of
 from l2t_core.loss_forms import neutral_coefficients, weights_to_bound
 from l2t_core.optimisers import clip_by_norm
 from l2t_core.specs import LossSpec, TrainingSpec
+from l2t_core.student import Student
 from l2t_core.teachers import Teacher
 
 # Growth of the cotangent's norm beyond which runs were seen to learn nothing, and the ratio that
@@ -124,8 +125,17 @@ def keep_bounded(teacher: Teacher, loss: LossSpec, spec: TrainingSpec) -> None:
         teacher.keep_from_below_zero(parts)
 
 
-def advice(row: dict[str, object], spec: TrainingSpec) -> str:
-    """Return what is wrong with an episode's hypergradient and the setting that mends it, or ""."""
+def ends_calmly(student: Student) -> bool:
+    """Tell whether the student's rate falls to a tenth of its peak, or less, by its last step."""
+    rates = [student.learning_rate(step) for step in range(student.total_steps)]
+    return rates[-1] <= 0.1 * max(rates)
+
+
+def advice(row: dict[str, object], spec: TrainingSpec, calm: bool) -> str:
+    """Return what is wrong with an episode's hypergradient and the setting that mends it, or "".
+
+    The likeliest remedy comes first; ``calm`` is :func:`ends_calmly` of the student.
+    """
 
     def number(key: str) -> float:
         value = row.get(key)
@@ -141,10 +151,12 @@ def advice(row: dict[str, object], spec: TrainingSpec) -> str:
         return f"{reason}; lower the student's learning rate, or training.lr"
     if number("largest") > EXPLODED or reason == NOT_FINITE:
         said = f"grew {number('largest'):.3g}-fold" if number("largest") else "left all bounds"
-        mend = (
-            "let the student's rate end at zero if it does not yet (image.schedule.name=linear; "
-            "in fairseq --lr-scheduler polynomial_decay), lower its peak"
-        )
+        mend = "lower the student's peak rate (image.optimiser.lr; in fairseq --lr)"
+        if not calm:
+            mend = (
+                "let the student's rate end at zero (image.schedule.name=linear; in fairseq "
+                f"--lr-scheduler polynomial_decay), {mend}"
+            )
         if row.get("hvp_error") is not None:  # small at the end, and larger where Adam divides
             mend = "it may be the differences' own noise: set training.hvp=exact; else " + mend
         if spec.discount == 1.0:

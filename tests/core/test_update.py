@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from l2t_core.loss_forms import FORMS, neutral_coefficients
 from l2t_core.losses import taught_loss
-from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+from l2t_core.schedules import learning_rate
+from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_core.teachers import build_teacher
-from l2t_core.update import advice, ascend, combine, phi_penalty, signal_to_noise
+from l2t_core.training import nothing_usable
+from l2t_core.update import advice, ascend, combine, ends_calmly, phi_penalty, signal_to_noise
 
 
 def test_one_kind_is_averaged():
@@ -77,18 +81,40 @@ def test_the_penalty_is_phis_mean_square_from_neutral(form):
 
 def test_advice_names_the_remedy():
     spec = TrainingSpec(students=2)
-    assert advice({"largest": 3.0, "signal_to_noise": 4.0}, spec) == ""
-    assert advice({"largest": None, "signal_to_noise": None}, spec) == ""
-    assert "training.discount" in advice({"largest": 1e4}, spec)
-    calm = advice({"largest": 1e4}, TrainingSpec(discount=0.9))
-    assert "image.schedule.name=linear" in calm and "discount" not in calm
-    lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec)
+    assert advice({"largest": 3.0, "signal_to_noise": 4.0}, spec, calm=True) == ""
+    assert advice({"largest": None, "signal_to_noise": None}, spec, calm=True) == ""
+    assert "training.discount" in advice({"largest": 1e4}, spec, calm=True)
+    restless = advice({"largest": 1e4}, TrainingSpec(discount=0.9), calm=False)
+    assert "way back; let the student's rate end at zero (image.schedule.name=linear" in restless
+    assert "lower the student's peak rate" in restless and "discount" not in restless
+    lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec, calm=False)
     assert "left all bounds" in lost and "image.schedule.name=linear" in lost
-    assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec)
-    rough = advice({"largest": 1e6, "hvp_error": 0.02}, spec)  # small at the end, and it grows
-    assert "set training.hvp=exact; else let" in rough
-    dead = advice({"reason": "the student diverged at step 3"}, spec)
+    assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec, calm=True)
+    # Small at the end, and it grows.
+    rough = advice({"largest": 1e6, "hvp_error": 0.02}, spec, calm=True)
+    assert "set training.hvp=exact; else lower" in rough
+    loud = advice({"largest": 1e6, "hvp_error": 0.2}, spec, calm=True)
+    assert "differences are off by 20 %" in loud
+    dead = advice({"reason": "the student diverged at step 3"}, spec, calm=True)
     assert dead.endswith("at step 3; lower the student's learning rate, or training.lr")
+
+
+def test_a_rate_that_ends_at_zero_is_not_told_to():
+    """Where the schedule is calm already, the peak is the likeliest cause, and comes first."""
+    told = advice({"largest": 1e4}, TrainingSpec(), calm=True)
+    assert "on its way back; lower the student's peak rate (image.optimiser.lr" in told
+    assert "schedule" not in told
+    for name, calm in (("linear", True), ("cosine", True), ("constant", False)):
+        rates = functools.partial(learning_rate, ScheduleSpec(name, 3), 0.5, total_steps=40)
+        student = SimpleNamespace(total_steps=40, learning_rate=rates)
+        assert ends_calmly(student) == calm
+
+
+def test_the_error_of_a_training_in_vain_ends_with_its_last_warning():
+    row = {"reason": "it grew", "warning": "it grew; lower the peak"}
+    assert str(nothing_usable("none", row)).endswith("the last: it grew; lower the peak")
+    row = {"reason": "the smoothed measure is not finite"}
+    assert "not finite; lower the student's learning rate" in str(nothing_usable("none", row))
 
 
 def far_below_zero(name, form, sigma="identity"):
