@@ -138,9 +138,7 @@ def run(
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
     if log_format.wordy:
-        for text in getattr(student, "notes", list)():
-            console.line(f"note: {text}")
-        _say_where_it_stands(opened, len(done))
+        _say_where_it_stands(student, opened, len(done))
     with (
         _tidy(opened, before, processes),
         closing(_scalars(tensorboard_logdir)) as scalars,
@@ -230,7 +228,9 @@ def _tidy(opened: Any, before: FreshFolder, processes: Any) -> Iterator[None]:
         raise
 
 
-def _say_where_it_stands(opened: Any, done: int) -> None:
+def _say_where_it_stands(student: Any, opened: Any, done: int) -> None:
+    for text in getattr(student, "notes", list)():
+        console.line(f"note: {text}")
     # The teachers are written after each episode, the picture once the last one is over.
     if done and not opened.grown and (opened.path / PICTURE).exists():
         console.line(f"{console.shown(opened.path)} is finished already, after {done} episodes")

@@ -114,7 +114,7 @@ def test_the_error_of_a_training_in_vain_ends_with_its_last_warning():
     row = {"reason": "it grew", "warning": "it grew; lower the peak"}
     assert str(nothing_usable("none", row)).endswith("the last: it grew; lower the peak")
     row = {"reason": "the smoothed measure is not finite"}
-    assert "not finite; lower the student's learning rate" in str(nothing_usable("none", row))
+    assert "not finite; look at the measure first" in str(nothing_usable("none", row))
 
 
 def far_below_zero(name, form, sigma="identity"):
