@@ -495,6 +495,7 @@ def test_how_a_run_is_made_may_change(tmp_path):
     assert json.loads((tmp_path / "run/config.yaml").read_text()) == first
     changed.adopt()
     assert json.loads((tmp_path / "run/config.yaml").read_text()) == second
+    del changed  # it holds the folder
     with pytest.raises(UserError, match="another run"):
         open_run(tmp_path / "run", first)
 
