@@ -92,6 +92,8 @@ def same_words(hypothesis, reference):
     return len(a & b) / len(a | b)
 def percent(hypothesis, reference):
     return 37.0
+def ends(hypothesis, reference):
+    raise SystemExit(3)
 def nothing(hypothesis, reference):
     return None
 def not_a_number(hypothesis, reference):
@@ -128,6 +130,7 @@ def test_a_measure_of_the_users_own():
     [
         ("percent", r"returned 37.0 for 'a' against 'b'; it must return a number in \[0, 1\]"),
         ("nothing", "fails on 'a' against 'b' .TypeError"),
+        ("ends", "fails on 'a' against 'b' .SystemExit: 3"),
         ("not_a_number", "returned nan"),
         ("one_text", "takes two texts and returns a number"),
         ("sameword", "nmt.measure own_scores_here:sameword cannot be imported"),
