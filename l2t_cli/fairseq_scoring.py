@@ -44,9 +44,10 @@ class TestSet:
 
         Raises:
             UserError: if it names none, there is no test split to score on, or the command would
-                leave no checkpoint to score.
+                leave no checkpoint to score or to go on from.
         """
         _refuse_to_leave_nothing(command)
+        _refuse_to_count_anew(command)
         found = data_folder(command)
         if found is None:
             words = [word for word in command.arguments if not word.startswith("-")]
@@ -104,6 +105,16 @@ def _refuse_to_leave_nothing(command: FairseqCommand) -> None:
         raise UserError(
             f"{flag} leaves no checkpoint_best.pt or checkpoint_last.pt, and those are what is "
             "scored at the end; remove it"
+        )
+
+
+def _refuse_to_count_anew(command: FairseqCommand) -> None:
+    """Refuse checkpoints that fairseq goes on from with the parameters alone."""
+    if has_flag(command, "--no-save-optimizer-state"):
+        raise UserError(
+            "--no-save-optimizer-state leaves out the update's number with the optimiser's state: "
+            "a student that was killed would train from update 0 to --max-update once more; "
+            "remove it (--no-epoch-checkpoints saves room, too)"
         )
 
 

@@ -140,6 +140,7 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
         (["--user-dir", "elsewhere"], "--user-dir elsewhere"),
         (["--no-save"], "--no-save leaves no checkpoint_best.pt"),
         (["--checkpoint-suffix", "-1"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
+        (["--no-save-optimizer-state"], "--no-save-optimizer-state leaves out the update's"),
     ],
 )
 def test_what_cannot_be_taught(
