@@ -24,13 +24,15 @@ class TestSet:
 
     ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
-    that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's.
+    that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's,
+    ``user_dir`` the plugin to generate with (None: ours).
     """
 
     data_bin: Path
     generate: str = DEFAULT_GENERATE
     reference: Path | None = None
     measure: str = BLEU
+    user_dir: Path | None = None
 
     @classmethod
     def of(
@@ -39,6 +41,7 @@ class TestSet:
         generate: str = "",
         reference: Path | None = None,
         measure: str = BLEU,
+        user_dir: Path | None = None,
     ) -> TestSet:
         """Return the test set in the data folder that ``command`` names.
 
@@ -60,7 +63,7 @@ class TestSet:
         language_pair(found, "test")
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference, measure)
+        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir)
 
     @property
     def target(self) -> str:
@@ -87,8 +90,9 @@ class TestSet:
         flags = split_flags(self.generate, "--generate")
         reference = self.reference if split == "test" else None
         result = score_checkpoint(
-            self.data_bin, checkpoint, flags, split, folder, reference, self.measure
-        )
+            self.data_bin, checkpoint, flags, split, folder, reference, self.measure,
+            self.user_dir,
+        )  # fmt: skip
         return result.score, result.signature
 
 

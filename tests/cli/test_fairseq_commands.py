@@ -152,6 +152,53 @@ def test_what_cannot_be_taught(
     assert not Path("runs").exists()
 
 
+OWN = """\
+{first}
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer.transformer_legacy import base_architecture
+
+@register_model_architecture("transformer", "mine_tiny")
+def tiny(args):
+    args.encoder_layers = args.decoder_layers = 1
+    args.encoder_embed_dim = args.encoder_ffn_embed_dim = 16
+    args.encoder_attention_heads = args.decoder_attention_heads = 2
+    base_architecture(args)
+"""
+TASK = """
+from fairseq.tasks import register_task
+from l2t_fairseq.task import L2TTranslationConfig, L2TTranslationTask
+
+@register_task("mine_translation", dataclass=L2TTranslationConfig)
+class Mine(L2TTranslationTask):
+    pass
+"""
+
+
+def test_a_user_dir_that_brings_the_plugin_with_it(
+    l2t: Run, data_bin: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    for name, first in (("with_l2t", "import l2t_fairseq"), ("without_l2t", "")):
+        (tmp_path / name).mkdir()
+        text = OWN.format(first=first) + (TASK if first else "")
+        (tmp_path / name / "__init__.py").write_text(text)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("import no_such_package\n")
+    train = TRAIN[TRAIN.index("--optimizer") :]
+    command = ["fairseq-train", str(data_bin), "--arch", "mine_tiny", *shlex.split(train)]
+    start = ["apply-teacher", teacher, "--out", "out", "--baseline", "--", *command]
+    assert "takes only one" in l2t(*start, "--user-dir", "without_l2t").error()
+    assert "no_such_package" in l2t(*start, "--user-dir", "broken").error()
+    own = ["--user-dir", "with_l2t", "--task"]
+    assert "L2TTranslationTask" in l2t(*start, *own, "translation_multi_simple_epoch").error()
+    outcome = l2t(*start, *own, "mine_translation")
+    assert outcome.code == 0, outcome.err  # an architecture that only this folder knows is scored
+    result = json.loads(Path("out/result.json").read_text())
+    assert set(result["scores"]) == {"taught", "cross_entropy"}
+    for text in Path("out").rglob("train.log"):
+        assert "task: Mine" in text.read_text() and "mine_tiny" in text.read_text()
+
+
 def test_a_command_that_leaves_no_checkpoint_has_nothing_to_score(data_bin: Path) -> None:
     from l2t_cli.fairseq_scoring import TestSet
     from l2t_fairseq.command import parse_command

@@ -20,10 +20,10 @@ from l2t_fairseq.command import (
     parse_script,
     save_dir,
     shell_text,
-    teach_command,
     value_of,
     with_value,
 )
+from l2t_fairseq.taught_command import resumable, teach_command
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 TEACHER, USER_DIR = Path("t.safetensors"), Path("/plugins/l2t_fairseq")
@@ -98,6 +98,20 @@ def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
     assert taught[taught.index("--best-checkpoint-metric") + 1] == "l2t_accuracy"
 
 
+def test_a_folder_with_the_plugin_in_it_and_a_task_built_on_ours_stay() -> None:
+    folder, command = Path("/mine"), parse_command([*BASE.split(), "--user-dir", "/mine"])
+    taught = teach_command(command, TEACHER, HEADER, folder, ["mine"])
+    assert value_of(taught.command, "--user-dir") == "/mine"
+    assert value_of(taught.command, "--task") == "l2t_translation"
+    assert not [change for change in taught.changes if "--user-dir" in change]
+    own = with_value(command, "--task", "mine")
+    taught = teach_command(own, TEACHER, HEADER, folder, ["mine"])
+    for made in (taught.command, resumable(own, folder, ["mine"])):
+        assert value_of(made, "--task") == "mine"
+    assert value_of(resumable(command, folder, ["mine"]), "--task") == "l2t_translation"
+    assert resumable(own, USER_DIR, ["mine"]) == own  # another plugin, without ours
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -107,6 +121,7 @@ def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
         (f"{BASE} --criterion=ctc", "ctc cannot be replaced"),
         (f"{BASE} --criterion adaptive_loss", "adaptive_loss cannot be replaced"),
         (f"{BASE} --user-dir /elsewhere", "takes only one"),
+        (f"{BASE} --user-dir /elsewhere --task mine", "mine cannot .*L2TTranslationTask"),
         (f"{BASE} --disable-validation", "--disable-validation"),
         ("fairseq-train data-bin --arch transformer", "add --max-update N"),
         ("fairseq-train data-bin --max-update x", "no positive whole number"),
