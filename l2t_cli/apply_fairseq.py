@@ -10,7 +10,7 @@ from typing import Any
 from l2t_cli.application import student_title
 from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
-from l2t_cli.fairseq_process import lost_its_numbers, train_to_end
+from l2t_cli.fairseq_process import lost_its_numbers, train_to_end, updates_made
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
@@ -203,7 +203,9 @@ class FairseqApplication:
             return Score(None, "", time.monotonic() - began, diverged=str(error))
         with bar("generating and scoring", log_format, quiet=True):
             value, signature = self.test_set().score(checkpoint_of(checkpoints), folder)
-        return Score(value, signature, time.monotonic() - began)
+        made = updates_made(log)
+        early = f"update {made:,} of {steps:,}" if 0 < made < steps else ""
+        return Score(value, signature, time.monotonic() - began, early=early)
 
 
 class RecipeApplication(FairseqApplication):

@@ -60,7 +60,7 @@ class TestSet:
                 "fairseq-preprocess or `l2t data prepare` wrote"
             )
         language_pair(found, "train")
-        language_pair(found, "test")
+        _refuse_missing_test(command, found)
         if reference is not None:
             read_lines(reference)
         return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir)
@@ -94,6 +94,18 @@ class TestSet:
             self.user_dir,
         )  # fmt: skip
         return result.score, result.signature
+
+
+def _refuse_missing_test(command: FairseqCommand, folder: Path) -> None:
+    """Refuse data without a test set; of several folders (``one:two``) the first has to hold it."""
+    if any(folder.glob("test.*-*.*.idx")):
+        return
+    shards = any(word.startswith(f"{folder}:") for word in command.arguments)
+    first = " (of the folders, the first has to have it)" if shards else ""
+    raise UserError(
+        f"{folder} holds no split 'test', which students are scored on{first}; add one with "
+        "fairseq-preprocess --testpref and the same dictionaries (--srcdict, --tgtdict)"
+    )
 
 
 def _refuse_to_leave_nothing(command: FairseqCommand) -> None:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import io
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
 from l2t_fairseq.command import FairseqCommand, value_of
-from l2t_fairseq.compat import newer_settings
+from l2t_fairseq.compat import newer_settings, quiet_fairseq
 from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import fill, starting_parameters
@@ -374,14 +373,3 @@ class RateSchedule:
 
 def _dummy_optimizer(config: Any) -> Any:
     return optim.build_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))])
-
-
-@contextlib.contextmanager
-def quiet_fairseq() -> Iterator[None]:
-    """Silence fairseq's information lines, which would break a progress display."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)

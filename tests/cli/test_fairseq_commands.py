@@ -259,6 +259,26 @@ def test_a_command_that_loses_its_numbers_is_a_diverged_student(
     assert "10.00 ± 14.14" in outcome.out and "signature: nrefs:1" in outcome.out
 
 
+def test_a_student_that_ends_before_max_update_is_told(
+    l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"1": 12, "2": 7}
+
+    def training(words: list[str], environment: object, log: Path, on_progress: object) -> None:
+        last = made[words[words.index("--seed") + 1]]
+        log.write_text("".join(f"epoch 001 | num_updates={n} | x\n" for n in (3, last)))
+
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    assert "warning" not in l2t("apply-teacher", teacher, *command).out
+    outcome = l2t("apply-teacher", teacher, "--seeds", "2", "--baseline", *command)
+    (said,) = json.loads(Path("out/result.json").read_text())["warnings"]  # the teacher's alone
+    assert "taught: seed 2 ended at update 7 of 12 by another flag (--max-epoch" in said
+    assert outcome.code == 0 and "warning: " in outcome.out
+
+
 @pytest.mark.parametrize("script", [False, True])
 def test_all_commands_have_the_teacher_that_there_was_at_the_start(
     l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: bool
@@ -266,9 +286,10 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     before, taught_by = teacher.read_bytes(), []
 
-    def training(words: list[str], *_: object) -> None:
+    def training(words: list[str], environment: object, log: Path, *_: object) -> None:
         if "--l2t-teacher" in words:
             taught_by.append(Path(words[words.index("--l2t-teacher") + 1]).read_bytes())
+        log.touch()
         teacher.write_bytes(b"")
 
     monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
@@ -341,6 +362,23 @@ def test_flags_that_cannot_generate_are_refused_first(
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     arguments = ["apply-teacher", teacher, "--generate", flags, "--dry-run", "--", *command]
     assert "--generate" in l2t(*arguments).error()
+
+
+def test_a_missing_test_set_is_wanted_in_the_first_folder(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    from l2t_cli.fairseq_scoring import TestSet
+    from l2t_fairseq.command import parse_command
+
+    first = shutil.copytree(data_bin, tmp_path / "first")
+    for file in first.glob("test.*"):
+        file.unlink()
+    for data, where in ((f"{first}:{data_bin}", "the first has to have it"), (str(first), "on;")):
+        command = parse_command(["fairseq-train", data, *shlex.split(TRAIN)])
+        with pytest.raises(UserError, match=f"{where}.*--testpref"):
+            TestSet.of(command)
+    swapped = parse_command(["fairseq-train", f"{data_bin}:{first}", *shlex.split(TRAIN)])
+    assert TestSet.of(swapped).data_bin == data_bin
 
 
 def test_an_empty_dev_set_is_refused(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
