@@ -111,6 +111,8 @@ def generate(
     command += ["--path", str(checkpoint), "--user-dir", str(user_dir)]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
+        # A new file: a child that outlived a killed run of ours may still write into the old one.
+        log.unlink(missing_ok=True)
         with log.open("wb") as handle:
             code = subprocess.run(
                 command,
