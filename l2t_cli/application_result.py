@@ -32,13 +32,15 @@ class Score:
     """What one trained student reached on test. ``signature`` makes the number repeatable.
 
     ``seconds`` are those of an image student's every start, of a fairseq command's last one.
-    ``diverged`` says how a student ended that did; its ``value`` is None.
+    ``diverged`` says how a student ended that did; its ``value`` is None. ``early`` says at which
+    update one ended that another flag than --max-update did.
     """
 
     value: float | None
     signature: str
     seconds: float
     diverged: str = ""
+    early: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class ApplicationResult:
         return columns, [[row[name] for name in columns] for row in rows]
 
     def warnings(self) -> list[str]:
-        """Return a line for each arm of which students diverged, and for seeds in one arm only."""
-        return self._unpaired() + [
+        """Return lines on seeds in one arm only, students that diverged or ended too early."""
+        return self._unpaired() + self._early() + [
             f"{self.name}, {LABELS[arm]}: {dead} of {len(by_seed)} students diverged and count as "
             f"worst ({worded(self.measure, self._floor(arm))})"
             for arm, by_seed in self.scores.items()
@@ -129,6 +131,17 @@ class ApplicationResult:
         both = ranges(self.paired())
         where = f"on the seeds that both have ({both})" if both else "on none: no seed has both"
         return [f"{self.name}: taught and cross-entropy are compared {where}"]
+
+    def _early(self) -> list[str]:
+        """Return a line where taught students ended before their teacher's course was over."""
+        early = {seed: s.early for seed, s in self.scores.get(TAUGHT, {}).items() if s.early}
+        if not early:
+            return []
+        return [
+            f"{self.name}, taught: seed {ranges(early)} ended at {early[min(early)]} by another "
+            "flag (--max-epoch, --patience, --stop-time-hours, --stop-min-lr), and the teacher's "
+            "course was cut off there, too; give the --max-update that is reached"
+        ]
 
     def _floor(self, arm: str) -> float:
         return max(self.values(arm)) if self.lower_is_better else min(self.values(arm))

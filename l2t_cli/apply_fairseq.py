@@ -10,11 +10,11 @@ from typing import Any
 from l2t_cli.application import student_title
 from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
-from l2t_cli.fairseq_process import lost_its_numbers, train_to_end
+from l2t_cli.fairseq_process import lost_its_numbers, train_to_end, updates_made
 from l2t_cli.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
-from l2t_cli.user_dir import plugin_folder
+from l2t_cli.user_dir import plugin_of
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write, file_digest
 from l2t_core.teacher_file import load_header
@@ -24,18 +24,17 @@ from l2t_fairseq.command import (
     parse_script,
     save_dir,
     shell_text,
-    teach_command,
     total_steps,
     value_of,
     with_value,
     without,
-    without_criterion_flags,
 )
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import FLAG, start_content
+from l2t_fairseq.taught_command import TaughtCommand, teach_command, without_criterion_flags
 
 _MARK = "command.sh"
 
@@ -128,11 +127,9 @@ class FairseqApplication:
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
         """Return one line: criterion and task that were replaced and what went with them."""
-        header = load_header(teacher)
-        changes = teach_command(self.command, teacher.resolve(), header, plugin_folder()).changes
         said = [
             change
-            for change in changes
+            for change in self._teach(teacher).changes
             if change.startswith(("--criterion", "--task", "left out")) or " removed: " in change
         ]
         if baseline:
@@ -141,12 +138,18 @@ class FairseqApplication:
 
     def test_set(self) -> TestSet:
         """Return what the student is scored on."""
-        return TestSet.of(self.command, self.generate, self.reference, self.scored_by)
+        plugin = plugin_of(self.command).folder
+        return TestSet.of(self.command, self.generate, self.reference, self.scored_by, plugin)
 
     def taught(self, teacher: Path) -> FairseqCommand:
         """Return the command with the teacher in it."""
-        header = load_header(teacher)
-        return teach_command(self.command, teacher.resolve(), header, plugin_folder()).command
+        return self._teach(teacher).command
+
+    def _teach(self, teacher: Path) -> TaughtCommand:
+        plugin, header = plugin_of(self.command), load_header(teacher)
+        return teach_command(
+            self.command, teacher.resolve(), header, plugin.folder, plugin.tasks
+        )
 
     def baseline(self, teacher: Path) -> FairseqCommand:
         """Return the same command on cross-entropy, validating as often as the taught one."""
@@ -200,7 +203,9 @@ class FairseqApplication:
             return Score(None, "", time.monotonic() - began, diverged=str(error))
         with bar("generating and scoring", log_format, quiet=True):
             value, signature = self.test_set().score(checkpoint_of(checkpoints), folder)
-        return Score(value, signature, time.monotonic() - began)
+        made = updates_made(log)
+        early = f"update {made:,} of {steps:,}" if 0 < made < steps else ""
+        return Score(value, signature, time.monotonic() - began, early=early)
 
 
 class RecipeApplication(FairseqApplication):

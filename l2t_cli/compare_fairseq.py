@@ -16,22 +16,20 @@ from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smooth
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, train_to_end
 from l2t_cli.recipe_loading import Recipe
-from l2t_cli.user_dir import plugin_folder
+from l2t_cli.user_dir import plugin_of
 from l2t_core.errors import UserError
 from l2t_core.fixed_losses import complete_settings
 from l2t_fairseq.command import (
     FairseqCommand,
     has_flag,
-    refuse_other_user_dir,
-    resumable,
     total_steps,
     value_of,
     with_value,
     without,
-    without_criterion_flags,
 )
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.shell_script import split_flags
+from l2t_fairseq.taught_command import refuse_other_user_dir, resumable, without_criterion_flags
 from l2t_fairseq.text_form import TextForm
 
 MRT = "mrt"
@@ -86,7 +84,8 @@ class FairseqTrials:
         for teacher in teachers:
             self.application.check(teacher)
         if MRT in losses:
-            refuse_other_user_dir(self.application.command, plugin_folder())
+            command = self.application.command
+            refuse_other_user_dir(command, plugin_of(command).folder)
 
     def notes(self) -> list[str]:
         """Return nothing: translation data have no classes that may be missing."""
@@ -121,7 +120,8 @@ class FairseqTrials:
             command = self.application.taught(trial.teacher)
             command = _judged_by(command, "nll_loss", "l2t_accuracy")
         else:
-            command = without_criterion_flags(resumable(command, plugin_folder()))
+            plugin = plugin_of(command)
+            command = without_criterion_flags(resumable(command, plugin.folder, plugin.tasks))
             eps = dict(trial.settings).get("eps")
             if trial.loss == MRT:
                 command = self._at_risk(command, trial)

@@ -26,12 +26,18 @@ def command(
     force: Force = False,
 ) -> None:
     """Write a checkpoint that every fairseq command reads without this plugin."""
-    from l2t_fairseq.checkpoints import export_checkpoint
+    from l2t_fairseq.checkpoints import export_checkpoint, unknown_to_fairseq
 
     if to.exists() and not force:
         raise UserError(f"--to {to} exists; name another file, or replace it with --force")
     made = export_checkpoint(checkpoints, to, ema=ema)
+    architecture, task = str(made["architecture"]), str(made["task"])
     console.line(
-        f"{to}: {made['architecture']}, {made['parameters']:,} parameters, "
-        f"{made['updates']:,} updates; task translation, criterion cross_entropy"
+        f"{to}: {architecture}, {made['parameters']:,} parameters, "
+        f"{made['updates']:,} updates; task {task}, criterion {made['criterion']}"
     )
+    if own := unknown_to_fairseq(architecture, task):
+        console.line(
+            f"note: fairseq itself has no {' and no '.join(own)}: its commands read the export "
+            "with the --user-dir that has"
+        )

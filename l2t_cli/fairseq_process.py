@@ -46,6 +46,16 @@ def _came_to_its_end(log: Path) -> bool:
         return any(_AT_ITS_END.search(line) for line in lines)
 
 
+def updates_made(log: Path) -> int:
+    """Return the last update that fairseq-train tells of in ``log``, 0 if it tells of none."""
+    made = 0
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if found := UPDATES.search(line):
+                made = int(found.group(1))
+    return made
+
+
 def run_logged(
     arguments: Sequence[str],
     environment: dict[str, str],

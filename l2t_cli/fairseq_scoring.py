@@ -24,13 +24,15 @@ class TestSet:
 
     ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
-    that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's.
+    that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's,
+    ``user_dir`` the plugin to generate with (None: ours).
     """
 
     data_bin: Path
     generate: str = DEFAULT_GENERATE
     reference: Path | None = None
     measure: str = BLEU
+    user_dir: Path | None = None
 
     @classmethod
     def of(
@@ -39,14 +41,16 @@ class TestSet:
         generate: str = "",
         reference: Path | None = None,
         measure: str = BLEU,
+        user_dir: Path | None = None,
     ) -> TestSet:
         """Return the test set in the data folder that ``command`` names.
 
         Raises:
             UserError: if it names none, there is no test split to score on, or the command would
-                leave no checkpoint to score.
+                leave no checkpoint to score or to go on from.
         """
         _refuse_to_leave_nothing(command)
+        _refuse_to_count_anew(command)
         found = data_folder(command)
         if found is None:
             words = [word for word in command.arguments if not word.startswith("-")]
@@ -56,10 +60,10 @@ class TestSet:
                 "fairseq-preprocess or `l2t data prepare` wrote"
             )
         language_pair(found, "train")
-        language_pair(found, "test")
+        _refuse_missing_test(command, found)
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference, measure)
+        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir)
 
     @property
     def target(self) -> str:
@@ -86,9 +90,22 @@ class TestSet:
         flags = split_flags(self.generate, "--generate")
         reference = self.reference if split == "test" else None
         result = score_checkpoint(
-            self.data_bin, checkpoint, flags, split, folder, reference, self.measure
-        )
+            self.data_bin, checkpoint, flags, split, folder, reference, self.measure,
+            self.user_dir,
+        )  # fmt: skip
         return result.score, result.signature
+
+
+def _refuse_missing_test(command: FairseqCommand, folder: Path) -> None:
+    """Refuse data without a test set; of several folders (``one:two``) the first has to hold it."""
+    if any(folder.glob("test.*-*.*.idx")):
+        return
+    shards = any(word.startswith(f"{folder}:") for word in command.arguments)
+    first = " (of the folders, the first has to have it)" if shards else ""
+    raise UserError(
+        f"{folder} holds no split 'test', which students are scored on{first}; add one with "
+        "fairseq-preprocess --testpref and the same dictionaries (--srcdict, --tgtdict)"
+    )
 
 
 def _refuse_to_leave_nothing(command: FairseqCommand) -> None:
@@ -104,6 +121,16 @@ def _refuse_to_leave_nothing(command: FairseqCommand) -> None:
         raise UserError(
             f"{flag} leaves no checkpoint_best.pt or checkpoint_last.pt, and those are what is "
             "scored at the end; remove it"
+        )
+
+
+def _refuse_to_count_anew(command: FairseqCommand) -> None:
+    """Refuse checkpoints that fairseq goes on from with the parameters alone."""
+    if has_flag(command, "--no-save-optimizer-state"):
+        raise UserError(
+            "--no-save-optimizer-state leaves out the update's number with the optimiser's state: "
+            "a student that was killed would train from update 0 to --max-update once more; "
+            "remove it (--no-epoch-checkpoints saves room, too)"
         )
 
 

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from l2t_core.errors import UserError
+from l2t_fairseq.command import FairseqCommand, value_of
+from l2t_fairseq.own_plugin import Plugin, examine
 
 
 def plugin_folder() -> Path:
@@ -18,6 +20,19 @@ def plugin_folder() -> Path:
     if found is None or found.origin is None:
         raise UserError("l2t_fairseq is not installed; install l2t again")
     return Path(found.origin).parent
+
+
+def plugin_of(command: FairseqCommand) -> Plugin:
+    """Return the plugin to run ``command`` with: in its own ``--user-dir``, or ours alone.
+
+    Raises:
+        UserError: if its ``--user-dir`` cannot be imported.
+    """
+    ours, given = plugin_folder(), value_of(command, "--user-dir")
+    # One that is not there may be fairseq's own, which has nothing of ours.
+    if given is None or not Path(given).is_dir() or Path(given).resolve() == ours.resolve():
+        return Plugin(ours)
+    return examine(Path(given).resolve()) or Plugin(ours)
 
 
 def command() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_file
-from l2t_fairseq.compat import ADD_SAFE_GLOBALS, register_safe_globals
+from l2t_fairseq.compat import ADD_SAFE_GLOBALS, quiet_fairseq, register_safe_globals
 
 # What a trained student is without the way it was trained: fairseq's own names.
 _STOCK_TASK, _STOCK_CRITERION, _STOCK_METRIC = "translation", "cross_entropy", "loss"
@@ -141,10 +141,11 @@ def export_checkpoint(
 ) -> dict[str, int | str]:
     """Write the student in ``sources`` as a checkpoint that knows nothing of its teacher.
 
-    Task and criterion become fairseq's ``translation`` and ``cross_entropy``; the optimiser, the
-    meters, s_t and our own settings are left out. Of several checkpoints the parameters are
-    averaged, and everything else is the first one's. With ``ema`` the parameters are the running
-    averages of ``--store-ema``. Returns the architecture, updates and number of parameters.
+    The plugin's task and criterion become fairseq's ``translation`` and ``cross_entropy``; the
+    optimiser, the meters, s_t and our own settings are left out. Of several checkpoints the
+    parameters are averaged, and everything else is the first one's. With ``ema`` the parameters
+    are the running averages of ``--store-ema``. Returns the architecture, task, criterion, updates
+    and number of parameters.
 
     Raises:
         UserError: if a source is no checkpoint that can be read safely, holds no running averages
@@ -178,7 +179,18 @@ def export_checkpoint(
         "architecture": str(settings.get("arch") or _name(settings)),
         "updates": exported["optimizer_history"][-1]["num_updates"],
         "parameters": sum(t.numel() for t in exported["model"].values()),
+        **{k: _name(exported["cfg"].get(k)) for k in ("task", "criterion")},
     }
+
+
+def unknown_to_fairseq(architecture: str, task: str) -> list[str]:
+    """Return those of a checkpoint's parts, as flags, that fairseq has only from a --user-dir."""
+    with quiet_fairseq():  # it advertises optional packages as it is imported
+        from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+        from fairseq.tasks import TASK_REGISTRY
+    there = {"--arch": {*ARCH_MODEL_REGISTRY, *MODEL_REGISTRY}, "--task": {*TASK_REGISTRY}}
+    given = {"--arch": architecture, "--task": task}
+    return [f"{flag} {name}" for flag, name in given.items() if name not in there[flag]]
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a fairseq-train command as people write it to the same command with a teacher.
+"""fairseq-train commands as people write them: reading them, and setting their flags.
 
 Pure functions over argument lists; nothing here runs a command, and fairseq is not needed.
 """
@@ -11,30 +11,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.shell_script import SimpleCommand, simple_commands
 
-if TYPE_CHECKING:  # reading a command should not wait for torch
-    from l2t_core.teacher_file import TeacherHeader
-
-TASKS = ("translation", "l2t_translation")
-CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy", "l2t_dynamic")
-# Flags that exist only together with the criterion they belong to, and whether a value follows.
-CRITERION_FLAGS = {
-    "--label-smoothing": True,
-    "--ignore-prefix-size": True,
-    "--report-accuracy": False,
-}
-# Those of the criterion l2t_dynamic.
-OWN_FLAGS = {
-    "--l2t-teacher": True,
-    "--l2t-total-steps": True,
-    "--l2t-warmup-steps": True,
-    "--l2t-debug": False,
-}
-_REMAKE = "--update-epoch-batch-itr"  # batches made anew for each epoch
 # Other spellings that fairseq accepts for the same setting.
 _ALIASES = {"--arch": ("-a",)}
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
@@ -56,14 +36,6 @@ class FairseqCommand:
     program: list[str]
     arguments: list[str]
     left_out: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TaughtCommand:
-    """The command with a teacher, and in words what was changed in it."""
-
-    command: FairseqCommand
-    changes: list[str]
 
 
 def parse_command(tokens: Sequence[str]) -> FairseqCommand:
@@ -209,133 +181,6 @@ def total_steps(command: FairseqCommand) -> int:
     if steps <= 0:
         raise UserError(f"--max-update {text} is no positive whole number; write --max-update N")
     return steps
-
-
-def teach_command(
-    command: FairseqCommand, teacher: Path, header: TeacherHeader, user_dir: Path
-) -> TaughtCommand:
-    """Return ``command`` with its criterion replaced by the teacher's loss.
-
-    Adds what the plugin needs, drops flags that belong to the old criterion, and leaves all other
-    flags as they are and where they are.
-
-    Raises:
-        UserError: if the command trains what cannot be taught, or contradicts itself.
-    """
-    refuse_unteachable(command)
-    _refuse_blind(command, header)
-    refuse_other_user_dir(command, user_dir)
-    steps = total_steps(command)
-    changes = [f"left out of the script's line: {part}" for part in command.left_out]
-    for flag, wanted, default in (
-        ("--criterion", "l2t_dynamic", "cross_entropy"),
-        ("--task", "l2t_translation", "translation"),
-    ):
-        before = value_of(command, flag) or default
-        if before != wanted:
-            why = ", so that a resumed run is exact" if flag == "--task" else ""
-            changes.append(f"{flag} {before} -> {wanted}{why}")
-        command = with_value(command, flag, wanted)
-    for flag, takes_value in CRITERION_FLAGS.items():
-        if has_flag(command, flag):
-            command = without(command, flag, takes_value)
-            changes.append(f"{flag} removed: it belongs to the old criterion")
-    if value_of(command, "--best-checkpoint-metric") == "accuracy":
-        command = with_value(command, "--best-checkpoint-metric", "l2t_accuracy")
-        changes.append("--best-checkpoint-metric accuracy -> l2t_accuracy")
-    added = {"--user-dir": str(user_dir), "--l2t-teacher": str(teacher)}
-    if value_of(command, "--validate-interval-updates") is None:
-        added["--validate-interval-updates"] = str(header.dev_interval_for(steps))
-    if _orders_batches_by_epoch(command):
-        added[_REMAKE] = "True"
-    for flag, value in added.items():
-        if value_of(command, flag) != value:
-            command = with_value(command, flag, value)
-            changes.append(f"{flag} {value}")
-    return TaughtCommand(command, changes)
-
-
-def without_criterion_flags(command: FairseqCommand) -> FairseqCommand:
-    """Return a command without the flags of any criterion, ours or another, for a new one."""
-    for flag, takes_value in {**CRITERION_FLAGS, **OWN_FLAGS}.items():
-        command = without(command, flag, takes_value)
-    return command
-
-
-def resumable(command: FairseqCommand, user_dir: Path) -> FairseqCommand:
-    """Return a command without a teacher that, killed, goes on to the same student.
-
-    By itself fairseq cannot read its own checkpoints on torch from 2.6 on, and goes on with other
-    batches once the first epoch is over; with the plugin's task it trains the same student and does
-    neither. A command with another plugin or task stays as it is.
-    """
-    given = value_of(command, "--user-dir")
-    ours = given is None or Path(given).resolve() == user_dir.resolve()
-    if not ours or (value_of(command, "--task") or "translation") not in TASKS:
-        return command
-    command = with_value(command, "--task", "l2t_translation")
-    if _orders_batches_by_epoch(command):
-        command = with_value(command, _REMAKE, "True")
-    return with_value(command, "--user-dir", str(user_dir))
-
-
-def _orders_batches_by_epoch(command: FairseqCommand) -> bool:
-    """Tell whether a resumed run would only by ``_REMAKE`` find the first run's batches again."""
-    ordered = has_flag(command, "--update-ordered-indices-seed")
-    ordered = ordered or value_of(command, "--curriculum") not in (None, "0")
-    return ordered and value_of(command, _REMAKE) is None
-
-
-def refuse_unteachable(command: FairseqCommand) -> None:
-    """Refuse a command whose student no teacher can train or teach.
-
-    Raises:
-        UserError: naming the flag, in words that fit a command and the flags of a recipe.
-    """
-    task = value_of(command, "--task") or "translation"
-    if task not in TASKS:
-        raise UserError(
-            f"--task {task} cannot be taught: l2t teaches translation; give a command with "
-            f"--task translation{suggestion(task, ['translation'])}"
-        )
-    arch = value_of(command, "--arch") or ""
-    if "_lm" in arch:
-        raise UserError(
-            f"--arch {arch} is a language model and cannot be taught: l2t teaches translation; "
-            "give a command with an encoder-decoder"
-        )
-    criterion = value_of(command, "--criterion") or "cross_entropy"
-    if criterion not in CRITERIONS:
-        raise UserError(
-            f"--criterion {criterion} cannot be replaced by a teacher's loss: it trains something "
-            f"else; give a command with --criterion {' or '.join(CRITERIONS[:2])}"
-        )
-    if has_flag(command, "--tpu"):
-        raise UserError("--tpu cannot be taught: statistics are not reported at every update there")
-
-
-def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
-    """Refuse a command that never looks at dev where the teacher reads what is seen there."""
-    if header.teacher.reads_dev and has_flag(command, "--disable-validation"):
-        raise UserError(
-            "--disable-validation leaves the teacher without the dev statistics that it reads; "
-            "remove it"
-        )
-
-
-def refuse_other_user_dir(command: FairseqCommand, user_dir: Path) -> None:
-    """Refuse a command that names another plugin: fairseq takes only one.
-
-    Raises:
-        UserError: naming both folders.
-    """
-    given = value_of(command, "--user-dir")
-    if given is None or Path(given).resolve() == user_dir.resolve():
-        return
-    raise UserError(
-        f"the command has --user-dir {given}, and fairseq takes only one; remove it, or run "
-        f"fairseq-train yourself with a folder that imports both that plugin and {user_dir}"
-    )
 
 
 def _occurrences(arguments: Sequence[str], flag: str, takes_value: bool) -> list[tuple[int, int]]:

@@ -7,8 +7,10 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import re
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -177,3 +179,14 @@ def avoid_fused_encoder() -> None:
         loads(self, state, prefix, *rest)
 
     layer._load_from_state_dict = load
+
+
+@contextlib.contextmanager
+def quiet_fairseq() -> Iterator[None]:
+    """Silence fairseq's information lines, which would break a progress display."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

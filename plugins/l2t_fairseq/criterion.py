@@ -168,14 +168,17 @@ class L2TDynamicCriterion(FairseqCriterion):
         self._settle_dev()
         if update != self.applied.step:
             logger.info(
-                "the student's state starts anew at update %d%s",
-                update,
-                f"; {self._how_to_carry_it()}" if update else "",
+                "the student's state starts anew at update %d; %s", update, self._why_anew(update)
             )
             self._restart(update)
         self.applied.begin_step(learning_rate)
 
-    def _how_to_carry_it(self) -> str:
+    def _why_anew(self, update: int) -> str:
+        if update == 0:
+            return (
+                "fairseq keeps the update's number with the optimiser's state, which "
+                "--no-save-optimizer-state or --reset-optimizer leaves out"
+            )
         if self.fed_by_task:
             return "it is kept with the train iterator, which --reset-dataloader leaves out"
         return "--task l2t_translation carries it through checkpoints"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +22,12 @@ from l2t_core.errors import UserError, suggestion
 from l2t_core.optimisers import Optimiser, build_optimiser
 from l2t_core.specs import OptimiserSpec
 from l2t_fairseq import register
-from l2t_fairseq.command import FairseqCommand, refuse_unteachable
-from l2t_fairseq.compat import newer_settings
+from l2t_fairseq.command import FairseqCommand, value_of
+from l2t_fairseq.compat import newer_settings, quiet_fairseq
 from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.start import fill, starting_parameters
+from l2t_fairseq.taught_command import refuse_unteachable
 
 # What a command may do that is taught, and a student whose life is differentiated may not.
 _REFUSED = {
@@ -50,7 +51,8 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
     register()
     arguments = [str(data_bin), *split_flags(flags, "nmt.train")]
     try:  # before fairseq looks for another task's data
-        refuse_unteachable(FairseqCommand({}, ["fairseq-train"], arguments))
+        command = FairseqCommand({}, ["fairseq-train"], arguments)
+        refuse_unteachable(command, _own_tasks(command))
     except UserError as error:
         raise UserError(f"nmt.train: {error}") from None
     said = io.StringIO()
@@ -71,6 +73,20 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
         ) from error
     _refuse(namespace, config)
     return config
+
+
+def _own_tasks(command: FairseqCommand) -> list[str]:
+    """Import the command's own ``--user-dir``; return the tasks that build on ours."""
+    from l2t_fairseq.task import registered_tasks
+
+    folder = value_of(command, "--user-dir")
+    try:
+        utils.import_user_module(argparse.Namespace(user_dir=folder))
+    except Exception as error:  # it is the user's own code
+        raise UserError(
+            f"--user-dir {folder} cannot be imported by fairseq ({_one_line(error)}); mend it"
+        ) from error
+    return registered_tasks()
 
 
 def _one_line(error: Exception) -> str:
@@ -357,14 +373,3 @@ class RateSchedule:
 
 def _dummy_optimizer(config: Any) -> Any:
     return optim.build_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))])
-
-
-@contextlib.contextmanager
-def quiet_fairseq() -> Iterator[None]:
-    """Silence fairseq's information lines, which would break a progress display."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)

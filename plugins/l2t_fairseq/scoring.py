@@ -47,6 +47,7 @@ def score_checkpoint(
     out: Path = Path(),
     reference: Path | None = None,
     measure: str = "expected_bleu",
+    user_dir: Path | None = None,
 ) -> ScoredOutput:
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
@@ -56,7 +57,8 @@ def score_checkpoint(
     (``--remove-bpe``, ``--bpe``); ``--tokenizer moses`` undoes that tokeniser. The reference is
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
     side with its subwords joined; the signature says so (``ref:data-bin``). ``measure`` is named
-    as a teacher's (:mod:`~l2t_fairseq.sentence_scores`) and taken of the whole split. Writes
+    as a teacher's (:mod:`~l2t_fairseq.sentence_scores`) and taken of the whole split. ``user_dir``
+    is the plugin's folder or one that imports it (None: the plugin's). Writes
     ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
 
     Raises:
@@ -78,7 +80,7 @@ def score_checkpoint(
         flags += ["--tokenizer", "space"]
     log = out / f"generate-{split}.log"
     raw = folder.references(split, target, form) if reference is None else read_lines(reference)
-    generate(folder.data_bin, checkpoint, flags, log)
+    generate(folder.data_bin, checkpoint, flags, log, user_dir)
     if joins:
         generated, targets = read_output(log, TEXT), read_output(log, TARGETS)
     else:
@@ -93,20 +95,24 @@ def score_checkpoint(
     return ScoredOutput(score, signature + ("|ref:data-bin" if raw is None else ""), path, log)
 
 
-def generate(data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path) -> None:
-    """Run fairseq-generate; everything it prints goes to ``log``.
+def generate(
+    data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path, user_dir: Path | None = None
+) -> None:
+    """Run fairseq-generate with the plugin (or ``user_dir``); what it prints goes to ``log``.
 
     Raises:
         UserError: if the checkpoint is missing or fairseq-generate fails.
     """
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}; train the student first")
-    user_dir = Path(__file__).resolve().parent
+    user_dir = user_dir or Path(__file__).resolve().parent
     # The plugin first of all lets torch read the checkpoint, whatever criterion wrote it.
     command = [sys.executable, "-m", "fairseq_cli.generate", str(data_bin), *flags]
     command += ["--path", str(checkpoint), "--user-dir", str(user_dir)]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
+        # A new file: a child that outlived a killed run of ours may still write into the old one.
+        log.unlink(missing_ok=True)
         with log.open("wb") as handle:
             code = subprocess.run(
                 command,

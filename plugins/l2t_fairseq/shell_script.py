@@ -1,9 +1,9 @@
 """Reading the simple commands of a shell script without running it.
 
 Understands what training scripts are written in: comments, line continuations, quoting, variables
-set in the script or the environment, environment prefixes, several commands, redirections,
-here-documents. What only a shell can know (command substitution, arguments of the script, arrays)
-is an error, but only where the command that is looked for depends on it.
+set in the script or the environment, ``~``, environment prefixes, several commands, redirections,
+here-documents. What only a shell can know (command substitution, arguments of the script, arrays,
+loops) is an error, but only where the command that is looked for depends on it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _WHICH = re.compile(r"\$\(\s*which\s+([\w./-]+)\s*\)|`\s*which\s+([\w./-]+)\s*`"
 _DEFAULT = re.compile(r"([A-Za-z_]\w*)(?::?-(.*))?")
 # Words that may stand before a command and are no part of it.
 _RESERVED = {"do", "then", "else", "elif", "if", "while", "until", "{", "}", "!", "time", "exec"}
+_LOOPS = {"for", "while", "until", "select"}
 # A line with these sets variables and runs nothing.
 _DECLARATIONS = {"export", "declare", "readonly", "local", "typeset"}
 
@@ -191,10 +192,19 @@ class _Variables:
             )
         return self.value(braced[1], braced[2])
 
+    def _from_home(self, word: Word) -> Word:
+        """Return ``word`` with the ``~`` that it may begin with written out, as a shell does."""
+        first, quote = word[0] if word else ("", Quote.NONE)
+        if quote is not Quote.NONE or (first != "~" and not first.startswith("~/")):
+            return word
+        if first == "~" and len(word) > 1:  # ~"/x" and ~'' are not the home folder
+            return word
+        return [(self.value("HOME"), Quote.SINGLE), (first[1:], Quote.NONE), *word[1:]]
+
     def expand(self, word: Word) -> list[str]:
         """Return the arguments that ``word`` stands for: one, or several from a bare variable."""
         parts, quoted = [""], False
-        for piece, quote in word:
+        for piece, quote in self._from_home(word):
             if quote is Quote.SINGLE:
                 parts[-1] += piece
                 quoted = True
@@ -204,6 +214,8 @@ class _Variables:
                 raise UserError(
                     f"the script uses the output of a command ({piece.strip()}); write the value"
                 )
+            if quote is Quote.NONE and piece.endswith("$"):
+                raise UserError("the script uses $ before a quote; write the value in plain quotes")
             value = _VARIABLE.sub(self._substitute, named).replace("\0", "$")
             if quote is Quote.DOUBLE or "$" not in piece:
                 parts[-1] += value
@@ -215,6 +227,11 @@ class _Variables:
                 parts += pieces[1:]
         return parts if quoted else [part for part in parts if part]
 
+    def assigned(self, value: Word) -> str:
+        """Return what an assignment gives its variable: never split, as if it were quoted."""
+        whole = self._from_home(value)
+        return "".join(self.expand([(p, Quote.DOUBLE if q is Quote.NONE else q) for p, q in whole]))
+
 
 def _assignment(word: Word) -> tuple[str, Word] | None:
     """Return name and value where ``word`` reads ``NAME=value``."""
@@ -223,7 +240,8 @@ def _assignment(word: Word) -> tuple[str, Word] | None:
     match = _ASSIGNMENT.match(word[0][0])
     if not match:
         return None
-    return match[1], [(word[0][0][match.end() :], Quote.NONE), *word[1:]]
+    rest = word[0][0][match.end() :]
+    return match[1], [(rest, Quote.NONE), *word[1:]] if rest else word[1:]
 
 
 def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
@@ -252,10 +270,7 @@ def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
         command.words += ["".join(piece for piece, _ in word) for word in words]
     for name, value in assigned:
         try:
-            # An assignment is never split, so it is expanded as if it were quoted.
-            text = "".join(
-                variables.expand([(p, Quote.DOUBLE if q is Quote.NONE else q) for p, q in value])
-            )
+            text = variables.assigned(value)
         except UserError as error:
             if words and not declaration:
                 command.error = error
@@ -267,6 +282,17 @@ def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
         else:
             variables.known[name] = text
     return command
+
+
+def _loop_step(statement: list[Word | str]) -> int:
+    """Return 1 where ``statement`` begins a loop, -1 where it ends one, 0 elsewhere."""
+    for word in statement:
+        name = word[0][0] if len(word) == 1 and not isinstance(word, str) else ""
+        if name in _LOOPS or name == "done":
+            return -1 if name == "done" else 1
+        if name not in _RESERVED:
+            return 0
+    return 0
 
 
 def simple_commands(
@@ -282,7 +308,13 @@ def simple_commands(
         UserError: if a quotation is never closed.
     """
     variables = _Variables(os.environ if environment is None else environment)
-    commands = [_read(statement, variables) for statement in _statements(text, documents)]
+    commands, loops = [], 0
+    for statement in _statements(text, documents):
+        loops = max(0, loops + _loop_step(statement))
+        command = _read(statement, variables)
+        if loops and command.error is None:
+            command.error = UserError("the script runs it in a loop; give one command after --")
+        commands.append(command)
     return [command for command in commands if command.words]
 
 

@@ -10,7 +10,7 @@ other criterion it is ``translation``, whose resumed runs it makes exact, too.
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.tasks import register_task
+from fairseq.tasks import TASK_REGISTRY, register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from l2t_fairseq.criterion import L2TDynamicCriterion
@@ -82,6 +82,11 @@ class L2TTranslationTask(TranslationTask):
         return super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
+
+
+def registered_tasks() -> list[str]:
+    """Return the names of the tasks that build on :class:`L2TTranslationTask`, itself included."""
+    return sorted(n for n, kind in TASK_REGISTRY.items() if issubclass(kind, L2TTranslationTask))
 
 
 def carry_state(iterator: Any, criterion: L2TDynamicCriterion) -> None:

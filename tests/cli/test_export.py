@@ -10,10 +10,12 @@ import torch
 from in_process import Run  # type: ignore[import-not-found]
 
 
-def checkpoint(path: Path, value: float) -> Path:
+def checkpoint(
+    path: Path, value: float, arch: str = "transformer", task: str = "l2t_translation"
+) -> Path:
     """Write a small checkpoint with one parameter."""
-    cfg = {"model": Namespace(arch="transformer", user_dir="plugins/l2t_fairseq"),
-           "task": {"_name": "l2t_translation"}, "criterion": {"_name": "l2t_dynamic"}}  # fmt: skip
+    cfg = {"model": Namespace(arch=arch, user_dir="plugins/l2t_fairseq"),
+           "task": {"_name": task}, "criterion": {"_name": "l2t_dynamic"}}  # fmt: skip
     history = [{"num_updates": 1200, "optimizer_name": "FairseqAdam"}]
     state = {"model": {"w": torch.full((2, 3), value)}, "cfg": cfg, "optimizer_history": history}
     torch.save(state, path)
@@ -33,6 +35,15 @@ def test_one_checkpoint_or_the_mean_of_several(l2t: Run, tmp_path: Path) -> None
     exported = torch.load("out/student.pt", weights_only=True)
     assert exported["model"]["w"].tolist() == [[2.5] * 3] * 2
     assert exported["cfg"]["model"] == {"arch": "transformer", "user_dir": None}
+
+
+def test_parts_of_the_users_own_plugin_are_told(l2t: Run, tmp_path: Path) -> None:
+    own = checkpoint(tmp_path / "1.pt", 1.0, "no_ones_arch", "no_ones_task")
+    outcome = l2t("export", own, "--to", "student.pt")
+    assert outcome.code == 0 and outcome.err == ""
+    first, note = outcome.out.splitlines()
+    assert "no_ones_arch" in first and "task no_ones_task, criterion cross_entropy" in first
+    assert "no --arch no_ones_arch and no --task no_ones_task" in note and "--user-dir" in note
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
         (["--user-dir", "elsewhere"], "--user-dir elsewhere"),
         (["--no-save"], "--no-save leaves no checkpoint_best.pt"),
         (["--checkpoint-suffix", "-1"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
+        (["--no-save-optimizer-state"], "--no-save-optimizer-state leaves out the update's"),
     ],
 )
 def test_what_cannot_be_taught(
@@ -149,6 +150,53 @@ def test_what_cannot_be_taught(
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), *change]
     assert expected in l2t("apply-teacher", teacher, "--", *command).error()
     assert not Path("runs").exists()
+
+
+OWN = """\
+{first}
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer.transformer_legacy import base_architecture
+
+@register_model_architecture("transformer", "mine_tiny")
+def tiny(args):
+    args.encoder_layers = args.decoder_layers = 1
+    args.encoder_embed_dim = args.encoder_ffn_embed_dim = 16
+    args.encoder_attention_heads = args.decoder_attention_heads = 2
+    base_architecture(args)
+"""
+TASK = """
+from fairseq.tasks import register_task
+from l2t_fairseq.task import L2TTranslationConfig, L2TTranslationTask
+
+@register_task("mine_translation", dataclass=L2TTranslationConfig)
+class Mine(L2TTranslationTask):
+    pass
+"""
+
+
+def test_a_user_dir_that_brings_the_plugin_with_it(
+    l2t: Run, data_bin: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    for name, first in (("with_l2t", "import l2t_fairseq"), ("without_l2t", "")):
+        (tmp_path / name).mkdir()
+        text = OWN.format(first=first) + (TASK if first else "")
+        (tmp_path / name / "__init__.py").write_text(text)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("import no_such_package\n")
+    train = TRAIN[TRAIN.index("--optimizer") :]
+    command = ["fairseq-train", str(data_bin), "--arch", "mine_tiny", *shlex.split(train)]
+    start = ["apply-teacher", teacher, "--out", "out", "--baseline", "--", *command]
+    assert "takes only one" in l2t(*start, "--user-dir", "without_l2t").error()
+    assert "no_such_package" in l2t(*start, "--user-dir", "broken").error()
+    own = ["--user-dir", "with_l2t", "--task"]
+    assert "L2TTranslationTask" in l2t(*start, *own, "translation_multi_simple_epoch").error()
+    outcome = l2t(*start, *own, "mine_translation")
+    assert outcome.code == 0, outcome.err  # an architecture that only this folder knows is scored
+    result = json.loads(Path("out/result.json").read_text())
+    assert set(result["scores"]) == {"taught", "cross_entropy"}
+    for text in Path("out").rglob("train.log"):
+        assert "task: Mine" in text.read_text() and "mine_tiny" in text.read_text()
 
 
 def test_a_command_that_leaves_no_checkpoint_has_nothing_to_score(data_bin: Path) -> None:
@@ -211,6 +259,26 @@ def test_a_command_that_loses_its_numbers_is_a_diverged_student(
     assert "10.00 ± 14.14" in outcome.out and "signature: nrefs:1" in outcome.out
 
 
+def test_a_student_that_ends_before_max_update_is_told(
+    l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"1": 12, "2": 7}
+
+    def training(words: list[str], environment: object, log: Path, on_progress: object) -> None:
+        last = made[words[words.index("--seed") + 1]]
+        log.write_text("".join(f"epoch 001 | num_updates={n} | x\n" for n in (3, last)))
+
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
+    assert "warning" not in l2t("apply-teacher", teacher, *command).out
+    outcome = l2t("apply-teacher", teacher, "--seeds", "2", "--baseline", *command)
+    (said,) = json.loads(Path("out/result.json").read_text())["warnings"]  # the teacher's alone
+    assert "taught: seed 2 ended at update 7 of 12 by another flag (--max-epoch" in said
+    assert outcome.code == 0 and "warning: " in outcome.out
+
+
 @pytest.mark.parametrize("script", [False, True])
 def test_all_commands_have_the_teacher_that_there_was_at_the_start(
     l2t: Run, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: bool
@@ -218,9 +286,10 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     before, taught_by = teacher.read_bytes(), []
 
-    def training(words: list[str], *_: object) -> None:
+    def training(words: list[str], environment: object, log: Path, *_: object) -> None:
         if "--l2t-teacher" in words:
             taught_by.append(Path(words[words.index("--l2t-teacher") + 1]).read_bytes())
+        log.touch()
         teacher.write_bytes(b"")
 
     monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
@@ -293,6 +362,23 @@ def test_flags_that_cannot_generate_are_refused_first(
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     arguments = ["apply-teacher", teacher, "--generate", flags, "--dry-run", "--", *command]
     assert "--generate" in l2t(*arguments).error()
+
+
+def test_a_missing_test_set_is_wanted_in_the_first_folder(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    from l2t_cli.fairseq_scoring import TestSet
+    from l2t_fairseq.command import parse_command
+
+    first = shutil.copytree(data_bin, tmp_path / "first")
+    for file in first.glob("test.*"):
+        file.unlink()
+    for data, where in ((f"{first}:{data_bin}", "the first has to have it"), (str(first), "on;")):
+        command = parse_command(["fairseq-train", data, *shlex.split(TRAIN)])
+        with pytest.raises(UserError, match=f"{where}.*--testpref"):
+            TestSet.of(command)
+    swapped = parse_command(["fairseq-train", f"{data_bin}:{first}", *shlex.split(TRAIN)])
+    assert TestSet.of(swapped).data_bin == data_bin
 
 
 def test_an_empty_dev_set_is_refused(l2t: Run, data_bin: Path, tmp_path: Path) -> None:

@@ -61,7 +61,10 @@ def test_an_export_is_the_student_and_nothing_else(runs: Runs, tmp_path: Path) -
     assert exported["last_optimizer_state"] is None
     assert exported["cfg"]["model"]["encoder_embed_dim"] == 16
     parameters = sum(t.numel() for t in exported["model"].values())
-    assert made == {"architecture": "transformer", "updates": STEPS, "parameters": parameters}
+    assert made == {
+        "architecture": "transformer", "task": "translation", "criterion": "cross_entropy",
+        "updates": STEPS, "parameters": parameters,
+    }  # fmt: skip
     # The folders of this test are the only words that may hold our name.
     said = [w for w in words(exported) if "l2t" in w and not w.startswith(str(runs.root.parent))]
     assert said == []

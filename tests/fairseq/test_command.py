@@ -20,10 +20,10 @@ from l2t_fairseq.command import (
     parse_script,
     save_dir,
     shell_text,
-    teach_command,
     value_of,
     with_value,
 )
+from l2t_fairseq.taught_command import resumable, teach_command
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 TEACHER, USER_DIR = Path("t.safetensors"), Path("/plugins/l2t_fairseq")
@@ -98,6 +98,20 @@ def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
     assert taught[taught.index("--best-checkpoint-metric") + 1] == "l2t_accuracy"
 
 
+def test_a_folder_with_the_plugin_in_it_and_a_task_built_on_ours_stay() -> None:
+    folder, command = Path("/mine"), parse_command([*BASE.split(), "--user-dir", "/mine"])
+    taught = teach_command(command, TEACHER, HEADER, folder, ["mine"])
+    assert value_of(taught.command, "--user-dir") == "/mine"
+    assert value_of(taught.command, "--task") == "l2t_translation"
+    assert not [change for change in taught.changes if "--user-dir" in change]
+    own = with_value(command, "--task", "mine")
+    taught = teach_command(own, TEACHER, HEADER, folder, ["mine"])
+    for made in (taught.command, resumable(own, folder, ["mine"])):
+        assert value_of(made, "--task") == "mine"
+    assert value_of(resumable(command, folder, ["mine"]), "--task") == "l2t_translation"
+    assert resumable(own, USER_DIR, ["mine"]) == own  # another plugin, without ours
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -107,6 +121,7 @@ def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
         (f"{BASE} --criterion=ctc", "ctc cannot be replaced"),
         (f"{BASE} --criterion adaptive_loss", "adaptive_loss cannot be replaced"),
         (f"{BASE} --user-dir /elsewhere", "takes only one"),
+        (f"{BASE} --user-dir /elsewhere --task mine", "mine cannot .*L2TTranslationTask"),
         (f"{BASE} --disable-validation", "--disable-validation"),
         ("fairseq-train data-bin --arch transformer", "add --max-update N"),
         ("fairseq-train data-bin --max-update x", "no positive whole number"),
@@ -214,6 +229,7 @@ set -e
 # a comment that ends in a backslash \
 DATA=data-bin/iwslt14   # where the data is
 LR="5e-4"
+LOG=~/logs
 ARGS="--dropout 0.3 --weight-decay 0.0001"
 export SAVE=${OUT:-checkpoints}/$USER
 fairseq-preprocess --source-lang de --destdir "$DATA"
@@ -221,6 +237,7 @@ echo "fairseq-train comes next"
 CUDA_VISIBLE_DEVICES=0 fairseq-train \
     "$DATA" --arch=transformer_iwslt_de_en \
     --adam-betas '(0.9, 0.98)' --lr $LR $ARGS \
+    --tensorboard-logdir $LOG/tb --wandb-project ~ --seen a~b '~/c' ~"/d" --finetune ~/"e f" \
     --user-note a\ b"c d" --max-up\
 date 20000 \
     --save-dir $SAVE 2>&1 | tee "$SAVE/train.log"
@@ -229,7 +246,7 @@ fairseq-generate $DATA --path $(ls $SAVE | head -1)
 
 
 def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
-    command = parse_script(SCRIPT, {"USER": "me"})
+    command = parse_script(SCRIPT, {"USER": "me", "HOME": "/home/of me"})
     assert command.environment == {"CUDA_VISIBLE_DEVICES": "0"}
     assert command.left_out == ["2>&1", '| tee "$SAVE/train.log"']
     # The shell itself, with stand-ins on the PATH, is the judge.
@@ -240,7 +257,7 @@ def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
         stand_in.chmod(0o755)
     shell = subprocess.run(
         ["bash", "-c", SCRIPT],
-        env={"USER": "me", "PATH": f"{tmp_path}:/usr/bin:/bin"},
+        env={"USER": "me", "HOME": "/home/of me", "PATH": f"{tmp_path}:/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=True,
@@ -259,6 +276,10 @@ def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
         ("D=$(mktemp -d)\nfairseq-train $D", "output of a command"),
         ('fairseq-train "${ARGS[@]}"', "ARGS"),
         ("for s in 1 2; do\n  fairseq-train d --seed $s\ndone", r"\$s"),
+        ("s=3\nfor s in 1 2; do fairseq-train d --seed $s; done", "in a loop"),
+        ("if true; then while true\ndo\nfairseq-train d\ndone; fi", "in a loop"),
+        ("fairseq-train d --adam-betas $'(0.9, 0.98)'", "before a quote"),
+        ("fairseq-train ~/d", r"\$HOME"),
         ("cd /somewhere && fairseq-train d", "changes folder"),
         ("fairseq-train 'd", "never closed"),
         ("fairseq-hydra-train task.data=x", "not supported yet"),
@@ -292,13 +313,14 @@ def test_here_documents_are_text_unless_the_command_is_in_one(script: str) -> No
 
 
 def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
-    script = "N=$(nproc)\nmkdir $UNSET\nfairseq-train d --lr 1; rm -r $ALSO_UNSET"
+    script = "for i in 1 2; do echo $i; done\nN=$(nproc)\nmkdir $UNSET\n"
+    script += "fairseq-train d --lr 1; rm -r $ALSO_UNSET"
     assert parse_script(script, {}).arguments == ["d", "--lr", "1"]
 
 
 def test_commands_are_understood_without_fairseq_and_torch() -> None:
     code = (
-        "import sys; import l2t_fairseq.command; "
+        "import sys; import l2t_fairseq.taught_command, l2t_fairseq.own_plugin; "
         "sys.exit(bool({'fairseq', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -13,7 +13,8 @@ from toy_fairseq import TINY_MODEL, USER_DIR, run_module
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
 from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand, teach_command
+from l2t_fairseq.command import FairseqCommand
+from l2t_fairseq.taught_command import teach_command
 
 pytest.importorskip("fairseq")
 

@@ -17,7 +17,8 @@ from toy_fairseq import USER_DIR, run_module, start_module
 from toy_runs import STEPS, Runs, same_parameters
 
 from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand, has_flag, resumable, teach_command, with_value
+from l2t_fairseq.command import FairseqCommand, has_flag, with_value
+from l2t_fairseq.taught_command import resumable, teach_command
 
 pytest.importorskip("fairseq")
 
@@ -164,3 +165,21 @@ def test_a_state_that_a_flag_leaves_out_is_told(runs: Runs, tmp_path: Path) -> N
     done = run_module("fairseq_cli.train", [*command.arguments, "--reset-dataloader"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "starts anew at update 10; it is kept with the train iterator" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--no-save-optimizer-state", "--reset-optimizer"])
+def test_a_run_that_fairseq_counts_from_0_again_says_why(
+    runs: Runs, tmp_path: Path, flag: str
+) -> None:
+    shutil.copy(runs.root / "real/checkpoint_2_10.pt", tmp_path / "checkpoint_last.pt")
+    command = with_value(runs.taught("real"), "--save-dir", str(tmp_path))
+    if flag.startswith("--no-save"):  # as a first run with the flag leaves it
+        whole = last(tmp_path)
+        del whole["last_optimizer_state"]
+        torch.save(whole, tmp_path / "checkpoint_last.pt")
+    done = run_module("fairseq_cli.train", [*command.arguments, flag])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert min(updates(done.stdout)) == 1 and max(updates(done.stdout)) == STEPS
+    line = next(li for li in done.stdout.splitlines() if "starts anew" in li)
+    assert "at update 0;" in line and flag in line
+    assert teacher_state(last(tmp_path))["applied"]["step"] == STEPS

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import BinaryIO
 
 import pytest
 import sacrebleu
@@ -14,6 +16,7 @@ from l2t_fairseq.scoring import (
     TARGETS,
     TEXT,
     ScoredOutput,
+    generate,
     in_order,
     language_pair,
     read_lines,
@@ -57,6 +60,27 @@ def test_the_score_is_sacrebleus_own() -> None:
     assert BLEU.judge(references, references)[0] == pytest.approx(100)
     with pytest.raises(UserError, match="reference is empty"):
         BLEU.judge([], [])
+
+
+def test_a_generation_that_outlived_its_run_writes_into_no_other_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed by SIGKILL, we leave fairseq-generate running; the next run has a log of its own."""
+    log, checkpoint = tmp_path / "generate.log", tmp_path / "student.pt"
+    checkpoint.touch()
+    log.write_text("H-0\t-0.1\tfirst\n")
+    with log.open("r+b") as outlived:
+
+        def run(command: list[str], stdout: BinaryIO, **_: object) -> CompletedProcess[bytes]:
+            stdout.write(b"H-0\t-0.25\tthe second run\n")
+            stdout.flush()
+            outlived.write(b"H-0\t-0.1\tfirst\n")
+            outlived.flush()
+            return CompletedProcess(command, 0)
+
+        monkeypatch.setattr("subprocess.run", run)
+        generate(tmp_path, checkpoint, [], log)
+    assert read_output(log, SYMBOLS) == {0: "the second run"}
 
 
 @pytest.fixture(scope="module")

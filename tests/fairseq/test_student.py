@@ -271,6 +271,31 @@ def test_refusals_are_one_line(prepared_toy, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_architecture_and_a_task_of_the_users_own(prepared_toy, tmp_path):
+    folder = tmp_path / "own_of_a_student"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import l2t_fairseq\n"
+        "from fairseq.models import register_model_architecture\n"
+        "from fairseq.models.transformer.transformer_legacy import base_architecture\n"
+        "from fairseq.tasks import register_task\n"
+        "from l2t_fairseq.task import L2TTranslationConfig, L2TTranslationTask\n"
+        "register_model_architecture('transformer', 'own_of_a_student')(base_architecture)\n"
+        "@register_task('task_of_a_student', dataclass=L2TTranslationConfig)\n"
+        "class Own(L2TTranslationTask):\n"
+        "    pass\n"
+    )
+    own = f" --user-dir {folder} --arch own_of_a_student --task task_of_a_student"
+    student = build_student(make_spec(prepared_toy, train=TRANSFORMER + RUN + own))
+    assert type(student.setup.task).__name__ == "Own"
+    assert student.setup.config.model.arch == "own_of_a_student"
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/__init__.py").write_text("import no_such_package\n")
+    own = f" --user-dir {tmp_path / 'torn'}"
+    with pytest.raises(UserError, match=r"nmt.train: --user-dir .*torn cannot be imported .*no_su"):
+        build_student(make_spec(prepared_toy, train=TRANSFORMER + RUN + own))
+
+
 def test_dev_sentences_that_the_model_cannot_hold_are_not_decoded(prepared_toy):
     """A learned position beyond the last would be an IndexError after a whole life."""
     flags = " --encoder-learned-pos --max-source-positions 12 --skip-invalid-size-inputs-valid-test"
