@@ -681,7 +681,7 @@ def test_a_score_changes_in_points() -> None:
     tests = {"cross_entropy": (32.0, 33.0, 34.0), "mrt": (33.5, 34.0, 36.0)}
     tuning: Any = SimpleNamespace(
         chosen=lambda: dict.fromkeys(tests, point), scores={n: {point: (1.0, 0.0)} for n in tests},
-        rates=[0.05, 0.1, 0.2], on_nll=False, count=1, seeds=[900_001],
+        rates=[0.05, 0.1, 0.2], on_nll=False, count=1, seeds=[900_001], grid=lambda arm: [point],
     )
     finals: Any = SimpleNamespace(
         results={n: {s: Result(1.0, 9, 1.0, 0.0, v) for s, v in enumerate(t)}

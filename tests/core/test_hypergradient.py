@@ -393,7 +393,7 @@ def test_the_error_of_finite_differences_is_told(make_student):
 
     fine, rough = outcome(1e-6), outcome(1.0)
     assert 0.0 < fine.way_back.hvp_error < 1e-6 < 1e-2 < rough.way_back.hvp_error
-    assert "set training.hvp=exact" in advice({"hvp_error": 0.2}, TrainingSpec())
+    assert "set training.hvp=exact" in advice({"hvp_error": 0.2}, TrainingSpec(), calm=True)
 
     blind = outcome(1.0, comparable=False)
     assert blind.way_back.hvp_error is None
