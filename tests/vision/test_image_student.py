@@ -64,13 +64,13 @@ def constant(log_probs, targets):
 
 @pytest.fixture
 def own_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_image_measures.py").write_text(OWN_MEASURES)
+    (tmp_path / "measures_of_chance.py").write_text(OWN_MEASURES)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("own_measures")
 def test_an_own_measure_draws_by_the_seed_of_its_measurement() -> None:
-    student = digits_student(measure="own_image_measures:some")
+    student = digits_student(measure="measures_of_chance:some")
     student.reset(1)
     torch.manual_seed(1)
     first = float(student.smoothed_measure(7).detach())
@@ -84,7 +84,7 @@ def test_an_own_measure_draws_by_the_seed_of_its_measurement() -> None:
 @pytest.mark.usefixtures("own_measures")
 @pytest.mark.parametrize("name", ["never", "constant"])
 def test_a_measure_that_says_nothing_is_named_before_the_rates(name: str, tmp_path: Path) -> None:
-    student = digits_student(measure=f"own_image_measures:{name}", steps=2, dev_interval=2)
+    student = digits_student(measure=f"measures_of_chance:{name}", steps=2, dev_interval=2)
     with pytest.raises(UserError, match=r"look at the measure first \(image.measure.*rate, or"):
         train_teacher(
             student, LossSpec(), TeacherSpec(), TrainingSpec(episodes=9),
