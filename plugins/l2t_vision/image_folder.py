@@ -283,8 +283,7 @@ def _decode(content: bytes, name: str, size: int) -> tuple[np.ndarray, bool]:
 
 @contextlib.contextmanager
 def _large_pictures() -> Iterator[None]:
-    """Take pictures as large as Pillow does, without its warning; say so of those that it refuses.
-    """
+    """Take pictures as large as Pillow does, without its warning; word what it refuses."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

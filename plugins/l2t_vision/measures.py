@@ -34,8 +34,7 @@ def build_measure(name: str, num_classes: int) -> Measure:
 
     Raises:
         UserError: if there is none, or the user's own fails, returns no scalar or is not the same
-            each time. What is returned
-            raises it, too, if it does so later.
+            each time. What is returned raises it, too, if it does so later.
     """
     if not is_import_path(name):
         return MEASURES.get(name)
