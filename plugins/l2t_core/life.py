@@ -213,10 +213,10 @@ class Life:
 def precision_of(student: object, asked: str) -> str:
     """Return the name of the arithmetic: the one ``asked`` for, or the student's where it has one.
 
-    ``student`` may be its section of a recipe.
+    ``student`` may be its section of a recipe; an unknown name there is left to who checks that.
     """
     own: str = getattr(student, "precision", "float32")
-    return asked if asked != "float32" else own
+    return own if asked == "float32" and own in PRECISIONS else asked
 
 
 def over(parts: Iterable[Tensor | None], power: float) -> list[Tensor | None]:

@@ -98,7 +98,7 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
         ),
         (
             "dev_batch", spec.dev_batch,
-            spec.dev_batch >= 0 and (spec.dev_batch <= looked_at or spec.dev_size < 1),
+            spec.dev_batch >= 0 and (spec.dev_batch <= looked_at or looked_at < 1),
             f"between 0 (the whole dev set) and its size, {looked_at}",
         ),
         (

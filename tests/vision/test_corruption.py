@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
+from l2t_vision.checks import problems
 from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
 from l2t_vision.data import ImageData, load_data
 from l2t_vision.recipe import ImageSpec
@@ -170,6 +171,11 @@ def test_trusted_images_are_learnt_from_with_their_right_labels(small_mnist: Pat
 def test_trusted_images_have_to_be_there(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_student(ImageSpec(**{"dev_size": 20, **settings}))
+
+
+def test_more_trusted_images_than_dev_has_is_said_and_nothing_else() -> None:
+    (problem,) = problems(ImageSpec(dev_size=20, trusted=900))
+    assert problem.startswith("image.trusted is 900")
 
 
 def test_a_tail_of_dev_may_leave_nothing_to_look_at(small_mnist: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from l2t_cli.recipe_loading import load_recipe
+from l2t_cli.recipe_values import problems
 from l2t_core.apply import train_student
 from l2t_core.errors import UserError
 from l2t_core.run_folder import open_run
@@ -100,6 +102,12 @@ def test_differences_are_refused_with_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.hvp=finite-difference .*precision=bfloat16"):
         folder = open_run(tmp_path / "r", {})
         train_teacher(student_in("bfloat16"), LossSpec(), TeacherSpec(), spec, folder, record={})
+
+
+def test_an_unknown_one_is_refused_under_its_own_key() -> None:
+    recipe = load_recipe("digits", ["image.precision=bfloat61"])
+    (problem,) = problems(recipe)
+    assert problem.startswith("the command line: image.precision is 'bfloat61'")
 
 
 def test_an_unknown_one_is_refused() -> None:
