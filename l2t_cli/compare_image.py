@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2t_cli.apply_image import follow
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.recipe_loading import Recipe
+
+if TYPE_CHECKING:
+    from l2t_core.step_losses import Recorded, StepLoss
 
 
 class ImageTrials:
@@ -67,33 +70,40 @@ class ImageTrials:
 
     def run(self, trial: Trial, folder: Path) -> Result:
         """Train one student; read its test error if it is a final one."""
-        from l2t_core.apply import train_student
-        from l2t_core.step_losses import Recorded, StepLoss, fixed_loss
+        from l2t_core.fixed_losses import baseline
+        from l2t_core.step_losses import fixed_loss
 
         spec = self.student.spec
         spec = dataclasses.replace(
             spec, optimiser=dataclasses.replace(spec.optimiser, lr=trial.lr)
         )
         student = self._student(spec)
-        loss: StepLoss
-        if trial.teacher:
-            loss = follow(student, trial.teacher)
-        else:
-            loss = fixed_loss(trial.loss, dict(trial.settings), student)
-        recorded = Recorded(loss)
-        try:
-            train_student(
-                student, trial.seed, recorded, snapshot=folder / "snapshot.safetensors"
+        seconds, steps = 0.0, spec.steps
+        if first := "" if trial.teacher else baseline(trial.loss).first:
+            # A kill later on has it trained again, to the same bits.
+            recorded, diverged = _trained(
+                student, trial.seed, fixed_loss(first, {}, student), folder / "first.safetensors"
             )
-        except FloatingPointError as error:
-            return Result(recorded.seconds(), recorded.step, diverged=str(error))
+            seconds, steps = recorded.seconds(), steps + spec.steps
+            if diverged:
+                return Result(seconds, recorded.step, diverged=diverged)
+        loss = (
+            follow(student, trial.teacher) if trial.teacher
+            else fixed_loss(trial.loss, dict(trial.settings), student)
+        )
+        recorded, diverged = _trained(
+            student, trial.seed, loss, folder / "snapshot.safetensors"
+        )
+        seconds += recorded.seconds()
+        if diverged:
+            return Result(seconds, steps - spec.steps + recorded.step, diverged=diverged)
         # Asked at the step where it is due, it answers for the parameters as they are.
         dev = student.dev_statistics(student.spec.dev_interval - 1)
         curve = {step: accuracy for step, _, accuracy in recorded.curve}
         curve[spec.steps] = dev.accuracy  # looks need not end with the run
         return Result(
-            seconds=recorded.seconds(),
-            steps=spec.steps,
+            seconds=seconds,
+            steps=steps,
             dev=student.true_measure(),
             nll=dev.nll if math.isfinite(dev.nll) else None,
             test=100.0 * student.test_error() if trial.final else None,
@@ -104,3 +114,16 @@ class ImageTrials:
     def _student(self, spec: Any) -> Any:
         """Return a fresh student of ``spec`` on the data that is loaded already."""
         return type(self.student)(spec, self.student.data)
+
+
+def _trained(student: Any, seed: int, loss: StepLoss, snapshot: Path) -> tuple[Recorded, str]:
+    """Train ``student`` from ``seed`` by ``loss``; return its record and what it diverged by."""
+    from l2t_core.apply import train_student
+    from l2t_core.step_losses import Recorded
+
+    recorded = Recorded(loss)
+    try:
+        train_student(student, seed, recorded, snapshot=snapshot)
+    except FloatingPointError as error:
+        return recorded, str(error)
+    return recorded, ""

@@ -166,9 +166,9 @@ def logit_adjusted_at(
 def forward_corrected_at(
     log_probs: Tensor, targets: Tensor, settings: Settings, at: Moment
 ) -> Tensor:
-    """Return :func:`forward_corrected` by the confusion that was told, [N]."""
+    """Return :func:`forward_corrected` by the confusion that was told, true or estimated, [N]."""
     if at.told is None:
-        raise ValueError("forward_corrected needs the true confusion of the training labels")
+        raise ValueError("a forward correction needs the confusion of the training labels")
     return forward_corrected(log_probs, targets, at.told)
 
 

@@ -42,7 +42,9 @@ class Baseline:
     :data:`Settings`, :class:`l2t_core.baselines.Moment`) to losses [N]; empty for a loss of whole
     sequences, which a field trains by means of its own. ``needs_classifier``: it looks at the
     student's last layer; ``asks`` names the student's method whose tensor it finds as
-    ``Moment.told``. ``own``: it is the user's, of log-probabilities and targets alone.
+    ``Moment.told``. ``first`` names the fixed loss of the student that has to be trained, from the
+    same seed at the same rate, before it is asked. ``own``: it is the user's, of log-probabilities
+    and targets alone.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Baseline:
     settings: dict[str, Setting] = field(default_factory=dict)
     needs_classifier: bool = False
     asks: str = ""
+    first: str = ""
     own: bool = False
 
     def load(self) -> Callable[..., Any]:
@@ -116,6 +119,16 @@ BASELINES.register("forward_corrected")(
         "forward correction",
         "l2t_core.baselines:forward_corrected_at",
         asks="label_confusion",
+    )
+)
+# Gold loss correction (Hendrycks et al. 2018): forward correction by what a student of
+# cross-entropy takes the dev examples of each class for.
+BASELINES.register("gold_corrected")(
+    Baseline(
+        "gold correction",
+        "l2t_core.baselines:forward_corrected_at",
+        asks="dev_confusion",
+        first="cross_entropy",
     )
 )
 # The paper's form before any teacher has learned anything: sigma = sigmoid, W = I, b = 0, eased in

@@ -19,9 +19,11 @@ class Student(Protocol):
     depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
     are then recorded and replayed. Batches that are more than tensors of one number of rows need
     ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
-    where processes share them. Two baselines ask for more: ``logit_adjusted`` for
+    where processes share them. Three baselines ask for more: ``logit_adjusted`` for
     ``class_shares()``, the classes' shares of the training data [K], ``forward_corrected`` for
-    ``label_confusion()``, the share of training examples of class k labelled j [K, K].
+    ``label_confusion()``, the share of training examples of class k labelled j [K, K],
+    ``gold_corrected`` for ``dev_confusion()``, :func:`l2t_core.student_state.mean_prediction` on
+    dev.
     A student's ``precision`` is the arithmetic of its steps, float32 unless it says bfloat16 or
     float16. It may have ``notes()``, lines on what is odd about its data, which are shown.
     ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names what :meth:`true_measure`

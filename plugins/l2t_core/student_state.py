@@ -95,6 +95,20 @@ def dev_statistics(log_probs: Tensor, targets: Tensor, num_classes: int) -> DevS
     return DevStatistics(whole.nll, whole.accuracy, tuple(by_class))
 
 
+def mean_prediction(log_probs: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Return C: the mean probability of class j over the examples of class k, float64 [K, K].
+
+    From log-probabilities [N, K] and targets [N]. Of a student that has learnt from wrong labels,
+    on examples with right ones, it estimates how the labels were made wrong (Hendrycks et al.
+    2018, equation 1). A class without examples has its own row of the identity.
+    """
+    total = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=targets.device)
+    total.index_add_(0, targets, log_probs.double().exp())
+    counts = torch.bincount(targets, minlength=num_classes).double().unsqueeze(1)
+    own = torch.eye(num_classes, dtype=torch.float64, device=targets.device)
+    return torch.where(counts > 0, total / counts.clamp(min=1), own)
+
+
 class StudentState:
     """Running statistics of one student's life and the feature vector s_t made of them.
 

@@ -12,7 +12,12 @@ from l2t_core.errors import UserError
 from l2t_core.flat import refill
 from l2t_core.optimisers import build_optimiser
 from l2t_core.schedules import learning_rate
-from l2t_core.student_state import IMAGE_FEATURES, DevStatistics, dev_statistics
+from l2t_core.student_state import (
+    IMAGE_FEATURES,
+    DevStatistics,
+    dev_statistics,
+    mean_prediction,
+)
 from l2t_core.user_code import imported, is_import_path
 from l2t_vision.augmentation import (
     AUGMENTATIONS,
@@ -180,6 +185,11 @@ class ImageStudent:
     def label_confusion(self) -> Tensor:
         """Return T: the share of training images of class k that are labelled j, float64 [K, K]."""
         return self.data.confusion
+
+    def dev_confusion(self) -> Tensor:
+        """Return what dev images of each class are taken for on average, float64 [K, K]."""
+        log_probs = self._log_probs(self.data.dev_x)
+        return mean_prediction(log_probs, self.data.dev_y, self.num_classes)
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what a teacher must fit: the number of classes."""

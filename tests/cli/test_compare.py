@@ -11,13 +11,14 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from checkout import LIMIT, ROOT, check_interrupted, start_python  # type: ignore[import-not-found]
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
@@ -39,10 +40,12 @@ from l2t_cli.console import LogFormat
 from l2t_cli.fields import FIELDS
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.train_teacher import run as train
+from l2t_core.apply import train_student
 from l2t_core.comparison import PairedComparison, Point
 from l2t_core.errors import UserError
 from l2t_core.files import claimed
 from l2t_core.fixed_losses import BASELINES
+from l2t_core.step_losses import FixedLoss
 from l2t_vision.student import ImageStudent
 
 COMPARE = """\
@@ -877,3 +880,29 @@ def test_a_second_command_at_work_in_one_folder_is_refused(
     # The claim ends with the command.
     options = ("--out", "out", "--jobs", "1", "compare.losses=[]", "compare.seeds=2")
     assert all(l2t("compare", tiny, *options).code == 0 for _ in range(2))
+
+
+def test_gold_correction_learns_from_a_student_of_its_own(tmp_path: Path) -> None:
+    """Its second student follows the confusion that the first, of cross-entropy, has on dev."""
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(DIGITS)
+    overrides = ["image.noise=pair", "image.label_noise=0.4", "image.steps=60"]
+    trials = ImageTrials(load_for_comparison(str(recipe), overrides))
+    trial = Trial("gold correction", "gold_corrected", (), None, "", 0.1, 7, final=True)
+    found = trials.run(trial, tmp_path)
+
+    spec = trials.student.spec
+    spec = replace(spec, optimiser=replace(spec.optimiser, lr=0.1))
+    student = ImageStudent(spec, trials.student.data)
+    train_student(student, 7)
+    told = student.dev_confusion()
+    labels = student.label_confusion()
+    # It has seen which class each is mistaken for.
+    beside = told.masked_fill(torch.eye(10, dtype=torch.bool), 0.0)
+    assert beside.argmax(1).equal((labels * (1 - torch.eye(10))).argmax(1))
+    second = ImageStudent(spec, trials.student.data)
+    train_student(second, 7, FixedLoss("forward_corrected", total_steps=60, told=told))
+    assert found.dev == second.true_measure()
+    assert found.test == pytest.approx(100.0 * second.test_error())
+    assert found.steps == 120 and found.curve[-1][0] == 60  # the cost counts both
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -202,7 +202,7 @@ def test_gradients_are_the_finite_differences(name: str, logits: Tensor) -> None
             settings["margin"] = margin
             assert torch.autograd.gradcheck(loss, (x, weight))
         return
-    told = {"class_shares": SHARES, "label_confusion": CONFUSION}
+    told = {"class_shares": SHARES, "label_confusion": CONFUSION, "dev_confusion": CONFUSION}
     free, at = logits.requires_grad_(), Moment(5, 10, told=told.get(baseline.asks))
     assert torch.autograd.gradcheck(
         lambda z: function(log_probs(z), TARGETS, settings, at), (free,)
@@ -324,7 +324,7 @@ def test_students_without_a_linear_last_layer_are_refused(module: nn.Module) -> 
         fixed_loss("large_margin", {}, Toy(module))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["logit_adjusted", "forward_corrected"])
+@pytest.mark.parametrize("name", ["logit_adjusted", "forward_corrected", "gold_corrected"])
 def test_students_that_do_not_tell_what_a_loss_asks_are_refused(name: str) -> None:
     asked = BASELINES.get(name).asks
     with pytest.raises(UserError, match=rf"{name} needs a student that has a method {asked}\(\)"):

@@ -16,6 +16,7 @@ from l2t_core.student_state import (
     TrainStatistics,
     dev_statistics,
     feature_count,
+    mean_prediction,
     train_statistics,
 )
 
@@ -83,3 +84,11 @@ def test_one_class_alone_is_refused():
     """Its log K, by which the nll is measured, is 0."""
     with pytest.raises(UserError, match="num_classes is 1; it must be 2 or more"):
         StudentState(10, 1, ("train_nll",))
+
+
+def test_mean_prediction_is_that_of_each_class() -> None:
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.0, 0.25, 0.75]])
+    found = mean_prediction(probabilities.log(), torch.tensor([0, 0, 2]), 3)
+    expected = torch.tensor([[0.6, 0.3, 0.1], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]])
+    assert found.dtype == torch.float64  # no example of class 1: it is taken for itself
+    torch.testing.assert_close(found, expected.double(), atol=1e-7, rtol=0.0)
