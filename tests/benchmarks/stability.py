@@ -8,10 +8,16 @@ on where it was stopped when the same command is given again. ::
     python tests/benchmarks/stability.py clean --data data/mnist --out runs/stability
     python tests/benchmarks/stability.py noise --data data/mnist --out runs/stability
     python tests/benchmarks/stability.py demo --data data/demo --out runs/stability
+    python tests/benchmarks/stability.py demo-end --data data/demo --out runs/stability
     python tests/benchmarks/stability.py report --out runs/stability --plot docs/stability.png
 
 The data are what ``l2t data prepare mnist`` and ``l2t data prepare demo`` made. Rates:
-cross-entropy's best on dev, of the grid that the first lines of a run print.
+cross-entropy's best on dev, of the grid that the first lines of a run print. The students
+of "demo-end" begin at a trained one, for which the flags of recipes/nmt/demo-de-en are ``--lr 4e-3
+--lr-scheduler polynomial_decay --warmup-updates 40 --total-num-update 600 --max-update 600``::
+
+    fairseq-train data/demo/data-bin ... --no-epoch-checkpoints --save-dir runs/demo-start
+    l2t export runs/demo-start/checkpoint_last.pt --to runs/demo-start/student.pt
 """
 
 from __future__ import annotations
@@ -113,6 +119,38 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     },
 }
 
+# What is tried at the end of a translation student's training, M-tilde being the task's own.
+END_SETTINGS: dict[str, tuple[Any, ...]] = {
+    name: ("linear", {"lr": 0.03, **changes}, {"form": form, "sigma": "identity"})
+    for name, form, changes in (
+        ("shared", "shared", {}),
+        ("diagonal", "diagonal", {}),
+        ("banded", "banded", {}),
+        ("lowrank", "lowrank", {}),
+        ("banded, no bound", "banded", {"bounded": False}),
+        ("banded, lr 0.01", "banded", {"lr": 0.01}),
+        ("banded, discount 0.9", "banded", {"discount": 0.9}),
+        ("banded, last 20 steps", "banded", {"truncate": 20}),
+        ("banded, windows of 20", "banded", {"differentiation": "windows", "window": 20}),
+        ("banded, mean of last 20", "banded", {"average_last": 20}),
+        ("banded, one-sided differences", "banded", {"hvp": "one-sided-difference"}),
+        ("banded, 4 students", "banded", {"students": 4}),
+        (
+            "banded, antithetic, 4 pairs", "banded",
+            {"differentiation": "antithetic-es", "students": 4, "perturbation": 0.05},
+        ),
+        (
+            "banded, mixed, 4 students", "banded",
+            {"differentiation": "mixed", "students": 4, "perturbation": 0.05},
+        ),
+    )
+}
+
+
+def settings_of(task: str) -> dict[str, tuple[Any, ...]]:
+    """Return what is tried on a task, by name."""
+    return END_SETTINGS if task == "demo-end" else SETTINGS
+
 
 def dev_errors(student: Any, teacher: Any, loss: LossSpec, seeds: tuple[int, ...]) -> list[float]:
     """Return 100 * (1 - dev measure) of a student for each seed; 90 where it dies."""
@@ -163,7 +201,7 @@ def best_rate(task: str, data: Path, schedule: str, out: Path) -> float:
 
 def measure(task: str, name: str, data: Path, out: Path) -> None:
     """Train one setting's teacher and judge it by unseen students."""
-    schedule, changes, loss_changes, *other = SETTINGS[name]
+    schedule, changes, loss_changes, *other = settings_of(task)[name]
     rate = best_rate(task, data, schedule, out)
     student = TASKS[task].build(data, schedule, rate, other[0] if other else "")
     loss = dataclasses.replace(LOSS, **loss_changes)
@@ -204,15 +242,16 @@ def measure(task: str, name: str, data: Path, out: Path) -> None:
 
 def run(task: str, data: Path, out: Path, only: str) -> None:
     torch.set_num_threads(1)
-    for name in SETTINGS:
-        if only == name or (only in name and only not in SETTINGS):
+    settings = settings_of(task)
+    for name in settings:
+        if only == name or (only in name and only not in settings):
             measure(task, name, data, out / task)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that are finished, in the order of SETTINGS."""
+    """Return the rows of a task's folder that are finished, in the order of its settings."""
     found = []
-    for name in SETTINGS:
+    for name in settings_of(folder.name):
         path = folder / f"{slug_of(name)}.json"
         if path.exists():
             row = json.loads(path.read_text(encoding="utf-8"))
@@ -274,7 +313,7 @@ def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
 
 
 def main(
-    task: Annotated[str, typer.Argument(help="clean, noise, demo or report")],
+    task: Annotated[str, typer.Argument(help="clean, noise, demo, demo-end or report")],
     out: Annotated[Path, typer.Option(help="Folder of the results")],
     data: Annotated[Path, typer.Option(help="Folder of the task's data")] = Path("data/mnist"),
     only: Annotated[str, typer.Option(help="This setting, or all whose names hold it")] = "",

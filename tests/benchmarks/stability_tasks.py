@@ -12,15 +12,18 @@ from l2t_core.student import Student
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student as build_image_student
 
+# Where the students of the end of a training begin; stability.py tells how to make it.
+START = Path("runs/demo-start/student.pt")
+
 
 @dataclass(frozen=True)
 class StabilityTask:
     """One task: how its student is made, and the grid its cross-entropy rate is chosen from.
 
     A schedule is constant, linear (to zero) or "warm-up, linear" (up to the rate in the first
-    tenth; the demo's all do). ``build(data folder, schedule, rate, measure)`` returns the student;
-    an empty measure is the task's own. ``score`` says what the tables show, a number that is
-    better when lower.
+    tenth; the demo's always go up first). ``build(data folder, schedule, rate, measure)`` returns
+    the student; an empty measure is the task's own. ``score`` says what the tables show, a number
+    that is better when lower.
     """
 
     build: Callable[[Path, str, float, str], Student]
@@ -48,39 +51,48 @@ def _mnist(noisy: bool) -> Callable[[Path, str, float, str], Student]:
     return build
 
 
-def _demo(data: Path, schedule: str, rate: float, measure: str) -> Student:
-    """Return the student of recipes/nmt/demo-de-en for 400 updates of half its batch."""
-    import yaml
+def _demo(
+    steps: int, warmup: int, tokens: int, start: str = "", **changes: Any
+) -> Callable[[Path, str, float, str], Student]:
+    """The student of recipes/nmt/demo-de-en for other ``steps`` and batches of other ``tokens``."""
 
-    from l2t_cli.recipe_files import shipped_recipes
-    from l2t_fairseq.recipe import NmtSpec
-    from l2t_fairseq.student import build_student
+    def build(data: Path, schedule: str, rate: float, measure: str) -> Student:
+        import yaml
 
-    recipe = shipped_recipes()["nmt/demo-de-en"]
-    described = yaml.safe_load(recipe.read_text("utf-8"))["nmt"]
-    steps = 400
-    flags = {
-        "constant": "--lr-scheduler fixed --warmup-updates 30",
-        "linear": "--lr-scheduler polynomial_decay --warmup-updates 30 "
-        f"--total-num-update {steps}",
-    }[schedule.rpartition(", ")[2]]
-    train = described["train"].replace("--lr-scheduler inverse_sqrt --warmup-updates 60", flags)
-    train = train.replace("--lr 3e-3", f"--lr {rate}").replace("--max-update 400", "")
-    train = train.replace("--max-tokens 1000", "--max-tokens 500")
-    assert flags in train and f"--lr {rate}" in train
-    kept: dict[str, Any] = {k: described[k] for k in ("samples", "dev_sentences", "dev_interval")}
-    return build_student(
-        NmtSpec(
-            data=str(data), train=f"{train} --max-update {steps}", steps=steps,
-            measure=measure or "expected_bleu", **kept,
+        from l2t_cli.recipe_files import shipped_recipes
+        from l2t_fairseq.recipe import NmtSpec
+        from l2t_fairseq.student import build_student
+
+        recipe = shipped_recipes()["nmt/demo-de-en"]
+        described = yaml.safe_load(recipe.read_text("utf-8"))["nmt"]
+        flags = {
+            "constant": f"--lr-scheduler fixed --warmup-updates {warmup}",
+            "linear": f"--lr-scheduler polynomial_decay --warmup-updates {warmup} "
+            f"--total-num-update {steps}",
+        }[schedule.rpartition(", ")[2]]
+        train = described["train"].replace("--lr-scheduler inverse_sqrt --warmup-updates 60", flags)
+        train = train.replace("--lr 3e-3", f"--lr {rate}").replace("--max-update 400", "")
+        train = train.replace("--max-tokens 1000", f"--max-tokens {tokens}")
+        assert flags in train and f"--lr {rate}" in train and f"--max-tokens {tokens}" in train
+        kept = {k: described[k] for k in ("samples", "dev_sentences", "dev_interval")}
+        return build_student(
+            NmtSpec(
+                data=str(data), train=f"{start}{train} --max-update {steps}", steps=steps,
+                measure=measure or "expected_bleu", **{**kept, **changes},
+            )
         )
-    )
+
+    return build
 
 
 TASKS = {
     "clean": StabilityTask(_mnist(False), (0.02, 0.05, 0.1, 0.2, 0.4), 400, 15, "dev error %"),
     "noise": StabilityTask(_mnist(True), (0.02, 0.05, 0.1, 0.2, 0.4), 400, 15, "dev error %"),
     "demo": StabilityTask(
-        _demo, (0.001, 0.002, 0.003, 0.005, 0.008), 400, 8, "100 - greedy dev BLEU"
+        _demo(400, 30, 500), (0.001, 0.002, 0.003, 0.005, 0.008), 400, 8, "100 - greedy dev BLEU"
+    ),
+    "demo-end": StabilityTask(
+        _demo(60, 10, 1000, f"--finetune-from-model {START} ", dev_interval=20, candidates="beam"),
+        (0.0003, 0.001, 0.002, 0.004), 60, 10, "100 - greedy dev BLEU",
     ),
 }
