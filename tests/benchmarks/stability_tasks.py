@@ -92,7 +92,10 @@ TASKS = {
         _demo(400, 30, 500), (0.001, 0.002, 0.003, 0.005, 0.008), 400, 8, "100 - greedy dev BLEU"
     ),
     "demo-end": StabilityTask(
-        _demo(60, 10, 1000, f"--finetune-from-model {START} ", dev_interval=20, candidates="beam"),
+        _demo(
+            60, 10, 1000, f"--finetune-from-model {START} ", dev_interval=20, dev_sentences=300,
+            candidates="beam",
+        ),
         (0.0003, 0.001, 0.002, 0.004), 60, 10, "100 - greedy dev BLEU",
     ),
 }
