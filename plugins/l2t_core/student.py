@@ -23,7 +23,8 @@ class Student(Protocol):
     ``class_shares()``, the classes' shares of the training data [K], ``forward_corrected`` for
     ``label_confusion()``, the share of training examples of class k labelled j [K, K].
     A student's ``precision`` is the arithmetic of its steps, float32 unless it says bfloat16 or
-    float16. It may have ``notes()``, lines on what is odd about its data, which are shown.
+    float16. It may have ``notes()``, lines on what is odd about its data, which are shown, and a
+    ``flat_remedy``, what to set where its M-tilde is flat.
     ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names what :meth:`true_measure`
     returns.
     """
