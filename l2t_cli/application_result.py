@@ -21,6 +21,8 @@ from l2t_core.comparison import (
 from l2t_core.fixed_losses import BASELINES
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
+# Of fairseq-train, beside --max-update.
+ENDING_FLAGS = "--max-epoch, --patience, --stop-time-hours, --stop-min-lr"
 NOT_TUNED = "Cross-entropy's learning rate was not tuned here; `l2t compare` tunes both."
 # Columns that tell how a result came to be, for a screen too narrow for all.
 _MAKING = ("seeds", "diverged", "time each")
@@ -132,6 +134,10 @@ class ApplicationResult:
         where = f"on the seeds that both have ({both})" if both else "on none: no seed has both"
         return [f"{self.name}: taught and cross-entropy are compared {where}"]
 
+    def ended_early(self) -> bool:
+        """Tell whether a student, of whichever loss, ended before its --max-update."""
+        return any(s.early for by_seed in self.scores.values() for s in by_seed.values())
+
     def _early(self) -> list[str]:
         """Return a line where taught students ended before their teacher's course was over."""
         early = {seed: s.early for seed, s in self.scores.get(TAUGHT, {}).items() if s.early}
@@ -139,8 +145,8 @@ class ApplicationResult:
             return []
         return [
             f"{self.name}, taught: seed {ranges(early)} ended at {early[min(early)]} by another "
-            "flag (--max-epoch, --patience, --stop-time-hours, --stop-min-lr), and the teacher's "
-            "course was cut off there, too; give the --max-update that is reached"
+            f"flag ({ENDING_FLAGS}), and the teacher's course was cut off there, too; give the "
+            "--max-update that is reached"
         ]
 
     def _floor(self, arm: str) -> float:
@@ -193,7 +199,8 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     if log_format is LogFormat.none:
         return
     columns, rows = result.table()
-    title = f"{result.name}: same steps, batches and seeds" if result.all_paired() else result.name
+    alike = result.all_paired() and not result.ended_early()
+    title = f"{result.name}: same steps, batches and seeds" if alike else result.name
     making = [i for i, name in enumerate(columns) if i == 0 or name in _MAKING]
     came_out = [i for i, name in enumerate(columns) if name not in _MAKING]
     console.table_in_parts(title, columns, rows, (came_out, making), text=2)

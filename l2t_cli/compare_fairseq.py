@@ -14,7 +14,7 @@ from typing import Any
 
 from l2t_cli.apply_fairseq import RecipeApplication, checkpoint_of, label_smoothed
 from l2t_cli.compare_trials import Result, Trial
-from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, train_to_end
+from l2t_cli.fairseq_process import UPDATES, lost_its_numbers, train_to_end, updates_made
 from l2t_cli.recipe_loading import Recipe
 from l2t_cli.user_dir import plugin_of
 from l2t_core.errors import UserError
@@ -180,7 +180,7 @@ class FairseqTrials:
         test, signature = self._score(folder, "test") if trial.final else (None, "")
         return Result(
             seconds=time.monotonic() - began,
-            steps=self.steps,
+            steps=updates_made(log) or self.steps,  # 0 where --log-format none tells nothing
             dev=dev,
             nll=min((nll for _, nll in curve), default=None),
             test=test,

@@ -31,6 +31,7 @@ class ImageTrials:
         self.recipe = recipe
         self.student = recipe.field.build_student(recipe.student)
         self.rate = float(recipe.student.optimiser.lr)
+        self.steps = int(recipe.student.steps)
         self.one_a_core = self.student.data.train_x.device.type == "cpu"
         self.content = self.student.content()
         self.signature = signature(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l2t_cli import console
-from l2t_cli.application_result import interval, mean_and_deviation, p_value
+from l2t_cli.application_result import ENDING_FLAGS, interval, mean_and_deviation, p_value
 from l2t_cli.compare_plan import Arm, Finals, Tuning
 from l2t_cli.compare_trials import FieldTrials, Result, Trial
 from l2t_cli.train_teacher import run_log
@@ -61,6 +61,7 @@ def summarise(
             row["against_cross_entropy"] = asdict(against)
             row["change"] = change(against, field_trials.lower_is_better)
     signatures = [r.signature for r in results.values() if r.signature]
+    early = _early(found, results, field_trials.steps)
     return {
         "name": name,
         "measure": field_trials.measure,
@@ -71,11 +72,43 @@ def summarise(
         "points_each": tuning.count,
         "tuning_seeds": list(tuning.seeds),
         "seeds": sorted({trial.seed for trial in results if trial.final}),
+        "steps": field_trials.steps,
+        "same_steps": _same_steps(finals),
         "learning_rates": sorted(tuning.rates),
         "signature": signatures[0] if signatures else "",
         "losses": rows,
-        "warnings": [line for row in rows for line in row.pop("warnings")],
+        "warnings": [*early, *(line for row in rows for line in row.pop("warnings"))],
     }
+
+
+def _early(found: Sequence[Arm], results: Mapping[Trial, Result], steps: int) -> list[str]:
+    """Return a line where students ended before their last step: whose, and at which."""
+    said, cut = [], False
+    for arm in found:
+        made = [r.steps for t, r in results.items() if t.arm == arm.name and not r.diverged]
+        short = sorted(n for n in made if n < steps)
+        if not short:
+            continue
+        to = f" to {short[-1]:,}" if short[-1] > short[0] else ""
+        said.append(f"{_label(arm)} {len(short)} of {len(made)}, at {short[0]:,}{to}")
+        cut = cut or arm.teacher is not None
+    if not said:
+        return []
+    teacher = ", and the teacher's course was cut off there, too" if cut else ""
+    return [
+        f"students ended before update {steps:,} by another flag ({ENDING_FLAGS}): "
+        f"{'; '.join(said)}{teacher}; remove that flag, or give the --max-update that is reached"
+    ]
+
+
+def _same_steps(finals: Finals) -> bool:
+    """Tell whether the final students of each seed made as many steps under every loss."""
+    made: dict[int, set[int]] = {}
+    for by_seed in finals.results.values():
+        for seed, result in by_seed.items():
+            if not result.diverged:
+                made.setdefault(seed, set()).add(result.steps)
+    return all(len(numbers) == 1 for numbers in made.values())
 
 
 def _row(
@@ -267,10 +300,11 @@ def verdict(summary: Summary) -> str:
 def how(summary: Summary) -> str:
     """Return one sentence on how the losses were tuned."""
     seeds = len(summary["tuning_seeds"])
+    same = "same steps and batches" if summary["same_steps"] else "same batches, but other steps"
     return (
         f"each loss: {summary['points_each']} points x {seeds} seed{'s' if seeds > 1 else ''} on "
-        f"dev {summary['tuned_on']}, then {len(summary['seeds'])} fresh seeds; same steps and "
-        "batches; test read once per final student"
+        f"dev {summary['tuned_on']}, then {len(summary['seeds'])} fresh seeds; {same}; "
+        "test read once per final student"
     )
 
 

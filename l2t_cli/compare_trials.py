@@ -73,7 +73,8 @@ class FieldTrials(Protocol):
     """What a field does for a comparison; built from a recipe in every process that trains.
 
     ``measure`` names the test score and ``worst`` is its worst value, ``dev_measure`` names the
-    one on dev, ``curve`` what learning curves show. ``rate`` is the recipe's own learning rate.
+    one on dev, ``curve`` what learning curves show. ``rate`` is the recipe's own learning rate,
+    ``steps`` how many a student makes that nothing ends before.
     ``one_a_core`` tells whether as many students as there are cores can train side by side.
     """
 
@@ -83,6 +84,7 @@ class FieldTrials(Protocol):
     dev_measure: str
     curve: str
     rate: float
+    steps: int
     one_a_core: bool
 
     def __init__(self, recipe: Recipe) -> None: ...

@@ -83,7 +83,10 @@ def exit_code_of(error: BaseException) -> int | None:
         say(f"l2t: interrupted: {error}")
         return INTERRUPTED
     if isinstance(error, PeerLost):
-        say(f"l2t: error: {error}")
+        from l2t_core.processes import is_first_to_tell_a_loss
+
+        if is_first_to_tell_a_loss():  # torchrun ends all survivors at once
+            say(f"l2t: error: {error}")
         return PEER_LOST
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         say("l2t: interrupted")

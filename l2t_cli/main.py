@@ -113,4 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = INTERRUPTED
         if code is None:
             raise
+    # Nothing is left to be kept: Python would show where in its own end it was.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code if isinstance(code, int) else 0)

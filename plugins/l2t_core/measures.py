@@ -62,7 +62,11 @@ def mrt_expectations(
         alpha: sharpness; 1 with all sentences listed is the exact expectation.
     """
     weights = torch.softmax((alpha * log_probs).masked_fill(~candidate_mask, -torch.inf), 1)
-    return (weights * scores).sum(1)
+    # Where all score alike, weights that add up to 1 but for rounding would have a gradient: noise,
+    # of which Adam makes steps as large as any.
+    alike = (scores == scores[:, :1]).all(1, keepdim=True)
+    expected = (weights * scores.masked_fill(alike, 0.0)).sum(1)
+    return torch.where(alike.squeeze(1), scores[:, 0], expected)
 
 
 def mrt_measure(

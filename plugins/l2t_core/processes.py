@@ -30,7 +30,7 @@ _MEETING = timedelta(minutes=5)
 _GOES_ON = "the same command continues from the last finished episode"
 # A mistake that all make is told by the first, which may be later by so many seconds.
 _TELLING = 60.0
-_TOLD = "l2t/told"
+_TOLD, _LOST = "l2t/told", "l2t/lost"
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,15 @@ def wait_until_told() -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def is_first_to_tell_a_loss() -> bool:
+    """Tell, at the first call in each process, whether no other survivor tells of a lost one."""
+    store = _store()
+    try:
+        return store is None or store.add(_LOST, 1) == 1
+    except RuntimeError:  # the lost one kept the store
+        return True
 
 
 def processes_here() -> int:

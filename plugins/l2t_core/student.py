@@ -25,7 +25,8 @@ class Student(Protocol):
     ``gold_corrected`` for ``dev_confusion()``, :func:`l2t_core.student_state.mean_prediction` on
     dev.
     A student's ``precision`` is the arithmetic of its steps, float32 unless it says bfloat16 or
-    float16. It may have ``notes()``, lines on what is odd about its data, which are shown.
+    float16. It may have ``notes()``, lines on what is odd about its data, which are shown, and a
+    ``flat_remedy``, what to set where its M-tilde is flat.
     ``num_classes`` is K, ``total_steps`` T, ``measure_name`` names what :meth:`true_measure`
     returns.
     """

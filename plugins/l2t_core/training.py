@@ -33,6 +33,7 @@ from l2t_core.teacher_file import TeacherHeader, save_teacher
 from l2t_core.teachers import Teacher, build_teacher
 from l2t_core.training_state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.update import (
+    FLAT_REMEDY,
     advice,
     ascend,
     combine,
@@ -194,7 +195,8 @@ class TeacherTraining:
         for outcomes in self._outcomes(on_event):
             row |= self._learn(outcomes)
         row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
-        if warning := advice(row, self.spec, ends_calmly(self.student)):
+        remedy = getattr(self.student, "flat_remedy", FLAT_REMEDY)
+        if warning := advice(row, self.spec, ends_calmly(self.student), remedy):
             row["warning"] = warning
         p.episode += 1
         p.ended = p.episode > self.spec.episodes

@@ -26,6 +26,12 @@ EXPLODED = 100.0
 NOISY = 1.2
 ROUGH = 0.1  # of H v's norm
 NOT_FINITE = "the hypergradient is not finite"
+FLAT = "the hypergradient is zero: the smoothed measure is flat there"
+# Where the student has none of its own field's (``Student``'s ``flat_remedy``).
+FLAT_REMEDY = (
+    "look at the measure first, and if it is sound lower the student's learning rate, or "
+    "training.lr"
+)
 
 
 def combine(estimates: Tensor) -> Tensor:
@@ -131,10 +137,13 @@ def ends_calmly(student: Student) -> bool:
     return rates[-1] <= 0.1 * max(rates)
 
 
-def advice(row: dict[str, object], spec: TrainingSpec, calm: bool) -> str:
+def advice(
+    row: dict[str, object], spec: TrainingSpec, calm: bool, flat_remedy: str = FLAT_REMEDY
+) -> str:
     """Return what is wrong with an episode's hypergradient and the setting that mends it, or "".
 
-    The likeliest remedy comes first; ``calm`` is :func:`ends_calmly` of the student.
+    The likeliest remedy comes first; ``calm`` is :func:`ends_calmly` of the student,
+    ``flat_remedy`` its own words for where M-tilde is flat.
     """
 
     def number(key: str) -> float:
@@ -149,13 +158,16 @@ def advice(row: dict[str, object], spec: TrainingSpec, calm: bool) -> str:
     reason = str(row.get("reason", ""))
     if "diverged" in reason:
         return f"{reason}; lower the student's learning rate, or training.lr"
+    if reason == FLAT:
+        return f"{reason}; {flat_remedy}"
     if number("largest") > EXPLODED or reason == NOT_FINITE:
         said = f"grew {number('largest'):.3g}-fold" if number("largest") else "left all bounds"
         mend = "lower the student's peak rate (image.optimiser.lr; in fairseq --lr)"
         if not calm:
             mend = (
                 "let the student's rate end at zero (image.schedule.name=linear; in fairseq "
-                f"--lr-scheduler polynomial_decay), {mend}"
+                "--lr-scheduler polynomial_decay --total-num-update, the number of its updates), "
+                f"{mend}"
             )
         if row.get("hvp_error") is not None:  # small at the end, and larger where Adam divides
             mend = "it may be the differences' own noise: set training.hvp=exact; else " + mend
@@ -183,5 +195,5 @@ def unusable(outcome: Outcome, max_growth: float) -> str:
         return f"the hypergradient grew {outcome.way_back.largest:.0f}-fold on its way back"
     if outcome.true is not None and not any(bool(e.any()) for e in outcome.estimates):
         # Adam would go on by momentum, away from where there was something to learn.
-        return "the hypergradient is zero: the smoothed measure is flat there (saturated?)"
+        return FLAT
     return ""

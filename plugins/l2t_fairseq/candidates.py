@@ -186,7 +186,7 @@ def _impossible(spec: NmtSpec, source: Source) -> list[str]:
     where = f"with nmt.candidates={spec.candidates}"
     limits: list[Limit] = [
         ("temperature", spec.temperature, 0 < spec.temperature < math.inf, f"above 0 {where}"),
-        ("top_k", spec.top_k, spec.top_k >= 1, f"at least 1 {where}: the symbols to draw from"),
+        ("top_k", spec.top_k, spec.top_k >= 2, f"at least 2 {where}: the symbols to draw from"),
         ("top_p", spec.top_p, 0 < spec.top_p < 1, f"in (0, 1) {where}: the mass to draw from"),
         (
             "beam", spec.beam, spec.beam == 0 or spec.beam >= spec.samples,

@@ -44,6 +44,13 @@ class NmtStudent:
     """
 
     default_features = NMT_FEATURES
+    # A lower rate would not help: it is most often a student whose candidates all score 0.
+    flat_remedy = (
+        "all candidates of a source score alike, or there is one only; let the students learn more "
+        "before (nmt.steps, --finetune-from-model in nmt.train), draw more candidates "
+        "(nmt.samples, nmt.candidates=ancestral), or climb nmt.measure=log_likelihood, which needs "
+        "none"
+    )
 
     def __init__(
         self, spec: NmtSpec, data: DataFolder, setup: FairseqSetup, device: torch.device

@@ -52,6 +52,10 @@ class ImageStudent:
 
     measure_name = "accuracy"
     default_features = IMAGE_FEATURES
+    flat_remedy = (
+        "saturated? look at the measure first (image.measure), and if it is sound lower the "
+        "student's learning rate, or training.lr"
+    )
     fixed_shapes = True  # every batch has the same shape: derivatives may be recorded
 
     def __init__(self, spec: ImageSpec, data: ImageData) -> None:

@@ -138,6 +138,16 @@ def test_a_signal_that_ends_the_tests_is_not_taken_for_the_commands(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_sigterm_while_python_ends_shows_no_trace(tmp_path: Path) -> None:
+    """torchrun sends one to the others of a process that has ended; they may be ending, too."""
+    code = (
+        "import atexit, os, signal\nfrom l2t_cli.main import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\nmain(['recipes', 'ls'])"
+    )
+    child = start_python("-c", code, cwd=tmp_path)
+    assert end_of(child)[1] == ""
+
+
 def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom l2t_cli.main import main\n"

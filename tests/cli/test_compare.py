@@ -449,6 +449,41 @@ def test_a_diverged_final_student_counts_as_worst(
     assert row["test"] == [4.0, 100.0, 4.0] and row["diverged"] == 1
 
 
+def test_students_that_ended_before_their_last_step_are_told(
+    l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fairseq's --patience ends some: whose, where, and that the steps were not the same."""
+    made = {"cross_entropy": 24, "label_smoothing": 24}
+
+    def run(self: ImageTrials, trial: Trial, folder: Path) -> Result:
+        steps = made[trial.arm] + (trial.seed == 2)
+        return Result(1.0, min(24, steps), dev=0.9, nll=0.1, test=4.0 if trial.final else None)
+
+    monkeypatch.setattr(ImageTrials, "run", run)
+
+    def compared(out: str) -> tuple[str, dict[str, Any]]:
+        outcome = l2t(
+            "compare", tiny, "--jobs", "1", "compare.losses=[label_smoothing]",
+            "compare.label_smoothing.eps=[0.1]", "compare.seeds=5", "--out", out,
+        )
+        assert outcome.code == 0, outcome.err
+        return outcome.out, json.loads(Path(out, "comparison.json").read_text())
+
+    said, summary = compared("whole")
+    assert "ended before" not in said and "same steps and batches" in said
+    assert summary["steps"] == 24 and summary["same_steps"]
+    made["label_smoothing"] = 11
+    said, summary = compared("short")
+    early = [line for line in summary["warnings"] if "ended before update 24" in line]
+    assert len(early) == 1 and "cross-entropy" not in early[0] and "teacher" not in early[0]
+    assert re.search(r"label smoothing \d+ of \d+, at 11 to 12; .*--max-update that is", early[0])
+    assert not summary["same_steps"] and "same batches, but other steps" in said
+    made["cross_entropy"] = 11  # as long as each other, and shorter than is said
+    said, summary = compared("both")
+    assert "same steps and batches" in said
+    assert any("cross-entropy" in line and "at 11 to 12" in line for line in summary["warnings"])
+
+
 def test_scores_that_are_not_numbers_are_a_divergence(
     l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,7 +714,9 @@ def test_a_damaged_trial_file_is_named(l2t: Run, tiny: Path, watched: Watched) -
 
 def test_a_score_changes_in_points() -> None:
     """As the field tells BLEU: 33 to 34.5 is +1.5, not +4.5 %."""
-    field: Any = SimpleNamespace(measure="BLEU", dev_measure="BLEU", worst=0, lower_is_better=False)
+    field: Any = SimpleNamespace(
+        measure="BLEU", dev_measure="BLEU", worst=0, lower_is_better=False, steps=9
+    )
     point = Point(0.1, ())
     tests = {"cross_entropy": (32.0, 33.0, 34.0), "mrt": (33.5, 34.0, 36.0)}
     tuning: Any = SimpleNamespace(

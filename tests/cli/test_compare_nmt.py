@@ -218,6 +218,18 @@ def test_only_numbers_that_were_lost_are_a_divergence(
             made.run(trial("cross_entropy"), place)
 
 
+def test_a_trial_that_another_flag_ended_tells_its_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def training(words: object, environment: object, log: Path, on_progress: object) -> None:
+        log.write_text("x | INFO | train | epoch 002 | loss 6.5 | num_updates 4 | lr 0.1\n")
+
+    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
+    monkeypatch.setattr(FairseqTrials, "_score", lambda *_: (20.0, "nrefs:1"))
+    made = trials(tmp_path, "--max-epoch 2")
+    assert made.steps == 6 and made.run(trial("cross_entropy"), tmp_path / "run").steps == 4
+
+
 def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text(

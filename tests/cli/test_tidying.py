@@ -117,6 +117,16 @@ def test_only_the_first_process_takes_a_run_back(tmp_path: Path, rank: int, left
     assert (tmp_path / "run").exists() == left
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_survivor_tells_of_a_lost_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
+    monkeypatch.setattr("l2t_core.processes.is_first_to_tell_a_loss", lambda: first)
+    assert exit_code_of(PeerLost("process 0 of 3 lost another one")) == 3
+    said = "l2t: error: process 0 of 3 lost another one\n"
+    assert capsys.readouterr().err == (said if first else "")
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [(True, ""), (False, "l2t: error: no such file\n"), (KeyboardInterrupt(), "")],

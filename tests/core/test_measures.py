@@ -12,6 +12,7 @@ from l2t_core.measures import (
     expected_accuracy,
     log_likelihood,
     margin_surrogate,
+    mrt_expectations,
     mrt_measure,
     reinforce_measure,
     smoothed_accuracy,
@@ -53,6 +54,18 @@ def test_measures_gradients_equal_central_differences(measure):
     logits = torch.randn(12, 5, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(5, (12,), generator=generator)
     assert torch.autograd.gradcheck(lambda x: measure(x.log_softmax(1), targets), (logits,))
+
+
+def test_candidates_that_score_alike_have_no_gradient():
+    """Exactly: of noise of 1e-8 Adam would make steps as large as any."""
+    generator = torch.Generator().manual_seed(4)
+    log_probs = torch.randn(64, 8, generator=generator).requires_grad_()
+    scores = torch.full((64, 8), 0.7)
+    scores[::2, :4] = 0.1  # every other row tells candidates apart
+    found = mrt_expectations(log_probs, scores, torch.ones(64, 8, dtype=torch.bool))
+    assert torch.equal(found[1::2], scores[1::2, 0])
+    (gradient,) = torch.autograd.grad(found.sum(), log_probs)
+    assert not gradient[1::2].any() and gradient[::2].all()
 
 
 # A toy language: all sentences of two words over three words, one position at a time.

@@ -23,7 +23,13 @@ from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.errors import PeerLost, UserError
 from l2t_core.life import Life, shard_rows
-from l2t_core.processes import ALONE, join_processes, tell_the_others, wait_until_told
+from l2t_core.processes import (
+    ALONE,
+    is_first_to_tell_a_loss,
+    join_processes,
+    tell_the_others,
+    wait_until_told,
+)
 from l2t_core.run_folder import RunFolder
 from l2t_core.second_derivatives import SECOND
 from l2t_core.settings import check_processes
@@ -294,6 +300,23 @@ def test_a_lost_process_is_noticed(tmp_path):
     first, _ = in_two_processes(tmp_path, lose_one)
     assert "process 0 of 2 lost another one" in first
     assert first.endswith("see that one's message")
+
+
+def tell_a_loss(processes):
+    processes.gather([0])
+    return is_first_to_tell_a_loss()
+
+
+def test_one_of_the_survivors_tells_of_a_loss(tmp_path, monkeypatch):
+    assert sorted(in_two_processes(tmp_path, tell_a_loss)) == [False, True]
+    assert is_first_to_tell_a_loss()  # of no group: left by now, or never met
+
+    def gone(key, amount):
+        raise RuntimeError("Connection reset by peer")
+
+    store = types.SimpleNamespace(add=gone)
+    monkeypatch.setattr("l2t_core.processes._store", lambda: store)
+    assert is_first_to_tell_a_loss()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

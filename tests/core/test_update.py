@@ -15,7 +15,16 @@ from l2t_core.schedules import learning_rate
 from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_core.teachers import build_teacher
 from l2t_core.training import nothing_usable
-from l2t_core.update import advice, ascend, combine, ends_calmly, phi_penalty, signal_to_noise
+from l2t_core.update import (
+    FLAT,
+    FLAT_REMEDY,
+    advice,
+    ascend,
+    combine,
+    ends_calmly,
+    phi_penalty,
+    signal_to_noise,
+)
 
 
 def test_one_kind_is_averaged():
@@ -97,6 +106,11 @@ def test_advice_names_the_remedy():
     assert "differences are off by 20 %" in loud
     dead = advice({"reason": "the student diverged at step 3"}, spec, calm=True)
     assert dead.endswith("at step 3; lower the student's learning rate, or training.lr")
+    flat = advice({"reason": FLAT}, spec, calm=True)
+    assert flat == f"{FLAT}; {FLAT_REMEDY}"
+    own = advice({"reason": FLAT}, spec, calm=True, flat_remedy="name another nmt.measure")
+    assert own == f"{FLAT}; name another nmt.measure"
+    assert "polynomial_decay --total-num-update" in restless  # fairseq wants both
 
 
 def test_a_rate_that_ends_at_zero_is_not_told_to():

@@ -177,7 +177,9 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
     ("changes", "says"),
     [
         ({"candidates": "nucleous"}, "did you mean 'nucleus'"),
-        ({"candidates": "top-k"}, "top_k is 0; it must be at least 1 with nmt.candidates=top-k"),
+        ({"candidates": "top-k"}, "top_k is 0; it must be at least 2 with nmt.candidates=top-k"),
+        # One symbol makes one candidate, whose expectation is flat.
+        ({"candidates": "top-k", "top_k": 1}, "top_k is 1; it must be at least 2"),
         ({"candidates": "nucleus"}, r"nmt.top_p is 1.0; it must be in \(0, 1\) with nmt.cand"),
         ({"candidates": "nucleus", "top_p": 1.5}, "nmt.top_p is 1.5"),
         ({"candidates": "temperature"}, "set another, or use ancestral"),

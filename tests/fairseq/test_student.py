@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -10,9 +13,11 @@ from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
 from l2t_core.errors import UserError
 from l2t_core.life import Life
+from l2t_core.run_folder import open_run
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import build_teacher
+from l2t_core.training import train_teacher
 from l2t_core.unroll import run_forward
 
 pytest.importorskip("fairseq")
@@ -342,6 +347,27 @@ def test_a_measures_own_code_and_the_data_identify_a_run(prepared_toy, tmp_path,
     assert before["data_sha256"] == plain["data_sha256"]
     code.write_text("def share(hypothesis, reference):\n    return 0.6\n")
     assert student.content()["code_sha256"] != before["code_sha256"]
+
+
+def test_a_flat_measure_is_mended_by_what_helps_in_translation(prepared_toy, tmp_path, monkeypatch):
+    """Not by image.measure, nor by a lower rate: most often such a student has learnt too little.
+
+    The settings that are named exist.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_flat_measure.py").write_text("def flat(hypothesis, reference): return 0.7\n")
+    student = build_student(make_spec(prepared_toy, measure="own_flat_measure:flat", steps=1))
+    with pytest.raises(UserError, match="gave a usable hypergradient") as told:
+        train_teacher(
+            student, LossSpec("shared", "identity"), TeacherSpec(), TrainingSpec(episodes=9),
+            open_run(tmp_path / "run", {}), record={},
+        )
+    said = str(told.value)
+    assert "measure is flat there; all candidates" in said
+    assert "image." not in said and "lower" not in said
+    assert "nmt.measure=log_likelihood" in said
+    named = re.findall(r"nmt\.(\w+)", said)
+    assert "train" in named and set(named) <= {field.name for field in fields(NmtSpec)}
 
 
 def test_a_start_is_read_belongs_to_the_run_and_fits(prepared_toy, tmp_path):
