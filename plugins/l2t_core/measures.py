@@ -95,6 +95,24 @@ def reinforce_measure(log_probs: Tensor, scores: Tensor) -> Tensor:
     return scores.mean() + surrogate - surrogate.detach()
 
 
+def corpus_bleu(sums: Tensor) -> Tensor:
+    """Return BLEU in [0, 1] of a set of translations from its ``sums`` [10], differentiable.
+
+    They are the matched n-grams and all n-grams, orders 1 to 4 each, then the lengths of
+    hypotheses and references (Papineni et al. 2002, section 2.3). Orders n >= 2 are smoothed by
+    one. Sums may be expectations: to first order it is then the expected BLEU of a set (Rosti et
+    al. 2011, equation 5). Without a matched word it is 0, and flat.
+    """
+    matched, every, (length, wanted) = sums[:4], sums[4:8], sums[8:].unbind()
+    if float(matched[0]) <= 0.0:
+        return 0.0 * sums.sum()
+    one = torch.ones_like(matched)
+    one[0] = 0.0
+    precision = ((matched + one).log() - (every + one).log()).mean()
+    brevity = (1.0 - wanted / length).clamp(max=0.0)
+    return (precision + brevity).exp()
+
+
 def distinct_mask(candidates: Sequence[Sequence[Hashable]]) -> Tensor:
     """Return [B, n], true for the first occurrence of each candidate among its source's."""
     rows = []

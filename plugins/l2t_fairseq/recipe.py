@@ -14,9 +14,10 @@ class NmtSpec:
     fairseq-generate's; with ``--tokenizer moses`` there, all scores are of detokenised text.
     ``steps`` is T in teacher training, in updates; an application trains for ``--max-update``.
 
-    ``measure`` is M-tilde: expected_bleu, expected_chrf, expected_chrf++, expected_ter (1 - TER),
-    the expectation of ``module:function`` of the user's own, or log_likelihood. Expectations are
-    over ``samples`` candidates for each of ``dev_sentences`` sources. ``candidates`` says where
+    ``measure`` is M-tilde: expected_bleu (of sentences), expected_corpus_bleu (BLEU of what all
+    are expected to add up to), expected_chrf, expected_chrf++, expected_ter (1 - TER), the
+    expectation of ``module:function`` of the user's own, or log_likelihood. Expectations are over
+    ``samples`` candidates for each of ``dev_sentences`` sources. ``candidates`` says where
     they come from: ancestral, temperature, top-k (``top_k`` symbols), nucleus (mass ``top_p``), all
     three at ``temperature``, or beam (``beam`` wide, 0: as many as ``samples``). ``estimator`` is
     mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.

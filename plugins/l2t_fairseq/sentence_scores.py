@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sacrebleu.metrics import BLEU, CHRF, TER
 
@@ -26,6 +26,7 @@ EXPECTED = "expected_"
 
 # From a reference to the function that scores hypotheses against it.
 Against = Callable[[str], Callable[[str], float]]
+_Value = TypeVar("_Value")
 # From hypotheses and references to a score out of 100 and its signature.
 Judge = Callable[[Sequence[str], Sequence[str]], tuple[float, str]]
 
@@ -71,12 +72,40 @@ class _Measure:
     def scores(
         self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
     ) -> list[list[float]]:
-        found = []
-        for of, reference in zip(hypotheses, references, strict=True):
-            score = self._against(reference)
-            distinct = {text: score(text) for text in dict.fromkeys(of)}
-            found.append([distinct[text] for text in of])
-        return found
+        return _each(self._against, hypotheses, references)
+
+
+class CorpusBleu(_Measure):
+    """BLEU of a set, in which a translation has no score of its own but adds to the set's sums.
+
+    ``counted`` leads from a reference to the function that counts what a hypothesis adds. Where
+    single sentences are scored, they are so by their smoothed BLEU.
+    """
+
+    def __init__(
+        self, name: str, title: str, against: Against, judge: Judge,
+        counted: Callable[[str], Callable[[str], list[float]]],
+    ) -> None:
+        super().__init__(name, title, against, judge)
+        self._counted = lru_cache(_REFERENCES)(counted)
+
+    def statistics(
+        self, hypotheses: Sequence[Sequence[str]], references: Sequence[str]
+    ) -> list[list[list[float]]]:
+        """Return what each adds to the sums of ``l2t_core.measures.corpus_bleu``, [B][n][10]."""
+        return _each(self._counted, hypotheses, references)
+
+
+def _each(
+    against: Callable[[str], Callable[[str], _Value]],
+    hypotheses: Sequence[Sequence[str]], references: Sequence[str],
+) -> list[list[_Value]]:
+    found = []
+    for of, reference in zip(hypotheses, references, strict=True):
+        judged = against(reference)
+        distinct = {text: judged(text) for text in dict.fromkeys(of)}
+        found.append([distinct[text] for text in of])
+    return found
 
 
 def _by_sacrebleu(metric: Callable[..., Any], turned: Callable[[float], float]) -> Against:
@@ -120,6 +149,27 @@ def bleu(tokenize: str) -> Measure:
     ``effective_order`` changes nothing but a warning per sentence. The corpus's is unsmoothed.
     """
 
+    return _Measure("bleu", "BLEU", *_bleu(tokenize))
+
+
+@MEASURES.register("corpus_bleu")
+def corpus_bleu(tokenize: str) -> Measure:
+    """BLEU in [0, 1] of the set of translations, orders n >= 2 smoothed by one."""
+
+    def counted(reference: str) -> Callable[[str], list[float]]:
+        # Unsmoothed: sacreBLEU's counts are those of the smoothing else.
+        prepared = BLEU(references=[[reference]], smooth_method="none", tokenize=tokenize)
+
+        def of(text: str) -> list[float]:
+            found = prepared.corpus_score([text], None)
+            return [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+        return of
+
+    return CorpusBleu("bleu", "BLEU", *_bleu(tokenize), counted)
+
+
+def _bleu(tokenize: str) -> tuple[Against, Judge]:
     def smoothed(**more: Any) -> Any:
         return BLEU(
             smooth_method="add-k", smooth_value=1, effective_order=True, tokenize=tokenize, **more
@@ -129,9 +179,7 @@ def bleu(tokenize: str) -> Measure:
         # force: sacreBLEU warns of text that looks tokenised, and this may well be.
         return BLEU(tokenize=tokenize, force=tokenize == "none")
 
-    return _Measure(
-        "bleu", "BLEU", _by_sacrebleu(smoothed, _as_it_is), _judged(plain, _as_it_is)
-    )
+    return _by_sacrebleu(smoothed, _as_it_is), _judged(plain, _as_it_is)
 
 
 def _plain(

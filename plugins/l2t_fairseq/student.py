@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from l2t_core.devices import find_device
 from l2t_core.errors import UserError
 from l2t_core.flat import refill
-from l2t_core.measures import distinct_mask, log_likelihood, mrt_measure, reinforce_measure
+from l2t_core.measures import (
+    corpus_bleu,
+    distinct_mask,
+    log_likelihood,
+    mrt_measure,
+    reinforce_measure,
+)
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
 from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
@@ -28,7 +34,12 @@ from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
-from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
+from l2t_fairseq.sentence_scores import (
+    LIKELIHOOD,
+    CorpusBleu,
+    build_measure,
+    measure_content,
+)
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.split import Split
 from l2t_fairseq.start import start_content
@@ -175,15 +186,20 @@ class NmtStudent:
         )
         references = self.measured.references(collated)
         texts = [[self.text(c) for c in of] for of in candidates]
-        scores = torch.tensor(self.measure.scores(texts, references))
         log_probs = candidate_log_probs(
             self.module, net_input, candidates, eos=words.eos(), pad=words.pad()
         )
-        scores = scores.to(log_probs)
-        if spec.estimator == "reinforce":
-            return reinforce_measure(log_probs, scores)
         mask = distinct_mask(candidates).to(log_probs.device)
-        return mrt_measure(log_probs, scores, mask, spec.alpha)
+
+        def expected(values: Tensor) -> Tensor:
+            if spec.estimator == "reinforce":
+                return reinforce_measure(log_probs, values)
+            return mrt_measure(log_probs, values, mask, spec.alpha)
+
+        if not isinstance(self.measure, CorpusBleu):
+            return expected(torch.tensor(self.measure.scores(texts, references)).to(log_probs))
+        counts = torch.tensor(self.measure.statistics(texts, references)).to(log_probs)
+        return corpus_bleu(len(texts) * torch.stack([expected(c) for c in counts.unbind(2)]))
 
     def true_measure(self) -> float:
         """Return the measure of greedy output on dev: BLEU over 100, or what is expected."""

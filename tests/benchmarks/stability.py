@@ -121,12 +121,14 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 
 # What is tried at the end of a translation student's training, M-tilde being the task's own.
 END_SETTINGS: dict[str, tuple[Any, ...]] = {
-    name: ("linear", {"lr": 0.03, **changes}, {"form": form, "sigma": "identity"})
-    for name, form, changes in (
+    name: ("linear", {"lr": 0.03, **changes}, {"form": form, "sigma": "identity"}, *measure)
+    for name, form, changes, *measure in (
         ("shared", "shared", {}),
         ("diagonal", "diagonal", {}),
         ("banded", "banded", {}),
         ("lowrank", "lowrank", {}),
+        ("shared, BLEU of the set", "shared", {}, "expected_corpus_bleu"),
+        ("banded, BLEU of the set", "banded", {}, "expected_corpus_bleu"),
         ("banded, no bound", "banded", {"bounded": False}),
         ("banded, lr 0.01", "banded", {"lr": 0.01}),
         ("banded, discount 0.9", "banded", {"discount": 0.9}),

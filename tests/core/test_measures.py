@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from l2t_core.measures import (
+    corpus_bleu,
     distinct_mask,
     expected_accuracy,
     log_likelihood,
@@ -127,3 +129,29 @@ def test_reinforce_is_unbiased_by_exact_enumeration(logits):
 def test_reinforce_needs_two_samples(logits):
     with pytest.raises(ValueError, match="two samples"):
         reinforce_measure(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_bleu_of_a_set_by_hand() -> None:
+    """Two of four words right, nothing longer but one of two pairs; four words for six."""
+    sums = torch.tensor([2.0, 1.0, 0.0, 0.0, 4.0, 2.0, 1.0, 0.0, 4.0, 6.0], dtype=torch.float64)
+    precision = (math.log(2 / 4) + math.log(2 / 3) + math.log(1 / 2) + math.log(1 / 1)) / 4
+    assert float(corpus_bleu(sums)) == pytest.approx(math.exp(precision + 1 - 6 / 4))
+    longer = sums.clone()
+    longer[8] = 7.0
+    assert float(corpus_bleu(longer)) == pytest.approx(math.exp(precision))
+
+
+@pytest.mark.parametrize("length", [5.5, 6.5])
+def test_bleu_of_a_set_has_the_gradient_of_finite_differences(length: float) -> None:
+    sums = torch.tensor(
+        [4.5, 2.5, 1.25, 0.0, 5.5, 4.5, 3.5, 2.5, length, 6.0], dtype=torch.float64,
+        requires_grad=True,
+    )
+    assert torch.autograd.gradcheck(corpus_bleu, (sums,))
+
+
+def test_a_set_without_a_matched_word_is_flat() -> None:
+    sums = torch.tensor([0.0] * 8 + [0.0, 6.0], requires_grad=True)
+    value = corpus_bleu(sums)
+    value.backward()
+    assert float(value.detach()) == 0.0 and sums.grad is not None and not bool(sums.grad.any())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from l2t_core.errors import UserError
+from l2t_core.measures import corpus_bleu
 from l2t_fairseq.sentence_scores import build_measure, check_measure_name, measure_names
 
 REFERENCES = ["The cat sat on the mat.", "It's 3.50 €, isn't it?", "Größe: 5 m² - \"ja\"", "a"]
@@ -50,6 +52,8 @@ def test_ter_by_hand():
 OURS = {
     "expected_bleu": (
         lambda: BLEU(smooth_method="add-k", smooth_value=1, effective_order=True), BLEU, 0, 1),
+    "expected_corpus_bleu": (
+        lambda: BLEU(smooth_method="add-k", smooth_value=1, effective_order=True), BLEU, 0, 1),
     "expected_chrf": (CHRF, CHRF, 0, 1),
     "expected_chrf++": (lambda: CHRF(word_order=2), lambda: CHRF(word_order=2), 0, 1),
     "expected_ter": (TER, TER, 1, -1),
@@ -74,6 +78,18 @@ def test_scores_are_sacrebleus_own(name):
     judged, signature = measure.judge(first, REFERENCES)
     assert judged == 100 * base + sign * score
     assert signature == str(metric.get_signature())
+
+
+@pytest.mark.parametrize("chosen", [(0, 0, 0, 0), (1, 0, 1, 2), (3, 4, 4, 1)])
+def test_bleu_of_a_set_from_what_is_added_up_is_sacrebleus_own(chosen):
+    statistics = torch.tensor(
+        build_measure("expected_corpus_bleu").statistics(HYPOTHESES, REFERENCES),
+        dtype=torch.float64,
+    )
+    sums = sum(of[i] for of, i in zip(statistics, chosen, strict=True))
+    texts = [of[i] for of, i in zip(HYPOTHESES, chosen, strict=True)]
+    expected = BLEU(smooth_method="add-k", smooth_value=1).corpus_score(texts, [REFERENCES]).score
+    assert float(corpus_bleu(sums)) == pytest.approx(expected / 100, abs=1e-12)
 
 
 def test_tokenised_text_is_not_tokenised_again():
