@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from l2t_cli import compare_plan, console, recipe_values
+from l2t_cli.compare_trials import FieldTrials, Result, Trial, TrialStore, run_trials, workers
 from l2t_cli.console import LogFormat
 from l2t_cli.doctor import cores
 from l2t_cli.errors import Interrupted
@@ -100,8 +101,6 @@ class Comparison:
         Raises:
             UserError: if data, teachers, losses or the folder cannot be used.
         """
-        from l2t_cli.compare_trials import FieldTrials, TrialStore
-
         recipe.field.require()
         self.recipe, self.folder = recipe, folder
         self.copies = copies or TeacherCopies(folder)
@@ -171,7 +170,6 @@ class Comparison:
         self, before: FreshFolder, jobs: int, log_format: LogFormat, *, report: bool
     ) -> dict[str, Any]:
         from l2t_cli import compare_report
-        from l2t_cli.compare_trials import Result, Trial, run_trials, workers
 
         results: dict[Trial, Result] = {}
         view = _View(self.total, jobs, self.field.dev_measure, log_format)
@@ -212,7 +210,7 @@ class Comparison:
         return summary
 
 
-def _order(arms: Sequence[compare_plan.Arm], trial: Any) -> tuple[Any, ...]:
+def _order(arms: Sequence[compare_plan.Arm], trial: Trial) -> tuple[Any, ...]:
     names = [arm.name for arm in arms]
     return trial.final, names.index(trial.arm), trial.settings, trial.lr, trial.seed
 
@@ -293,14 +291,14 @@ class _View:
         self.began = time.monotonic()
 
     @contextmanager
-    def running(self, title: str) -> Iterator[Callable[[Any, Any, bool], None]]:
+    def running(self, title: str) -> Iterator[Callable[[Trial, Result, bool], None]]:
         """Yield the receiver of results."""
         if self.format is LogFormat.simple:
             console.line(f"{title}: {self.total} trials, {self.jobs} at a time")
         with bar(title, self.format, quiet=True) as update:
             update(0, self.total)
 
-            def receive(trial: Any, result: Any, fresh: bool) -> None:
+            def receive(trial: Trial, result: Result, fresh: bool) -> None:
                 self.done += 1
                 self.fresh += fresh
                 if fresh:
@@ -317,7 +315,7 @@ class _View:
         each = (time.monotonic() - self.began) / self.fresh
         return f"about {console.duration(each * (self.total - self.done))} left"
 
-    def _tell(self, trial: Any, result: Any) -> None:
+    def _tell(self, trial: Trial, result: Result) -> None:
         if self.format is LogFormat.json:
             event = {
                 "event": "trial", "loss": trial.arm, "lr": trial.lr,
