@@ -33,12 +33,15 @@ _SEED = "seed-"  # and the seed: a student's folder
 class Application(Protocol):
     """What a field does to apply a teacher.
 
+    ``default_seed`` is the first student's seed where none is given.
+
     ``name`` names the output folder, ``measure`` the score and ``worst`` its worst value, ``rate``
     the setting that is the learning rate; ``config`` identifies the student, so that another run's
     folder is refused, ``may_change`` are those of its dotted keys that do not. ``teacher`` None
     trains by cross-entropy.
     """
 
+    default_seed: int
     name: str
     measure: str
     lower_is_better: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
 from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
 from l2t_core.errors import UserError
 from l2t_fairseq.command import looks_like_training
+
+if TYPE_CHECKING:
+    from l2t_cli.apply_fairseq import FairseqApplication
 
 
 def command(
@@ -61,7 +64,7 @@ def command(
     """
     application = application_for(target, generate, reference)
     folder = out or Path("runs") / f"{application.name}-taught"
-    first = seed if seed is not None else getattr(application, "default_seed", 1)
+    first = seed if seed is not None else application.default_seed
     wanted = applying.seeds_from(first, seeds)
     if dry_run:
         applying.show_plan(application, teacher, folder, wanted, baseline)
@@ -77,7 +80,7 @@ def command(
 
 
 def run(
-    application: Any,
+    application: applying.Application,
     teacher: Path,
     folder: Path,
     seeds: range,
@@ -90,14 +93,16 @@ def run(
     Raises:
         UserError: if the teacher, the data or the folder cannot be used.
     """
-    comparison = applying.apply(
+    result = applying.apply(
         application, teacher, folder, seeds, baseline=baseline, log_format=log_format
     )
-    report(comparison, log_format)
-    return comparison
+    report(result, log_format)
+    return result
 
 
-def application_for(target: list[str], generate: str = "", reference: Path | None = None) -> Any:
+def application_for(
+    target: list[str], generate: str = "", reference: Path | None = None
+) -> applying.Application:
     """Return the application that the command line's target asks for.
 
     Raises:
@@ -127,17 +132,18 @@ def application_for(target: list[str], generate: str = "", reference: Path | Non
     return application_for_recipe(recipe_values.load(first, target[1:]))
 
 
-def application_for_recipe(recipe: Recipe) -> Any:
+def application_for_recipe(recipe: Recipe) -> applying.Application:
     """Return the application of a recipe's field.
 
     Raises:
         UserError: if a package that the field needs is missing.
     """
     recipe.field.require()
-    return recipe.field.load("application")(recipe)
+    application: applying.Application = recipe.field.load("application")(recipe)
+    return application
 
 
-def _command_application() -> Any:
+def _command_application() -> type[FairseqApplication]:
     from l2t_cli.fields import FIELDS
 
     FIELDS.get("nmt").require()
