@@ -17,6 +17,7 @@ from l2t_core.errors import UserError, suggestion
 
 _RUN_CONFIG = "config.yaml"
 
+
 def shipped_recipes() -> dict[str, Path]:
     """Return the paths of the recipes that come with l2t, by name (``image/digits``)."""
     try:

@@ -1,8 +1,9 @@
-"""Imports point one way: l2t_cli -> l2t_fairseq, l2t_vision -> l2t_core -> torch."""
+"""The layers: l2t_cli -> l2t_fairseq, l2t_vision -> l2t_core -> torch. Modules stay readable."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ FORBIDDEN = {
     "l2t_fairseq": {"typer", "rich", "l2t_cli", "l2t_vision"},
     "l2t_cli": {"fairseq", "fairseq_cli"},
 }
+
+REFERENCE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 
 
 def imported_names(path: Path) -> set[str]:
@@ -81,3 +84,37 @@ def test_modules_and_functions_stay_short():
                     if node.end_lineno - start > 50:
                         long.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert long == []
+
+
+def names_in(path: Path) -> set[str]:
+    """Return all that a module defines, assigns or imports, members of its classes included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+    return names
+
+
+def test_what_a_docstring_refers_to_is_there():
+    """``:func:`x` `` is in the module that says so, ``:func:`package.module.x` `` in that one."""
+    modules = {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)): path
+        for package, folder in PACKAGES.items()
+        for path in folder.rglob("*.py")
+    }
+    checked, lost = 0, []
+    for own, path in modules.items():
+        for reference in REFERENCE.findall(path.read_text(encoding="utf-8")):
+            home = next((m for m in modules if reference.startswith(f"{m}.")), own)
+            sought = reference.removeprefix(f"{home}.").split(".")
+            checked += 1
+            if reference not in modules and not names_in(modules[home]).issuperset(sought):
+                lost.append(f"{path.relative_to(ROOT)}: {reference}")
+    assert checked > 50
+    assert lost == []

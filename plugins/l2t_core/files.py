@@ -1,5 +1,4 @@
-"""Files: written so that a kill leaves the old content or the new, read where they may be damaged.
-"""
+"""Files: written so that a kill leaves old content or new, read where they may be damaged."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def is_unfinished(path: Path, of: Path) -> bool:
 
 
 def sweep(folder: Path, files: Collection[Path]) -> None:
-    """Remove what killed writes of ``files`` left in ``folder``: unfinished ones, long untouched.
-    """
+    """Remove from ``folder`` what killed writes of ``files`` left unfinished, long untouched."""
     for left in folder.iterdir():
         with contextlib.suppress(OSError):
             unfinished = any(is_unfinished(left, file) for file in files)

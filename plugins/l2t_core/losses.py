@@ -39,9 +39,8 @@ def taught_loss(
 ) -> Tensor:
     """Return l_phi [N] for log-probabilities [N, K] and targets [N] (L2T-DLF, section 3.1).
 
-    The function behind :class:`l2t_core.taught_loss.TaughtLoss`.
-
-    Computed in float32 where the log-probabilities are in half: they are added up over classes.
+    Computed in float32 where the log-probabilities are in half precision: they are added up over
+    classes.
 
     Raises:
         UserError: if the form or sigma is unknown.

@@ -107,9 +107,8 @@ class TrainingSpec:
 
     ``memory`` bounds the stored trajectory; where it is too small, states are recomputed or
     spilled as ``spill`` says (auto, none, host, file). ``hvp`` is exact, finite-difference or
-    one-sided-difference,
-    ``trace`` allows recorded derivatives, ``precision`` (float32, bfloat16, float16) is the
-    student's own arithmetic.
+    one-sided-difference, ``trace`` allows recorded derivatives, ``precision`` (float32, bfloat16,
+    float16) is the student's own arithmetic.
     """
 
     episodes: int = 20

@@ -2,7 +2,7 @@
 
 A teacher has parameters only (theta). All start near the neutral coefficients with small random
 differences: at the exact neutral point the slots would be equal and the attention's gradient zero.
-They start on the side that rewards no certainty (:func:`l2t_core.losses.differences`).
+They start on the side that rewards no certainty (:func:`l2t_core.loss_forms.differences`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ SYMBOLS, TEXT, TARGETS = (
     for pattern in (r"H-(\d+)\t[^\t]*\t?(.*)", r"D-(\d+)\t[^\t]*\t?(.*)", r"T-(\d+)\t(.*)")
 )
 
+
 @dataclass(frozen=True)
 class ScoredOutput:
     """The score out of 100, its signature, and the files written."""

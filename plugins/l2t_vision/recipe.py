@@ -25,8 +25,7 @@ class ImageSpec:
     (any other class) or pair (the next class). ``imbalance`` is the first class's size over the
     last's. ``corrupt_dev`` does both to dev, too. ``trusted`` of the dev images are learnt from
     instead of looked at, with the labels that they have there; ``only_trusted``: nothing else is.
-    ``augment`` is none, crop, crop-flip or
-    ``module:function`` (your own, on batches of bytes).
+    ``augment`` is none, crop, crop-flip or ``module:function`` (your own, on batches of bytes).
 
     ``measure`` is M-tilde: expected_accuracy, smoothed_accuracy, margin or log_likelihood, on
     ``dev_batch`` dev examples per episode (0: all). ``dev_interval`` is in steps. ``device`` is
