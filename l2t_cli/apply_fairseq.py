@@ -33,7 +33,7 @@ from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
 from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure, measure_content
 from l2t_fairseq.shell_script import split_flags
-from l2t_fairseq.start import FLAG, start_content
+from l2t_fairseq.start import FINETUNE_FLAG, start_content
 from l2t_fairseq.taught_command import TaughtCommand, teach_command, without_criterion_flags
 
 _MARK = "command.sh"
@@ -111,7 +111,8 @@ class FairseqApplication:
     def content(self) -> dict[str, str]:
         """Return digests of what the command names without holding it."""
         found = {"data_sha256": data_digest(self.test_set().data_bin)}
-        found |= start_content(value_of(self.command, FLAG)) | measure_content(self.scored_by)
+        found |= start_content(value_of(self.command, FINETUNE_FLAG))
+        found |= measure_content(self.scored_by)
         if self.reference:
             found["reference_sha256"] = file_digest(self.reference, "sha256")
         return found

@@ -128,7 +128,7 @@ def run_forward(
 
 def recompute(
     life: Life, trajectory: Trajectory, teacher: nn.Module, loss: LossSpec,
-    start: int, stop: int, keep: bool,
+    start: int, stop: int, *, keep: bool,
 ) -> Tensor:
     """Make the steps from kept state ``start`` to before ``stop`` again; return that state.
 
@@ -247,10 +247,10 @@ def walk_back(
             continue
         if isinstance(action, Recompute):
             start, stop = first + action.start, first + action.stop
-            recompute(life, trajectory, teacher, loss, start, stop, True)
+            recompute(life, trajectory, teacher, loss, start, stop, keep=True)
             continue
         step, kept = first + action.step, first + action.kept
-        state = recompute(life, trajectory, teacher, loss, kept, step, False)
+        state = recompute(life, trajectory, teacher, loss, kept, step, keep=False)
         gradient = trajectory.gradient(step) if step == kept else None
         depart(step, state, gradient)
         back = step_vjp(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from l2t_core.download import OnEvent, fetch, refuse_no_folder
 from l2t_core.errors import UserError
-from l2t_fairseq.prepare import Corpus, read_lines
+from l2t_fairseq.prepare import read_lines
+from l2t_fairseq.segmentation import Corpus
 
 BASE = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
 # split -> official name; the checksums are of the uncompressed text, whoever packed it.

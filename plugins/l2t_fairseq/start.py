@@ -11,7 +11,7 @@ from l2t_core.files import file_digest
 if TYPE_CHECKING:  # reading a command should not wait for torch
     from torch import Tensor, nn
 
-FLAG = "--finetune-from-model"
+FINETUNE_FLAG = "--finetune-from-model"
 
 
 def start_content(path: str | None) -> dict[str, str]:
@@ -43,8 +43,8 @@ def starting_parameters(path: str | None) -> dict[str, Tensor] | None:
 def _refuse_missing(path: str) -> None:
     if not Path(path).is_file():
         raise UserError(
-            f"there is no checkpoint {path} to start from ({FLAG}); train that student first (a "
-            "recipe's first lines say how), or name another"
+            f"there is no checkpoint {path} to start from ({FINETUNE_FLAG}); train that student "
+            "first (a recipe's first lines say how), or name another"
         )
 
 
@@ -59,7 +59,7 @@ def fill(model: Any, parameters: dict[str, Tensor], config: Any) -> nn.Module:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"nmt.train: {FLAG} names the checkpoint of another model ({lines[-1][:200]}); give "
-            "the flags that it was trained with"
+            f"nmt.train: {FINETUNE_FLAG} names the checkpoint of another model "
+            f"({lines[-1][:200]}); give the flags that it was trained with"
         ) from None
     return model  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ from l2t_fairseq.batches import pack, shard, unpack
 from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
 from l2t_fairseq.checks import problems
 from l2t_fairseq.data_folder import DataFolder, open_data
-from l2t_fairseq.fairseq_setup import FairseqSetup, RateSchedule
+from l2t_fairseq.fairseq_setup import FairseqSetup
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
@@ -87,7 +87,7 @@ class NmtStudent:
         self._seed = 1
         self._updates: Iterator[tuple[list[Any], bool]] = iter(())
         self._batches: list[list[Any]] = []
-        self._schedule = RateSchedule(setup.config)
+        self._schedule = setup.learning_rates()
 
     # -- a fresh student and its steps
 
