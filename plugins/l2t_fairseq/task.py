@@ -31,9 +31,10 @@ class L2TTranslationTask(TranslationTask):
 
     _criterion: Any = None
 
-    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+    def build_criterion(self, cfg: Any, **kwargs: Any) -> Any:
         """Build the criterion and keep it, unwrapped: fairseq may wrap what it calls."""
-        criterion = super().build_criterion(cfg)
+        # Versions after 0.12.2 say that a configuration comes from a checkpoint.
+        criterion = super().build_criterion(cfg, **kwargs)
         if isinstance(criterion, L2TDynamicCriterion):
             self._criterion = criterion
             criterion.fed_by_task = True

@@ -35,6 +35,7 @@ from l2t_fairseq.expected_measure import (  # noqa: E402
 )
 from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
 from l2t_fairseq.reporting import is_best, refuse_other_task  # noqa: E402
+from l2t_fairseq.task import L2TTranslationTask  # noqa: E402
 
 
 class Bench:
@@ -358,6 +359,18 @@ def test_a_task_of_the_users_own_passes() -> None:
         """A task of another package."""
 
     refuse_other_task(Own(TranslationConfig(), dictionary(), dictionary()), "l2t_dynamic")
+
+
+def test_what_fairseq_says_about_a_criterion_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer versions say that a configuration comes from a checkpoint and may lack some keys."""
+    told = []
+    monkeypatch.setattr(
+        TranslationTask, "build_criterion", lambda self, cfg, **kwargs: told.append((cfg, kwargs))
+    )
+    task = L2TTranslationTask(TranslationConfig(), dictionary(), dictionary())
+    task.build_criterion("cfg")
+    task.build_criterion("cfg", from_checkpoint=True)
+    assert told == [("cfg", {}), ("cfg", {"from_checkpoint": True})]
 
 
 @pytest.mark.parametrize(
