@@ -26,3 +26,36 @@ def test_convolutions_add_in_a_fixed_order(student):
     with twice_differentiable(student):
         assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.deterministic
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return OnceOnly.apply(x**3)
+
+
+def test_probe_names_the_module_without_second_derivative():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Cube()), nn.Linear(3, 1))
+    with pytest.raises(UserError, match=r"Cube '1\.0'"):
+        probe(model, lambda: model(torch.ones(2, 3)).sum())
+    fine = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    probe(fine, lambda: fine(torch.ones(2, 3)).sum())
+
+
+def test_fused_attention_can_be_differentiated_twice_inside_the_context():
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with twice_differentiable(nn.Identity()):
+        out = nn.functional.scaled_dot_product_attention(q, q, q).sum()
+        first = torch.autograd.grad(out, q, create_graph=True)[0]
+        second = torch.autograd.grad(first.sum(), q)[0]
+    assert torch.isfinite(second).all()

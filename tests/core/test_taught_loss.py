@@ -1,4 +1,4 @@
-"""TaughtLoss in an ordinary loop, and the probe before a run."""
+"""TaughtLoss in an ordinary loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from l2t_core import TaughtLoss
-from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import StudentState, train_statistics
@@ -201,36 +200,3 @@ def test_a_teacher_that_needs_no_dev_says_nothing(teacher_path):
     header.teacher.features = ["progress", "train_nll", "train_accuracy", "log_learning_rate"]
     save_teacher(teacher_path, teacher, header)
     assert step_through(TaughtLoss(teacher_path, 30, fresh()[1]), 30) == []
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * 2
-
-
-class Cube(nn.Module):
-    def forward(self, x):
-        return OnceOnly.apply(x**3)
-
-
-def test_probe_names_the_module_without_second_derivative():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Cube()), nn.Linear(3, 1))
-    with pytest.raises(UserError, match=r"Cube '1\.0'"):
-        probe(model, lambda: model(torch.ones(2, 3)).sum())
-    fine = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
-    probe(fine, lambda: fine(torch.ones(2, 3)).sum())
-
-
-def test_fused_attention_can_be_differentiated_twice_inside_the_context():
-    q = torch.randn(1, 2, 4, 8, requires_grad=True)
-    with twice_differentiable(nn.Identity()):
-        out = nn.functional.scaled_dot_product_attention(q, q, q).sum()
-        first = torch.autograd.grad(out, q, create_graph=True)[0]
-        second = torch.autograd.grad(first.sum(), q)[0]
-    assert torch.isfinite(second).all()

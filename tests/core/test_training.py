@@ -88,6 +88,11 @@ def test_files_and_header(student, tmp_path):
     assert header.total_steps == 6
 
 
+def same_teachers(one, other):
+    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
 class Killed(Exception):
     pass
 
@@ -103,9 +108,7 @@ def test_a_killed_run_resumes_to_the_same_bits(student, tmp_path, at):
     with pytest.raises(Killed):
         run(student, tmp_path / "killed", on_event=kill)
     run(student, tmp_path / "killed")
-    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert whole == (tmp_path / "killed" / name).read_bytes()
+    same_teachers(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(student, tmp_path):
@@ -132,11 +135,6 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
     events = []
     run(student, tmp_path / "run", on_event=events.append)
     assert events == []
-
-
-def same_teachers(one, other):
-    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 @pytest.mark.parametrize("dies", [None, 1, 2])
@@ -369,9 +367,7 @@ def test_every_way_trains_and_resumes_to_the_same_bits(student, tmp_path, change
     result = run(student, tmp_path / "parts", **changes)
     assert len(result.history) == 5
     assert result.skipped == 0
-    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
-        a, b = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))
-        assert a == b
+    same_teachers(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_penalty_keeps_phi_near_its_start(student, tmp_path):
@@ -446,9 +442,7 @@ def test_finals_resume_to_the_same_bits(student, tmp_path, step):
     parts = run(student, tmp_path / "parts", on_event=events.append, **settings)
     assert [e["event"] for e in events].count("final") == 1
     assert parts.best_measure == whole.best_measure
-    for name in ("teacher_best.safetensors", "teacher_last.safetensors"):
-        a, b = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))
-        assert a == b
+    same_teachers(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_finalist_whose_student_dies_does_not_win(student, tmp_path):
