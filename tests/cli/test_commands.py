@@ -5,62 +5,39 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from checkout import ROOT, end_of, run_python, start_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
 from l2t_cli.console import _console
 from l2t_cli.fields import FIELDS
+from l2t_cli.main import app
 from l2t_core.errors import UserError
 
-COMMANDS = [
-    [],
-    ["train-teacher"],
-    ["apply-teacher"],
-    ["compare"],
-    ["transfer"],
-    ["data"],
-    ["data", "prepare"],
-    ["recipes"],
-    ["recipes", "ls"],
-    ["recipes", "show"],
-    ["recipes", "cp"],
-    ["recipes", "validate"],
-    ["inspect"],
-    ["doctor"],
-    ["user-dir"],
-    ["demo"],
-]
-SHIPPED = [
-    "image/cifar10-densenet",
-    "image/cifar10-resnet20",
-    "image/cifar10-resnet32",
-    "image/cifar10-resnet8",
-    "image/cifar10-wide-resnet",
-    "image/cifar100-resnet20",
-    "image/cifar100-resnet32",
-    "image/cifar100-resnet8",
-    "image/digits",
-    "image/fashion-lenet",
-    "image/mnist-lenet",
-    "image/mnist-long-tail",
-    "image/mnist-mlp-noise40",
-    "image/mnist-mlp",
-    "nmt/demo-de-en",
-    "nmt/iwslt14-de-en-lstm1",
-    "nmt/iwslt14-de-en-lstm2",
-    "nmt/iwslt14-de-en-transformer",
-    "nmt/multi30k-de-en-lstm1",
-    "nmt/multi30k-de-en-lstm1-whole",
-    "nmt/multi30k-de-en-transformer",
-    "nmt/multi30k-de-en-whole",
-    "nmt/wmt-en-de-transformer",
-]
+RECIPES = ROOT / "recipes"
+SHIPPED = [str(p.relative_to(RECIPES).with_suffix("")) for p in sorted(RECIPES.rglob("*.yaml"))]
+
+
+def commands(group: Any, *words: str) -> Iterator[list[str]]:
+    """Yield the words of ``group`` and of every command in it."""
+    yield list(words)
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *words, name)
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 17 and ["recipes", "cp"] in COMMANDS and ["export"] in COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -172,6 +149,7 @@ def test_user_dir_is_the_plugin(l2t: Run) -> None:
 
 
 def test_recipes_are_listed_and_valid(l2t: Run) -> None:
+    assert len(SHIPPED) >= 25
     listed = l2t("recipes", "ls").out
     assert all(name in listed for name in SHIPPED)
     outcome = l2t("recipes", "validate", *SHIPPED)
