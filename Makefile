@@ -21,6 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMP)
 	@$(BIN)/l2t demo
 
+# MNIST=FOLDER MULTI30K=FOLDER, with their official files, has tests read those, too.
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_core.files import open_locked
@@ -21,9 +22,6 @@ from l2t_fairseq import multi30k, prepare
 from l2t_fairseq.data_folder import data_bin_of, open_data
 from l2t_fairseq.demo_corpus import make_demo_corpus
 from l2t_fairseq.prepare import Corpus, load_prepared, prepare_corpus, read_lines
-
-MULTI30K = Path(__file__).resolve().parents[3] / "shared" / "data" / "multi30k"
-needs_multi30k = pytest.mark.skipif(not MULTI30K.is_dir(), reason="no copy of Multi30k here")
 
 
 def small_corpus() -> Corpus:
@@ -304,37 +302,58 @@ def test_reading_text(tmp_path: Path) -> None:
         read_lines(tmp_path / "nothing")
 
 
-@needs_multi30k
-def test_multi30k_from_a_folder(tmp_path: Path) -> None:
-    corpus = multi30k.read_multi30k(MULTI30K, tmp_path / "downloads", lambda event: None)
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like Multi30k's, of a few lines that pass for the official ones."""
+    folder = tmp_path / "official"
+    folder.mkdir()
+    digests = {}
+    for name in multi30k.SHA256:
+        text = "".join(f"{name} {number}\n" for number in range(5)).encode()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(text))
+        digests[name] = hashlib.sha256(text).hexdigest()
+    monkeypatch.setattr(multi30k, "SHA256", digests)
+    monkeypatch.setattr(multi30k, "BASE", folder.as_uri())
+    return folder
+
+
+@needs("MULTI30K")
+def test_the_official_files_are_known(tmp_path: Path) -> None:
+    corpus = multi30k.read_multi30k(folder_of("MULTI30K"), tmp_path / "none", lambda event: None)
     sizes = {split: [len(side) for side in sides] for split, sides in corpus.items()}
     assert sizes == {"train": [29_000] * 2, "valid": [1_014] * 2, "test": [1_000] * 2}
     assert corpus["test"][1][0] == "A man in an orange hat starring at something."
-    assert list(tmp_path.iterdir()) == []
 
 
-@needs_multi30k
-def test_multi30k_of_other_content_is_refused(tmp_path: Path) -> None:
-    for path in MULTI30K.glob("*.gz"):
+def test_multi30k_from_a_folder(official: Path, tmp_path: Path) -> None:
+    corpus = multi30k.read_multi30k(official, tmp_path / "downloads", lambda event: None)
+    assert {split: [side[0] for side in sides] for split, sides in corpus.items()} == {
+        "train": ["train.de 0", "train.en 0"],
+        "valid": ["val.de 0", "val.en 0"],
+        "test": ["test_2016_flickr.de 0", "test_2016_flickr.en 0"],
+    }
+    assert not (tmp_path / "downloads").exists()
+
+
+def test_multi30k_of_other_content_is_refused(official: Path, tmp_path: Path) -> None:
+    for path in official.glob("*.gz"):
         (tmp_path / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     multi30k.read_multi30k(tmp_path, tmp_path / "downloads", lambda event: None)
     lines = (tmp_path / "val.en").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "val.en").write_text("".join(lines[:-1]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"val\.en is not Multi30k's val\.en \(1013 lines"):
+    with pytest.raises(UserError, match=r"val\.en is not Multi30k's val\.en \(4 lines"):
         multi30k.read_multi30k(tmp_path, tmp_path / "downloads", lambda event: None)
     (tmp_path / "train.de").unlink()
     with pytest.raises(UserError, match=r"train\.de\.gz is missing"):
         multi30k.read_multi30k(tmp_path, tmp_path / "downloads", lambda event: None)
 
 
-@needs_multi30k
-def test_multi30k_by_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi30k_by_download(official: Path, tmp_path: Path) -> None:
     """The way without --from, over file:// addresses; damaged downloads are fetched anew."""
-    monkeypatch.setattr(multi30k, "BASE", MULTI30K.as_uri())
     downloads = tmp_path / "downloads"
     events: list[dict[str, Any]] = []
     first = multi30k.read_multi30k(None, downloads, events.append)
-    assert first == multi30k.read_multi30k(MULTI30K, downloads, lambda event: None)
+    assert first == multi30k.read_multi30k(official, downloads, lambda event: None)
     assert {event["file"] for event in events} == set(multi30k.SHA256)
     (downloads / "val.de.gz").write_bytes(b"<html>log in first</html>")
     with pytest.raises(UserError, match="damaged"):

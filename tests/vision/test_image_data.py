@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from idx_files import idx  # type: ignore[import-not-found]
+from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_vision.data import ImageData, load_data, stratified_order
 from l2t_vision.idx import read_idx
 from l2t_vision.recipe import ImageSpec
-
-ROOT = Path(__file__).resolve().parents[2]
-REAL_MNIST = ROOT.parent / "shared/data/mnist"
 
 
 def load(folder: Path, **changes: Any) -> ImageData:
@@ -159,9 +157,9 @@ def test_missing_folder_and_file(small_mnist: Path) -> None:
         load(small_mnist)
 
 
-@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="MNIST is not here")
+@needs("MNIST")
 def test_real_mnist() -> None:
-    data = load(REAL_MNIST, dev_size=10000)
+    data = load(folder_of("MNIST"), dev_size=10000)
     assert data.train_x.shape == (50000, 1, 28, 28) and len(data.test_y) == 10000
     # The constants that everybody uses for MNIST, here of 50,000 of its images.
     assert float(data.mean / 255) == pytest.approx(0.1307, abs=2e-4)

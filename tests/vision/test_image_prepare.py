@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from idx_files import idx  # type: ignore[import-not-found]
+from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_vision import prepare
@@ -19,9 +20,6 @@ from l2t_vision.data import load_data
 from l2t_vision.idx import IDX_FILES
 from l2t_vision.prepare import DATASETS, FASHION_MNIST, MNIST, prepare_idx
 from l2t_vision.recipe import ImageSpec
-
-ROOT = Path(__file__).resolve().parents[2]
-REAL_MNIST = ROOT.parent / "shared/data/mnist"
 
 
 def prepare_mnist(out: Path, source: Path | None, on_event: Any) -> Path:
@@ -140,9 +138,9 @@ def test_an_output_that_is_a_file(official: Path, tmp_path: Path) -> None:
         prepare_mnist(tmp_path / "out", official, quiet)
 
 
-@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="MNIST is not here")
+@needs("MNIST")
 def test_real_mnist_passes_its_checksums(tmp_path: Path) -> None:
-    out = DATASETS.get("mnist")(tmp_path / "mnist", REAL_MNIST, quiet)
+    out = DATASETS.get("mnist")(tmp_path / "mnist", folder_of("MNIST"), quiet)
     assert len(list(out.iterdir())) == 4
 
 
