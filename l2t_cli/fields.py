@@ -24,6 +24,7 @@ def import_quietly(package: str) -> Any:
         ModuleNotFoundError: if it is not installed.
         ImportError: with the reason in one line, if it is and does not import.
     """
+    before = logging.root.manager.disable
     logging.disable(logging.INFO)  # fairseq advertises optional packages as it is imported
     try:
         return importlib.import_module(package)
@@ -34,7 +35,7 @@ def import_quietly(package: str) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ImportError(reason) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from checkout import ROOT, end_of, run_python, start_python  # type: ignore[impo
 from in_process import Run  # type: ignore[import-not-found]
 
 from l2t_cli.console import _console
-from l2t_cli.fields import FIELDS
+from l2t_cli.fields import FIELDS, import_quietly
 from l2t_cli.main import app
 from l2t_core.errors import UserError
 
@@ -134,6 +135,15 @@ def test_help_and_errors_do_not_pay_for_torch(tmp_path: Path) -> None:
     for arguments in (["--help"], ["train-teacher", "--hlp"], ["recipes", "ls"]):
         run = run_python("-c", code, *arguments, cwd=tmp_path)
         assert run.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_quiet_import_leaves_logging_as_it_was() -> None:
+    logging.disable(logging.WARNING)
+    try:
+        import_quietly("json")
+        assert logging.root.manager.disable == logging.WARNING
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_module_and_command_are_the_same(tmp_path: Path) -> None:
