@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_fairseq import TINY_MODEL, TINY_RUN
+from toy_trainer import Bench, taught_bench
 
 from l2t_core.errors import UserError
 from l2t_core.losses import step_loss
@@ -21,12 +21,8 @@ import l2t_fairseq
 
 l2t_fairseq.register()
 
-from fairseq import options, tasks  # noqa: E402
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
 from fairseq.tasks.translation import TranslationConfig, TranslationTask  # noqa: E402
-from fairseq.trainer import Trainer  # noqa: E402
-from fairseq_cli.train import validate  # noqa: E402
 
 from l2t_fairseq.criterion import L2TDynamicCriterion, L2TDynamicCriterionConfig  # noqa: E402
 from l2t_fairseq.expected_measure import (  # noqa: E402
@@ -36,34 +32,6 @@ from l2t_fairseq.expected_measure import (  # noqa: E402
 from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
 from l2t_fairseq.reporting import is_best, refuse_other_task  # noqa: E402
 from l2t_fairseq.task import L2TTranslationTask  # noqa: E402
-
-
-class Bench:
-    """fairseq's trainer on the toy corpus with a teacher, and some batches."""
-
-    def __init__(self, data: Path, teacher: Path, tmp: Path, *flags: str) -> None:
-        metrics.reset()
-        parser = options.get_training_parser()
-        arguments = [str(data), *TINY_MODEL, *TINY_RUN, "--criterion", "l2t_dynamic"]
-        arguments += ["--l2t-teacher", str(teacher), "--save-dir", str(tmp), *flags]
-        self.config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
-        torch.manual_seed(1)
-        self.task = tasks.setup_task(self.config.task)
-        self.model = self.task.build_model(self.config.model)
-        self.criterion: L2TDynamicCriterion = self.task.build_criterion(self.config.criterion)
-        for split in ("train", "valid", "test"):
-            self.task.load_dataset(split)
-        self.trainer = Trainer(self.config, self.task, self.model, self.criterion)
-        self.iterator = self.trainer.get_train_iterator(1, load_dataset=False)
-        self.batches = list(self.iterator.next_epoch_itr(shuffle=False))
-        self.trainer.begin_epoch(1)
-
-    def state(self) -> dict[str, Any]:
-        return self.criterion.teacher_state()
-
-    def validate(self, *subsets: str) -> None:
-        validate(self.config, self.trainer, self.task, self.iterator, list(subsets))
-
 
 MakeBench = Callable[..., Bench]
 
@@ -75,7 +43,7 @@ def make_bench(
     def make(*flags: str, **teacher: Any) -> Bench:
         teacher = {"warmup_steps": 1, "total_steps": 20, "dev_interval": 1, **teacher}
         path = write_teacher(tmp_path / "teacher.safetensors", toy_data, **teacher)
-        return Bench(toy_data, path, tmp_path, *flags)
+        return taught_bench(toy_data, path, tmp_path, *flags)
 
     yield make
     metrics.reset()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_criterion import Bench
 from toy_fairseq import run_module
+from toy_trainer import Bench, taught_bench
 
 pytest.importorskip("fairseq")
 
@@ -41,7 +41,7 @@ def make(tmp_path: Path, toy_data: Path, write_teacher: WriteTeacher) -> Any:
     teacher = write_teacher(tmp_path / "t.safetensors", toy_data, total_steps=10, dev_interval=1)
 
     def build(*flags: str, teacher: Path = teacher) -> Bench:
-        return Bench(toy_data, teacher, tmp_path, "--task", "l2t_translation", *flags)
+        return taught_bench(toy_data, teacher, tmp_path, "--task", "l2t_translation", *flags)
 
     yield build
     metrics.reset()

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import nearly_same, together
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
+from toy_processes import nearly_same, together
 from toy_runs import Result, Runs, same_parameters
+from toy_trainer import Bench
 
 from l2t_core.errors import UserError
 from l2t_fairseq.checkpoints import export_checkpoint
@@ -25,10 +26,8 @@ import l2t_fairseq
 
 l2t_fairseq.register()
 
-from fairseq import options, tasks, utils  # noqa: E402
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
+from fairseq import utils  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
-from fairseq.trainer import Trainer  # noqa: E402
 
 from l2t_fairseq.expected_measure import L2TExpectedMeasureCriterion  # noqa: E402
 from l2t_fairseq.sampling import length_limit  # noqa: E402
@@ -36,25 +35,8 @@ from l2t_fairseq.sampling import length_limit  # noqa: E402
 CRITERION = ["--user-dir", str(USER_DIR), "--criterion", "l2t_expected_measure"]
 
 
-class Bench:
-    """fairseq's trainer on the toy corpus with this criterion, and its batches."""
-
-    def __init__(self, data: Path, tmp: Path, *flags: str) -> None:
-        metrics.reset()
-        parser = options.get_training_parser()
-        arguments = [str(data), *TINY_MODEL, *TINY_RUN, *CRITERION[2:], "--save-dir", str(tmp)]
-        config = convert_namespace_to_omegaconf(
-            options.parse_args_and_arch(parser, [*arguments, *flags])
-        )
-        torch.manual_seed(1)
-        self.task = tasks.setup_task(config.task)
-        self.model = self.task.build_model(config.model)
-        self.criterion = self.task.build_criterion(config.criterion)
-        self.task.load_dataset("train")
-        self.trainer = Trainer(config, self.task, self.model, self.criterion)
-        iterator = self.trainer.get_train_iterator(1, load_dataset=False)
-        self.batches = list(iterator.next_epoch_itr(shuffle=False))
-        self.trainer.begin_epoch(1)
+def make_bench(data: Path, save_dir: Path, *flags: str) -> Bench:
+    return Bench(data, save_dir, *CRITERION[2:], *flags)
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +66,8 @@ def test_gradient_equals_central_differences(
     """In float64, with dropout, at the candidates that were found."""
     monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))
     monkeypatch.setattr(utils, "log_softmax", lambda x, dim, onnx_trace=False: x.log_softmax(dim))
-    bench = Bench(toy_data, tmp_path, "--l2t-candidates", source, "--l2t-samples", "5",
-                  "--l2t-ce-mix", "0.25", *SOURCES[source])  # fmt: skip
+    bench = make_bench(toy_data, tmp_path, "--l2t-candidates", source, "--l2t-samples", "5",
+                       "--l2t-ce-mix", "0.25", *SOURCES[source])  # fmt: skip
     sample = bench.batches[0]
     bench.model.double()
     parameters = list(bench.model.parameters())
@@ -112,7 +94,7 @@ def test_a_measure_of_ones_own_that_fails_ends_the_run_in_one_line(
 ) -> None:
     (tmp_path / "failing_measure.py").write_text("def share(h, r):\n    return {}[h]\n")
     monkeypatch.chdir(tmp_path)
-    bench = Bench(toy_data, tmp_path, "--l2t-measure", "failing_measure:share")
+    bench = make_bench(toy_data, tmp_path, "--l2t-measure", "failing_measure:share")
     with pytest.raises(SystemExit) as ended:
         loss_of(bench, bench.batches[0])
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -122,8 +104,8 @@ def test_a_measure_of_ones_own_that_fails_ends_the_run_in_one_line(
 
 def test_the_loss_is_shen_et_als(toy_data: Path, tmp_path: Path) -> None:
     """Computed anew: one candidate at a time through the whole model, weights from equation 9."""
-    bench = Bench(toy_data, tmp_path, "--dropout", "0", "--l2t-ce-mix", "0.25",
-                  "--l2t-alpha", "0.5", "--l2t-samples", "4")  # fmt: skip
+    bench = make_bench(toy_data, tmp_path, "--dropout", "0", "--l2t-ce-mix", "0.25",
+                       "--l2t-alpha", "0.5", "--l2t-samples", "4")  # fmt: skip
     sample, criterion, model = bench.batches[0], bench.criterion, bench.model
     words = bench.task.target_dictionary
     total = loss_of(bench, sample).item()
@@ -159,7 +141,7 @@ def test_the_loss_is_shen_et_als(toy_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_per_token_on_request(toy_data: Path, tmp_path: Path) -> None:
-    bench = Bench(toy_data, tmp_path)
+    bench = make_bench(toy_data, tmp_path)
     sample = bench.batches[0]
     each = loss_of(bench, sample, reduce=False)
     assert each.shape == (sample["target"].numel(),)
@@ -169,9 +151,9 @@ def test_a_loss_per_token_on_request(toy_data: Path, tmp_path: Path) -> None:
 
 def test_it_teaches_what_it_measures(toy_data: Path, tmp_path: Path) -> None:
     """Updates on the risk alone raise the expected measure of the batches they see."""
-    bench = Bench(toy_data, tmp_path, "--l2t-ce-mix", "0", "--l2t-measure", "expected_chrf",
-                  "--l2t-samples", "16", "--l2t-alpha", "0.2", "--dropout", "0", "--lr", "0.01",
-                  "--lr-scheduler", "fixed")  # fmt: skip
+    bench = make_bench(toy_data, tmp_path, "--l2t-ce-mix", "0", "--l2t-measure", "expected_chrf",
+                       "--l2t-samples", "16", "--l2t-alpha", "0.2", "--dropout", "0",
+                       "--lr", "0.01", "--lr-scheduler", "fixed")  # fmt: skip
     logged = [bench.trainer.train_step([bench.batches[i % 2]]) for i in range(30)]
     measured = [entry["l2t_measure"] for entry in logged]
     assert sum(measured[-4:]) / 4 > sum(measured[:4]) / 4 + 0.05
@@ -194,7 +176,7 @@ def test_it_teaches_what_it_measures(toy_data: Path, tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(
     toy_data: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    task = Bench(toy_data, tmp_path).task
+    task = make_bench(toy_data, tmp_path).task
     own = {k: changes[k] for k in ("ce_mix", "warmup_steps", "tokenizer") if k in changes}
     spec = NmtSpec(**{k: v for k, v in changes.items() if k not in own})
     with pytest.raises(UserError) as caught:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import SGD, SHARED, nearly_same, same_state, state, together
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
+from toy_processes import SGD, SHARED, nearly_same, same_state, state, together
 from toy_runs import Result, hydra_run, same_parameters
 
 pytest.importorskip("fairseq")

@@ -9,57 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import reserved_port  # type: ignore[import-not-found]
-from test_criterion import Bench
-from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module, start_module
-from toy_runs import Result, parameters, same_parameters
+from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
+from toy_processes import SGD, SHARED, nearly_same, same_state, state, together
+from toy_runs import same_parameters
+from toy_trainer import Bench, taught_bench
 
 from l2t_core.applied import AppliedTeacher
 
 pytest.importorskip("fairseq")
 
 WriteTeacher = Callable[..., Path]
-# Adam would turn the rounding error of a gradient that is zero in theory into a step.
-SGD = ["--optimizer", "sgd", "--lr", "0.5"]
-# On one process and on two the same batches make an update; dropout would draw other masks.
-SHARED = ["--dropout", "0", "--required-batch-size-multiple", "1", "--task", "l2t_translation",
-          "--criterion", "l2t_dynamic", "--user-dir", str(USER_DIR)]  # fmt: skip
-GLOO = ["--distributed-world-size", "2", "--distributed-init-method", "env://",
-        "--distributed-no-spawn", "--device-id", "0", "--distributed-backend", "gloo",
-        "--ddp-backend", "legacy_ddp"]  # fmt: skip
-
-
-def together(
-    arguments: list[str], *own: list[str], module: str = "fairseq_cli.train"
-) -> list[Result]:
-    """Run ``module`` on two processes over gloo; ``own`` are the flags of each."""
-    with reserved_port() as port:
-        running = [
-            start_module(
-                module,
-                [*arguments, *GLOO, "--distributed-rank", str(rank), *own[rank]],
-                RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                LOCAL_RANK=str(rank),
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        return [process.wait() for process in running]
-
-
-def nearly_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for key, tensor in parameters(one["model"]).items():
-        torch.testing.assert_close(tensor, other["model"][key], rtol=0, atol=1e-6)
-
-
-def state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return checkpoint["extra_state"]["train_iterator"]["l2t"]["applied"]
-
-
-def same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one["step"] == other["step"]
-    for split in ("train", "dev"):
-        for name in ("nll", "accuracy"):
-            assert one["state"][split][name] == pytest.approx(other["state"][split][name], rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["translation", "l2t_translation"])
@@ -71,7 +30,9 @@ def test_grouped_updates_equal_one_large_batch(
     )
     benches, computed = [], []
     for flags in (["--update-freq", "4"], []):
-        bench = Bench(toy_data, teacher, tmp_path, "--task", task, "--dropout", "0", *SGD, *flags)
+        bench = taught_bench(
+            toy_data, teacher, tmp_path, "--task", task, "--dropout", "0", *SGD, *flags
+        )
         data = bench.task.dataset("train")
         calls: list[int] = []
         applied = bench.criterion.applied
@@ -91,7 +52,7 @@ def test_grouped_updates_equal_one_large_batch(
         benches.append(bench)
         computed.append(len(calls))
     grouped, large = benches
-    start = Bench(toy_data, teacher, tmp_path, "--task", task)
+    start = taught_bench(toy_data, teacher, tmp_path, "--task", task)
     assert computed == [4, 4]  # phi_t once an update, not once a micro-batch
     assert state_of(grouped)["step"] == 4
     same_state(state_of(grouped), state_of(large))
