@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT  # type: ignore[import-not-found]
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "l2t_core": ROOT / "plugins/l2t_core",
     "l2t_fairseq": ROOT / "plugins/l2t_fairseq",

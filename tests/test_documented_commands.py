@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from checkout import ROOT  # type: ignore[import-not-found]
 
 from l2t_cli import compare_plan
 from l2t_cli.recipe_files import shipped_recipes
 from l2t_cli.recipe_loading import load_recipe
 from l2t_cli.recipe_values import problems
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {name.rsplit("/", 1)[-1] for name in shipped_recipes()}
 COMMAND = re.compile(r"l2t (train-teacher|compare) (.*)")

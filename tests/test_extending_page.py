@@ -4,11 +4,11 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from checkout import ROOT  # type: ignore[import-not-found]
 
 from l2t_core.registry import Registry
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/extending.md"
 
 

@@ -2,17 +2,17 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import ROOT  # type: ignore[import-not-found]
 
 from l2t_core.compare_specs import GRIDS, CompareSpec
 from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_fairseq.recipe import NmtSpec
 from l2t_vision.recipe import ImageSpec
 
-PAGE = Path(__file__).parents[1] / "docs/settings.md"
+PAGE = ROOT / "docs/settings.md"
 SECTIONS = {
     "loss": LossSpec,
     "teacher": TeacherSpec,

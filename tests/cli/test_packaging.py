@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT  # type: ignore[import-not-found]
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("l2t_cli", "plugins", "recipes")
 
 

@@ -169,7 +169,7 @@ def test_without_its_state_a_run_does_not_claim_to_continue(
 
 
 def test_every_field_of_the_log_is_on_the_engines_page(trained: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs/engine.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/engine.md").read_text(encoding="utf-8")
     table = page.split("| field | meaning |\n|---|---|\n", 1)[1].split("\n\n", 1)[0]
     first = [row.split("|")[1] for row in table.splitlines()]
     told = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}

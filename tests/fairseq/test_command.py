@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
@@ -25,7 +26,6 @@ from l2t_fairseq.command import (
 )
 from l2t_fairseq.taught_command import resumable, teach_command
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 TEACHER, USER_DIR = Path("t.safetensors"), Path("/plugins/l2t_fairseq")
 HEADER = TeacherHeader(TeacherSpec(features=["progress", "dev_nll"]), LossSpec(), 100, 200, 10, {})
 BASE = "fairseq-train data-bin --arch transformer --max-update 1000"
@@ -324,6 +324,6 @@ def test_commands_are_understood_without_fairseq_and_torch() -> None:
         "sys.exit(bool({'fairseq', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(PLUGINS)}, check=False
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "plugins")}, check=False
     )
     assert done.returncode == 0

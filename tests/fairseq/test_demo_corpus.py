@@ -8,15 +8,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from babel import Locale
-from checkout import LIMIT  # type: ignore[import-not-found]
+from checkout import LIMIT, ROOT  # type: ignore[import-not-found]
 
 from l2t_fairseq.demo_corpus import Pair, make_demo_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"\d[\d.,]*\d|\d"
 
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkout import LIMIT  # type: ignore[import-not-found]
+from checkout import LIMIT, ROOT  # type: ignore[import-not-found]
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+PLUGINS = ROOT / "plugins"
 USER_DIR = PLUGINS / "l2t_fairseq"
 
 # A model small enough for 20 updates in a second.
