@@ -1,5 +1,6 @@
-"""The page on parts of one's own: its code runs, and its registries are where it says."""
+"""The page on parts of one's own: its code runs, and what it names is where it says."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -37,3 +38,15 @@ def test_the_registries_are_where_the_page_says():
         assert place in found[name]
         module = importlib.import_module(place.removesuffix(".py").replace("/", "."))
         assert isinstance(getattr(module, name), Registry)
+
+
+def test_what_an_update_goes_through_is_where_the_page_says():
+    text = PAGE.read_text("utf-8")
+    rows = re.findall(r"^\| .* \| (`.*`), `(l2t_\w+/\w+\.py)` \|$", text, re.MULTILINE)
+    assert len(rows) >= 13
+    for names, place in rows:
+        file = ROOT / place if place.startswith("l2t_cli/") else ROOT / "plugins" / place
+        there = {getattr(node, "name", "") for node in ast.parse(file.read_text("utf-8")).body}
+        assert there.issuperset(re.findall(r"`(\w+)`", names)), place
+    for place in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / place).is_file()
