@@ -1,4 +1,4 @@
-"""Official data sets, read where the environment says that they lie: ``MNIST=FOLDER make test``."""
+"""Official data sets: where the environment says (``MNIST=FOLDER make test``), or beside us."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from checkout import ROOT  # type: ignore[import-not-found]
 
 
 def folder_of(name: str) -> Path:
-    """Return the folder that the environment variable ``name`` names."""
-    return Path(os.environ[name]).absolute()
+    """Return the folder that the environment variable ``name`` names, or shared/data's."""
+    beside = ROOT.parent / "shared" / "data" / name.lower()
+    return Path(os.environ.get(name) or beside).absolute()
 
 
 def needs(name: str) -> pytest.MarkDecorator:
     """Return the mark of a test that reads ``folder_of(name)``."""
     return pytest.mark.skipif(
-        not os.environ.get(name), reason=f"{name}=FOLDER names a copy of the official files"
+        not folder_of(name).is_dir(), reason=f"{name}=FOLDER names a copy of the official files"
     )
