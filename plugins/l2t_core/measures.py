@@ -47,6 +47,16 @@ def smoothed_accuracy(log_probs: Tensor, targets: Tensor, width: float = 0.2) ->
     return torch.sigmoid(margins / (width * size)).mean()
 
 
+def ranked_by_length(log_probs: Tensor, lengths: Tensor, penalty: float) -> Tensor:
+    """Return log p (L / l)^penalty [B, n], L being the mean of each source's lengths l [B, n].
+
+    Beam search ranks candidates by log p / l^penalty (Wu et al. 2016, section 7, with the plain
+    length), not by log p, which prefers short ones. L only keeps the scale, so that candidates of
+    equal length weigh what they weigh by log p, as all do with a ``penalty`` of 0.
+    """
+    return log_probs * (lengths.mean(1, keepdim=True) / lengths) ** penalty
+
+
 def mrt_expectations(
     log_probs: Tensor, scores: Tensor, candidate_mask: Tensor, alpha: float = 1.0
 ) -> Tensor:
@@ -104,7 +114,7 @@ def corpus_bleu(sums: Tensor) -> Tensor:
     al. 2011, equation 5). Without a matched word it is 0, and flat.
     """
     matched, every, (length, wanted) = sums[:4], sums[4:8], sums[8:].unbind()
-    if float(matched[0]) <= 0.0:
+    if float(matched[0].detach()) <= 0.0:
         return 0.0 * sums.sum()
     one = torch.ones_like(matched)
     one[0] = 0.0

@@ -173,6 +173,11 @@ def candidate_problems(spec: NmtSpec) -> list[str]:
                 f"nmt.{name} has no effect with nmt.candidates={spec.candidates}; use "
                 f"{' or '.join(users)}, or leave it out"
             )
+    for name, unset in (("alpha", 1.0), ("lenpen", 0.0)):
+        if spec.estimator == "reinforce" and getattr(spec, name) != unset:
+            found.append(
+                f"nmt.{name} has no effect with nmt.estimator=reinforce; use mrt, or leave it out"
+            )
     if spec.estimator == "reinforce" and not source.own_law:
         found.append(
             f"nmt.estimator=reinforce needs samples from the model's own law, and nmt.candidates="

@@ -39,6 +39,7 @@ def problems(spec: NmtSpec) -> list[str]:
             "at least 2: an expectation over one candidate has no gradient",
         ),
         ("alpha", spec.alpha, 0.0 < spec.alpha < math.inf, "above 0"),
+        ("lenpen", spec.lenpen, 0.0 <= spec.lenpen < math.inf, "0 (weights by p) or more"),
         (
             "true_measure_sentences", spec.true_measure_sentences,
             spec.true_measure_sentences >= 0, "0 (the whole dev set) or more",

@@ -20,7 +20,8 @@ class NmtSpec:
     ``samples`` candidates for each of ``dev_sentences`` sources. ``candidates`` says where
     they come from: ancestral, temperature, top-k (``top_k`` symbols), nucleus (mass ``top_p``), all
     three at ``temperature``, or beam (``beam`` wide, 0: as many as ``samples``). ``estimator`` is
-    mrt (sharpness ``alpha``), or reinforce, which takes ancestral candidates only.
+    mrt (sharpness ``alpha``; by log p over length^``lenpen``, as search ranks, 0: by p), or
+    reinforce, which takes ancestral candidates only.
     ``measure_subset`` is the split that M-tilde's sources are drawn from: empty for the dev set, a
     further one of fairseq-preprocess's (valid1), or train: then those first that this student's T
     steps leave out. s_t and the measure that teachers are chosen by stay on dev.
@@ -38,6 +39,7 @@ class NmtSpec:
     measure: str = "expected_bleu"
     estimator: str = "mrt"
     alpha: float = 1.0
+    lenpen: float = 0.0
     samples: int = 8
     candidates: str = "ancestral"
     temperature: float = 1.0

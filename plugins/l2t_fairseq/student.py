@@ -21,6 +21,7 @@ from l2t_core.measures import (
     distinct_mask,
     log_likelihood,
     mrt_measure,
+    ranked_by_length,
     reinforce_measure,
 )
 from l2t_core.student_state import NMT_FEATURES, DevStatistics
@@ -190,11 +191,14 @@ class NmtStudent:
             self.module, net_input, candidates, eos=words.eos(), pad=words.pad()
         )
         mask = distinct_mask(candidates).to(log_probs.device)
+        # With the end symbol, as search counts.
+        lengths = torch.tensor([[len(c.tokens) + 1.0 for c in of] for of in candidates])
+        weights = ranked_by_length(log_probs, lengths.to(log_probs), spec.lenpen)
 
         def expected(values: Tensor) -> Tensor:
             if spec.estimator == "reinforce":
                 return reinforce_measure(log_probs, values)
-            return mrt_measure(log_probs, values, mask, spec.alpha)
+            return mrt_measure(weights, values, mask, spec.alpha)
 
         if not isinstance(self.measure, CorpusBleu):
             return expected(torch.tensor(self.measure.scores(texts, references)).to(log_probs))

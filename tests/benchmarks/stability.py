@@ -129,6 +129,19 @@ END_SETTINGS: dict[str, tuple[Any, ...]] = {
         ("lowrank", "lowrank", {}),
         ("shared, BLEU of the set", "shared", {}, "expected_corpus_bleu"),
         ("banded, BLEU of the set", "banded", {}, "expected_corpus_bleu"),
+        ("banded, as search ranks", "banded", {}, "expected_bleu, lenpen 1"),
+        (
+            "banded, BLEU of the set, as search ranks", "banded", {},
+            "expected_corpus_bleu, lenpen 1",
+        ),
+        (
+            "lowrank, BLEU of the set, as search ranks", "lowrank", {},
+            "expected_corpus_bleu, lenpen 1",
+        ),
+        (
+            "shared, BLEU of the set, as search ranks", "shared", {},
+            "expected_corpus_bleu, lenpen 1",
+        ),
         ("banded, no bound", "banded", {"bounded": False}),
         ("banded, lr 0.01", "banded", {"lr": 0.01}),
         ("banded, discount 0.9", "banded", {"discount": 0.9}),

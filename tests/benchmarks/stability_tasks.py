@@ -22,8 +22,8 @@ class StabilityTask:
 
     A schedule is constant, linear (to zero) or "warm-up, linear" (up to the rate in the first
     tenth; the demo's always go up first). ``build(data folder, schedule, rate, measure)`` returns
-    the student; an empty measure is the task's own. ``score`` says what the tables show, a number
-    that is better when lower.
+    the student; an empty measure is the task's own, and translation's may end with ", lenpen 1".
+    ``score`` says what the tables show, a number that is better when lower.
     """
 
     build: Callable[[Path, str, float, str], Student]
@@ -75,10 +75,12 @@ def _demo(
         train = train.replace("--max-tokens 1000", f"--max-tokens {tokens}")
         assert flags in train and f"--lr {rate}" in train and f"--max-tokens {tokens}" in train
         kept = {k: described[k] for k in ("samples", "dev_sentences", "dev_interval")}
+        name, _, lenpen = measure.partition(", lenpen ")
         return build_student(
             NmtSpec(
                 data=str(data), train=f"{start}{train} --max-update {steps}", steps=steps,
-                measure=measure or "expected_bleu", **{**kept, **changes},
+                measure=name or "expected_bleu", lenpen=float(lenpen or 0),
+                **{**kept, **changes},
             )
         )
 

@@ -16,6 +16,7 @@ from l2t_core.measures import (
     margin_surrogate,
     mrt_expectations,
     mrt_measure,
+    ranked_by_length,
     reinforce_measure,
     smoothed_accuracy,
 )
@@ -155,3 +156,12 @@ def test_a_set_without_a_matched_word_is_flat() -> None:
     value = corpus_bleu(sums)
     value.backward()
     assert float(value.detach()) == 0.0 and sums.grad is not None and not bool(sums.grad.any())
+
+
+def test_weights_by_length_by_hand() -> None:
+    log_probs = torch.tensor([[-2.0, -6.0], [-3.0, -5.0]], dtype=torch.float64)
+    lengths = torch.tensor([[2.0, 6.0], [4.0, 4.0]], dtype=torch.float64)
+    found = ranked_by_length(log_probs, lengths, 1.0)
+    # One nat a symbol either way, four symbols on average; equal lengths stay as they are.
+    torch.testing.assert_close(found, torch.tensor([[-4.0, -4.0], [-3.0, -5.0]]).double())
+    assert torch.equal(ranked_by_length(log_probs, lengths, 0.0), log_probs)

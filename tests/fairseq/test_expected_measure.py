@@ -16,10 +16,11 @@ from fairseq import utils
 from l2t_cli.fields import FIELDS
 from l2t_core.apply import train_student
 from l2t_core.errors import UserError
+from l2t_core.measures import ranked_by_length
 from l2t_fairseq.checks import problems
 from l2t_fairseq.prepare import prepare_corpus, read_lines
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate
+from l2t_fairseq.sampling import Candidate, candidate_log_probs, length_limit
 from l2t_fairseq.scoring import SYMBOLS, read_output, score_checkpoint
 from l2t_fairseq.sentence_scores import build_measure
 from l2t_fairseq.student import build_student
@@ -41,6 +42,7 @@ MEASURES = {
     "nucleus": {"top_p": 0.8, "temperature": 1.5, "measure": "expected_chrf++"},
     "beam": {"beam": 7},
     "ancestral, of the set": {"measure": "expected_corpus_bleu"},
+    "beam, as it ranks": {"measure": "expected_corpus_bleu", "lenpen": 1.0},
 }
 
 
@@ -69,6 +71,27 @@ def test_gradient_equals_central_differences(prepared_toy, monkeypatch, source):
     numeric = (values[0] - values[1]) / (2 * h)
     assert abs(found) > 1e-6
     assert found == pytest.approx(numeric, rel=1e-5)
+
+
+def test_weights_by_length_rank_as_search_does(prepared_toy):
+    student = make_student(prepared_toy, candidates="beam", steps=25, samples=6)
+    train_student(student, 1, None)
+    student.module.eval()
+    net_input = student.dev.collate(list(student.dev.usable[:8]))["net_input"]
+    words = student.dictionary
+    with torch.no_grad():
+        limit = length_limit(student.module, net_input)
+        found = student.source.draw(student.spec, student.module, net_input, limit, 0, words)
+        log_probs = candidate_log_probs(
+            student.module, net_input, found, eos=words.eos(), pad=words.pad()
+        )
+    lengths = torch.tensor([[len(c.tokens) + 1.0 for c in of] for of in found])
+    whole = torch.tensor([all(c.ended for c in of) for of in found])
+    assert bool(whole.any()) and len({*lengths[whole].flatten().tolist()}) > 1
+    ranked = ranked_by_length(log_probs, lengths, 1.0)[whole]
+    assert bool((ranked.diff(dim=1) <= 1e-5).all())
+    by_p = log_probs[whole]
+    assert bool((by_p.diff(dim=1) > 0).any())  # p alone prefers other, shorter ones
 
 
 def test_a_measure_of_the_users_own(prepared_toy, tmp_path, monkeypatch):
