@@ -22,6 +22,22 @@ class ToldByTheFirst(UserError):
     """A mistake that the first of several processes tells; see ``processes.wait_until_told``."""
 
 
+class NoEffect(str):
+    """The line on a setting that another one leaves nothing to do, and which the two are.
+
+    ``key`` is the idle setting's, ``by`` and ``value`` the other's. ``mend`` ends the line.
+    """
+
+    key: str
+    by: str
+    value: str
+
+    def __new__(cls, key: str, by: str, value: object, mend: str) -> NoEffect:
+        line = super().__new__(cls, f"{key} has no effect with {by}={value}; {mend}")
+        line.key, line.by, line.value = key, by, str(value)
+        return line
+
+
 class PeerLost(Exception):
     """Another process of the run has ended, so that this one cannot go on."""
 

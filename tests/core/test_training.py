@@ -13,8 +13,9 @@ from toy_students import OpaqueNet, ToyStudent
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
-from l2t_core.errors import UserError
+from l2t_core.errors import NoEffect, UserError
 from l2t_core.run_folder import open_run
+from l2t_core.settings import problems
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.teacher_file import load_header, load_teacher
 from l2t_core.teachers import TEACHERS, Teacher
@@ -580,6 +581,23 @@ def test_a_teacher_needs_slots(student, tmp_path):
     folder = open_run(tmp_path / "run", {})
     with pytest.raises(UserError, match=r"teacher\.slots is -1; it must be at least 1"):
         train_teacher(student, LOSS, TeacherSpec(slots=-1), spec(), folder, record={})
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        (LossSpec("shared", rank=4), {}),
+        (LossSpec(warmup_smoothing=0.1), {}),
+        (LOSS, {"final_students": 5}),
+        (LOSS, {"perturbation": 0.1}),
+        (LOSS, {"window": 2}),
+    ],
+)
+def test_a_setting_without_effect_is_told_with_the_two_keys(loss, changes):
+    """As data, too: the command line goes by it, and not by the words."""
+    (line,) = problems(loss, TEACHER, spec(**changes), 6)
+    assert isinstance(line, NoEffect)
+    assert line.startswith(f"{line.key} has no effect with {line.by}={line.value}; ")
 
 
 @pytest.mark.parametrize("taught", [True, False])
