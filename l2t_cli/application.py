@@ -35,8 +35,8 @@ class Application(Protocol):
 
     ``name`` names the output folder, ``measure`` the score and ``worst`` its worst value, ``rate``
     the setting that is the learning rate; ``config`` identifies the student, so that another run's
-    folder is refused, ``may_change`` are those of its dotted keys that do not. ``teacher`` None
-    trains by cross-entropy.
+    folder is refused, ``may_change`` are those of its dotted keys that do not, ``defaults`` what
+    its settings have where nothing is set. ``teacher`` None trains by cross-entropy.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Application(Protocol):
     worst: float
     rate: str
     may_change: tuple[str, ...]
+    defaults: dict[str, Any]
 
     def config(self) -> dict[str, Any]: ...
 
@@ -131,7 +132,9 @@ def apply(
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
     free = [f"student.{key}" for key in application.may_change]
-    claimed = open_run(folder, config, may_change=free)  # its own as long as this lives
+    claimed = open_run(  # its own as long as this lives
+        folder, config, may_change=free, defaults={"student": application.defaults}
+    )
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     try:
         scores = _finished_before(folder)  # first, for a damaged one is told before any training

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from l2t_cli.application import student_title
 from l2t_cli.application_result import Score
@@ -53,6 +53,7 @@ class FairseqApplication:
     worst = 0.0
     rate = "--lr"
     may_change: tuple[str, ...] = ()
+    defaults: ClassVar[dict[str, Any]] = {}  # the command holds what is set, and no more
 
     def __init__(
         self,

@@ -247,7 +247,9 @@ def _changed(stored: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> str
     field = recipe.field.name
     if field not in stored:
         return f"of {stored['recipe']}"
-    before, after = flattened(stored[field], field), flattened(now[field], field)
+    # A setting that is younger than the comparison had its default there.
+    before = flattened(recipe.defaults()[field], field) | flattened(stored[field], field)
+    after = flattened(now[field], field)
     # A rate is what is tuned; where data lie, or a student runs, is not what they are.
     free = {f"{field}.{key}" for key in ("optimiser.lr", "device", *recipe.field.places)}
     for key in sorted((before.keys() & after.keys()) - free):

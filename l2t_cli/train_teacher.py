@@ -132,8 +132,7 @@ def run(
     student = processes.agree(lambda: _student(recipe))
     before = FreshFolder.before(folder)
     config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
-    places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
-    opened = _open(config, folder, resume, (*_MAY_CHANGE, *places), processes)
+    opened = _open(recipe, config, folder, resume, processes)
     # Without its state a run begins anew, whatever its log says.
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
@@ -185,15 +184,17 @@ def _end(message: str) -> None:
 
 
 def _open(
-    config: dict[str, Any], folder: Path, resume: bool, may_change: tuple[str, ...], processes: Any
+    recipe: Recipe, config: dict[str, Any], folder: Path, resume: bool, processes: Any
 ) -> Any:
     """Return the run's folder; the first process opens it for all."""
     from l2t_core.run_folder import RunFolder, open_run
 
+    places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank
         else open_run(
-            folder, config, resume=resume, may_grow="training.episodes", may_change=may_change
+            folder, config, resume=resume, may_grow="training.episodes",
+            may_change=(*_MAY_CHANGE, *places), defaults=recipe.defaults(),
         )
     )
 

@@ -516,13 +516,17 @@ def test_a_kill_while_writing_leaves_nothing_in_the_way(tmp_path):
     assert {p.name for p in path.iterdir()} == {"config.yaml", first.name, ".notes"}
 
 
-def test_a_younger_setting_that_is_off_makes_no_other_run(tmp_path):
-    open_run(tmp_path / "run", {"nmt": {"steps": 4}})
-    open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "", "more": []}})
-    with pytest.raises(UserError, match=r"nmt.measure_subset is None there, 'train' here"):
-        open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "train"}})
+def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path):
+    path, defaults = tmp_path / "run", {"nmt": {"split": "", "more": [], "on": True, "p": "auto"}}
+    open_run(path, {"nmt": {"steps": 4}})
+    same = {"steps": 4, "split": "", "more": [], "on": True, "p": "auto"}
+    open_run(path, {"nmt": same}, defaults=defaults)
+    for key, value, there in (("split", "train", "''"), ("on", False, "True"), ("p", 1, "'auto'")):
+        said = rf"nmt\.{key} is {there} there, {value!r} here"
+        with pytest.raises(UserError, match=said):
+            open_run(path, {"nmt": {**same, key: value}}, defaults=defaults)
     with pytest.raises(UserError, match=r"nmt.steps is 4 there, None here"):
-        open_run(tmp_path / "run", {"nmt": {}})
+        open_run(path, {"nmt": {}}, defaults=defaults)
 
 
 def test_a_damaged_state_is_one_line(student, tmp_path):
