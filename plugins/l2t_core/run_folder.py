@@ -125,7 +125,7 @@ def open_run(
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
 
     The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
-    The keys in ``may_change`` say how a run is made and not what comes out; they may differ. A
+    The keys and sections in ``may_change`` do not decide what comes out; they may differ. A
     setting that is younger than a stored run had there what it has in ``defaults``, which are laid
     out as ``config``. What differs is written by :meth:`RunFolder.adopt`, for a run that cannot go
     on has to stay as it is.
@@ -184,7 +184,9 @@ def _check_same_run(
                 f"{folder.path} holds this run with {key}={before[key]}, which may only grow; "
                 f"ask for {before[key]} or more, or choose another --out"
             )
-        elif key in may_change and before.get(key) != now.get(key):
+        elif before.get(key) != now.get(key) and any(
+            f"{key}.".startswith(f"{free}.") for free in may_change
+        ):
             changed.add(key)
         elif before.get(key) != now.get(key):
             there, here = _where_they_part(repr(before.get(key)), repr(now.get(key)))

@@ -35,6 +35,22 @@ def test_a_run_is_its_recipe_with_the_changes(l2t: Run, digits: Path, run_folder
     assert "taught" in planned.out and "into runs/tiny-compare" in planned.out
 
 
+def test_a_run_is_compared_as_its_own_recipe_was(l2t: Run, digits: Path) -> None:
+    """And stays the same run when the section changes: a teacher does not depend on it."""
+    written = digits.read_text()
+    train = ["train-teacher", digits, "--out", "run", "training.episodes=1", "image.steps=8"]
+    digits.write_text(written + "compare: {losses: [cross_entropy, gce], gce: {q: [0.25, 0.3]}}\n")
+    assert l2t(*train).code == 0
+    config = Path("run/config.yaml")
+    assert load_recipe(str(config)).compare == load_recipe(str(digits)).compare
+    teacher = "run/teacher_best.safetensors"
+    planned = l2t("compare", config, "--teacher", teacher, "--dry-run").out
+    assert "q=0.25" in planned and "q=0.3" in planned and "eps" not in planned
+    digits.write_text(written + "compare: {gce: {q: [0.5]}}\n")
+    assert "finished already" in l2t(*train).out
+    assert load_recipe(str(config)).compare == load_recipe(str(digits)).compare
+
+
 def forget(config: Path, *keys: str) -> None:
     """Take a key out of a stored configuration, as if the run were older than the setting."""
     content = json.loads(config.read_text())
