@@ -219,11 +219,12 @@ class Adam:
         # Four vectors at a time beside the direction: this is where an episode's memory peaks.
         first, root = self._moments(state, direction, [None, None, None])
         first_correction, second_correction = self._corrections(step)
-        root = (root.add_(spec.eps_root) if spec.eps_root else root).sqrt_()
+        root = _safe_root(root, spec.eps_root)
         denominator = self._denominator(root, second_correction)
         d_scaled = d_omega * (-lr / first_correction)
         d_first.addcdiv_(d_scaled, denominator)
-        # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root)
+        # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root), and
+        # 0 where the root is, as _safe_root has it.
         d_root = d_scaled.mul_(first).div_(denominator.square_())
         d_root.div_(root.masked_fill_(root == 0, torch.inf))
         d_second.add_(d_root, alpha=-0.5 / second_correction)
