@@ -136,7 +136,7 @@ class Comparison:
                 rows.append((arm.name, said, " ".join(f"{rate:g}" for rate in rates), str(tries)))
             rows.append((arm.name, "the best", "the best", f"{len(self.seeds)} final"))
         heads = ["loss", "own settings", "learning rates", "trials"]
-        console.table(f"{self.recipe.name}: trials", heads, rows, numbers=(3,))
+        console.table(f"{self.recipe.name}: trials", heads, rows, text=3)
         console.line(
             f"plan: {self.total} trials ({self.tuning.total()} tuning, "
             f"{len(self.arms) * len(self.seeds)} final), into {console.shown(self.folder)}"
