@@ -34,9 +34,10 @@ class Application(Protocol):
     """What a field does to apply a teacher.
 
     ``name`` names the output folder, ``measure`` the score and ``worst`` its worst value, ``rate``
-    the setting that is the learning rate; ``config`` identifies the student, so that another run's
-    folder is refused, ``may_change`` are those of its dotted keys that do not, ``defaults`` what
-    its settings have where nothing is set. ``teacher`` None trains by cross-entropy.
+    the setting that is the learning rate, ``default_seed`` the first student's; ``config``
+    identifies the student, so that another run's folder is refused, ``may_change`` are those of its
+    dotted keys that do not, ``defaults`` what its settings have where nothing is set. ``teacher``
+    None trains by cross-entropy.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Application(Protocol):
     lower_is_better: bool
     worst: float
     rate: str
+    default_seed: int
     may_change: tuple[str, ...]
     defaults: dict[str, Any]
 

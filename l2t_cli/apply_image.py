@@ -41,6 +41,7 @@ class ImageApplication:
     lower_is_better = True
     worst = 100.0
     rate = "image.optimiser.lr"
+    default_seed = 1
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

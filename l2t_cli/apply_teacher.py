@@ -61,7 +61,7 @@ def command(
     """
     application = application_for(target, generate, reference)
     folder = out or Path("runs") / f"{application.name}-taught"
-    first = seed if seed is not None else getattr(application, "default_seed", 1)
+    first = seed if seed is not None else application.default_seed
     wanted = applying.seeds_from(first, seeds)
     if dry_run:
         applying.show_plan(application, teacher, folder, wanted, baseline)
