@@ -33,21 +33,21 @@ _SEED = "seed-"  # and the seed: a student's folder
 class Application(Protocol):
     """What a field does to apply a teacher.
 
-    ``default_seed`` is the first student's seed where none is given.
-
     ``name`` names the output folder, ``measure`` the score and ``worst`` its worst value, ``rate``
-    the setting that is the learning rate; ``config`` identifies the student, so that another run's
-    folder is refused, ``may_change`` are those of its dotted keys that do not. ``teacher`` None
-    trains by cross-entropy.
+    the setting that is the learning rate, ``default_seed`` the first student's; ``config``
+    identifies the student, so that another run's folder is refused, ``may_change`` are those of its
+    dotted keys that do not, ``defaults`` what its settings have where nothing is set. ``teacher``
+    None trains by cross-entropy.
     """
 
-    default_seed: int
     name: str
     measure: str
     lower_is_better: bool
     worst: float
     rate: str
+    default_seed: int
     may_change: tuple[str, ...]
+    defaults: dict[str, Any]
 
     def config(self) -> dict[str, Any]: ...
 
@@ -134,7 +134,9 @@ def apply(
             console.line(f"note: {copy.note()}")
     before = FreshFolder.before(folder)
     free = [f"student.{key}" for key in application.may_change]
-    claimed = open_run(folder, config, may_change=free)  # its own as long as this lives
+    claimed = open_run(  # its own as long as this lives
+        folder, config, may_change=free, defaults={"student": application.defaults}
+    )
     jobs = list(_jobs(folder, seeds, copy.path, baseline))
     try:
         scores = _finished_before(folder)  # first, for a damaged one is told before any training

@@ -203,7 +203,7 @@ def report(result: ApplicationResult, log_format: LogFormat) -> None:
     title = f"{result.name}: same steps, batches and seeds" if alike else result.name
     making = [i for i, name in enumerate(columns) if i == 0 or name in _MAKING]
     came_out = [i for i, name in enumerate(columns) if name not in _MAKING]
-    console.table_in_parts(title, columns, rows, (came_out, making), text=2)
+    console.table(title, columns, rows, text=2, parts=(came_out, making))
     console.line(f"signature: {result.signature()}")
     if verdict := result.verdict():
         console.line(verdict)

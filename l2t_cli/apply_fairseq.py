@@ -66,6 +66,7 @@ class FairseqApplication:
         self.generate, self.reference = generate, reference
         self._teacher = Path()
         self.default_seed = _seed(command)
+        self.defaults: dict[str, Any] = {}  # the command holds what is set, and no more
 
     @classmethod
     def from_words(

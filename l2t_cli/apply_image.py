@@ -47,6 +47,7 @@ class ImageApplication:
         self.recipe = recipe
         self.name = recipe.short_name
         self.may_change = tuple(f"image.{key}" for key in recipe.field.places)
+        self.defaults = {"image": recipe.defaults()["image"]}
         self._student: Any = None
 
     def config(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Comparison:
                 rows.append((arm.name, said, " ".join(f"{rate:g}" for rate in rates), str(tries)))
             rows.append((arm.name, "the best", "the best", f"{len(self.seeds)} final"))
         heads = ["loss", "own settings", "learning rates", "trials"]
-        console.table(f"{self.recipe.name}: trials", heads, rows, numbers=(3,))
+        console.table(f"{self.recipe.name}: trials", heads, rows, text=3)
         console.line(
             f"plan: {self.total} trials ({self.tuning.total()} tuning, "
             f"{len(self.arms) * len(self.seeds)} final), into {console.shown(self.folder)}"
@@ -245,7 +245,9 @@ def _changed(stored: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> str
     field = recipe.field.name
     if field not in stored:
         return f"of {stored['recipe']}"
-    before, after = flattened(stored[field], field), flattened(now[field], field)
+    # A setting that is younger than the comparison had its default there.
+    before = flattened(recipe.defaults()[field], field) | flattened(stored[field], field)
+    after = flattened(now[field], field)
     # A rate is what is tuned; where data lie, or a student runs, is not what they are.
     free = {f"{field}.{key}" for key in ("optimiser.lr", "device", *recipe.field.places)}
     for key in sorted((before.keys() & after.keys()) - free):

@@ -375,7 +375,7 @@ def show(summary: Summary, files: Sequence[tuple[str, Path]]) -> None:
     """Print the table, what it says, the warnings and the files."""
     heads, rows = columns(summary), table_rows(summary)
     title = f"{summary['name']}: losses compared"
-    console.table_in_parts(title, heads, rows, (_RESULT, _MAKING), text=2)
+    console.table(title, heads, rows, text=2, parts=(_RESULT, _MAKING))
     console.line(how(summary))
     if said := verdict(summary):
         console.line(said)

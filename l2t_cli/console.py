@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+# A label that is no wider stays in one line; a longer word, such as a path, may be broken.
+_WORD = 15
 
 
 class LogFormat(str, Enum):
@@ -68,47 +74,84 @@ def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
-    numbers: Sequence[int] = (),
+    text: int | None = None,
+    parts: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Print a table; the columns whose positions are in ``numbers`` are right-aligned."""
+    """Print a table whose first ``text`` columns, all if None, are words and the others numbers.
+
+    Nothing is cut, and no number broken. On a screen too narrow for full width the columns in each
+    of ``parts`` are a table of their own; and where one with its words wrapped is too wide still,
+    it comes in several, each with the first column.
+    """
     if title:
         line(title, style="bold")
-    grid = Table(box=box.ROUNDED, show_header=any(columns))
-    for position, name in enumerate(columns):
-        # Folded, never cut: a path or a signature has to stay whole; a number in one piece.
-        number = position in numbers
-        grid.add_column(
-            name, overflow="fold", justify="right" if number else "left", no_wrap=number
-        )
-    for row in rows:
+    cells = list(zip(columns, *rows, strict=True))
+    numbers = range(len(columns) if text is None else text, len(columns))
+    wide = sum(map(_width, cells)) > _room(len(cells))
+    for part in parts if parts and wide else (range(len(columns)),):
+        for piece in _pieces(part, cells, numbers):
+            _print_columns([cells[i] for i in piece], [i in numbers for i in piece])
+
+
+def _print_columns(cells: Sequence[Sequence[str]], numbers: Sequence[bool]) -> None:
+    grid = Table(box=box.ROUNDED, show_header=any(column[0] for column in cells))
+    for column, width, number in zip(cells, _widths(cells, numbers), numbers, strict=True):
+        # Folded, never cut: a path or a signature has to stay whole.
+        justify: Literal["left", "right"] = "right" if number else "left"
+        grid.add_column(column[0], overflow="fold", justify=justify, width=width)
+    for row in list(zip(*cells, strict=True))[1:]:
         grid.add_row(*(Text(cell) for cell in row))
     out().print(grid)
 
 
-def table_in_parts(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    parts: Sequence[Sequence[int]],
-    *,
-    text: int,
-) -> None:
-    """Print a table whose first ``text`` columns are words and the others numbers.
-
-    On a screen that is too narrow for all it comes as several, one for the columns in each part.
-    """
-    for part in (range(len(columns)),) if _fits(columns, rows) else parts:
-        table(
-            title, [columns[i] for i in part], [[row[i] for i in part] for row in rows],
-            numbers=[place for place, i in enumerate(part) if i >= text],
-        )
-        title = ""
+def _pieces(
+    part: Sequence[int], cells: Sequence[Sequence[str]], numbers: range
+) -> list[list[int]]:
+    """Return the columns of ``part`` in as few tables as the screen takes, alike in number."""
+    narrow = [
+        _width(column) if i in numbers else min(least, _WORD)
+        for i, (column, least) in enumerate(zip(cells, _least(cells), strict=True))
+    ]
+    first, *rest = part
+    found = [[first, *rest]]
+    for count in range(1, len(rest) + 1) if numbers else ():
+        size = math.ceil(len(rest) / count)
+        found = [[first, *rest[at : at + size]] for at in range(0, len(rest), size)]
+        if all(sum(narrow[i] for i in piece) <= _room(len(piece)) for piece in found):
+            break
+    return found
 
 
-def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
-    """Tell whether a table of these is as wide as the screen at most, no cell wrapped."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    return sum(widths) + 3 * len(widths) + 1 <= out().width
+def _widths(cells: Sequence[Sequence[str]], numbers: Sequence[bool]) -> list[int]:
+    """Return the columns' widths: words wrapped between them, in them if nothing else helps."""
+    widths = [_width(column) for column in cells]
+    for least in (_least(cells), [1] * len(cells)):
+        while sum(widths) > _room(len(cells)):
+            wide = [
+                i for i, number in enumerate(numbers) if not number and widths[i] > least[i]
+            ]
+            if not wide:
+                break
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _room(columns: int) -> int:
+    """Return how many characters of a line a table of so many columns has for their cells."""
+    return out().width - 3 * columns - 1
+
+
+def _width(column: Iterable[str]) -> int:
+    return max(map(cell_len, column))
+
+
+def _least(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the widths in which columns of words break none; nor, the first, a short label."""
+    words = [
+        max((cell_len(word) for cell in column for word in cell.split()), default=0)
+        for column in cells
+    ]
+    return [max(words[0], min(_width(cells[0]), _WORD)), *words[1:]]
 
 
 def files(paths: Iterable[tuple[str, Path]]) -> None:

@@ -99,11 +99,10 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
     for part, result in finished:
         taught, reference = (result.values(a, result.paired()) for a in (TAUGHT, CROSS_ENTROPY))
         difference = mean(taught) - mean(reference)
-        better = "lower" if result.lower_is_better else "higher"
         rows.append(
             (
                 part.title,
-                f"{result.measure} ({better} is better)",
+                result.measure,
                 mean_and_deviation(taught),
                 mean_and_deviation(reference),
                 f"{difference:+.2f}",
@@ -114,7 +113,7 @@ def show_summary(finished: list[tuple[Part, ApplicationResult]], out: Path, seco
         "Taught against cross-entropy: same steps, batches and seeds, test set",
         ["task", "measure", "taught", "cross-entropy", "difference", "seeds"],
         rows,
-        numbers=(2, 3, 4, 5),
+        text=2,
     )
     for _, result in finished:
         console.line(f"signature {result.name}: {result.signature()}")

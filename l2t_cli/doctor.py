@@ -16,6 +16,7 @@ DISTRIBUTIONS = (
     "numpy",
     "safetensors",
     "omegaconf",
+    "PyYAML",
     "typer",
     "rich",
     "sacrebleu",
@@ -23,6 +24,8 @@ DISTRIBUTIONS = (
     "sentencepiece",
     "subword-nmt",
     "scikit-learn",
+    "scipy",
+    "Pillow",
     "matplotlib",
     "tensorboard",
     "Babel",
@@ -39,7 +42,9 @@ def command() -> None:
         ("Python", platform.python_version(), sys.executable),
         ("cores", str(cores()), f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
     ]
-    rows += [(name, *_version(name)) for name in DISTRIBUTIONS]
+    rows += [(name, *_version(name, f"pip install {name}")) for name in DISTRIBUTIONS]
+    tune = 'compare.search=optuna needs it: pip install "l2t[tune]"'
+    rows.append(("optuna", *_version("optuna", tune)))
     rows.append(("fairseq", *_fairseq()))
     rows.append(("devices", *_devices()))
     console.table("l2t doctor", ["", "version", "note"], rows)
@@ -51,11 +56,11 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _version(distribution: str) -> tuple[str, str]:
+def _version(distribution: str, mend: str) -> tuple[str, str]:
     try:
         return importlib.metadata.version(distribution), ""
     except importlib.metadata.PackageNotFoundError:
-        return "missing", f"pip install {distribution}"
+        return "missing", mend
 
 
 def _fairseq() -> tuple[str, str]:
@@ -87,4 +92,5 @@ def _devices() -> tuple[str, str]:
         return "none", "torch does not import"
     if torch.cuda.is_available():
         return f"cpu, {torch.cuda.device_count()} cuda", torch.cuda.get_device_name(0)
-    return "cpu", f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return "cpu", "1 thread" if threads == 1 else f"{threads} threads"

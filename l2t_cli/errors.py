@@ -10,7 +10,13 @@ from typing import Any
 
 import typer
 
-from l2t_core.errors import PeerLost, ToldByTheFirst, UserError, suggestion
+from l2t_core.errors import (
+    PeerLost,
+    ToldByTheFirst,
+    UserError,
+    is_for_want_of_memory,
+    suggestion,
+)
 
 # Recent Typer carries its own Click, older Typer imports it: this finds the classes in both.
 UsageError: Any = typer.BadParameter.__base__
@@ -19,10 +25,6 @@ ClickError: Any = UsageError.__base__
 USER_MISTAKE = 2
 PEER_LOST = 3
 INTERRUPTED = 130
-# In what torch's allocators say, without an exception of their own.
-_MEMORY_SIGNS = (
-    "DefaultCPUAllocator: ", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 class Terminated(KeyboardInterrupt):
@@ -99,7 +101,7 @@ def exit_code_of(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.filename is not None:
         say(f"l2t: error: {error.filename}: {error.strerror}; check the path and its permissions")
         return USER_MISTAKE
-    if _is_for_want_of_memory(error):
+    if is_for_want_of_memory(error):
         wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
         say(
             f"l2t: error: out of memory{f' ({wanted.group(1)} at once)' if wanted else ''}; take a "
@@ -107,18 +109,6 @@ def exit_code_of(error: BaseException) -> int | None:
         )
         return USER_MISTAKE
     return None
-
-
-def _is_for_want_of_memory(error: BaseException) -> bool:
-    """Tell an allocator's refusal, on CPU or GPU, from torch's many other RuntimeErrors."""
-    if isinstance(error, MemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    # By name: without torch there is no such error, and nothing here imports it.
-    return type(error).__name__ == "OutOfMemoryError" or any(
-        sign in str(error) for sign in _MEMORY_SIGNS
-    )
 
 
 def usage_message(error: Any) -> str:

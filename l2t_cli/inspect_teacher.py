@@ -12,8 +12,6 @@ from l2t_cli.options import TeacherFile
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MATRIX_CLASSES = 10  # as many columns as a terminal of 80 characters has room for
-# The columns of what is told over time, where a screen has no room for all of them at once.
-PARTS = ((0, 1, 2, 3), (0, 4, 5))
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
@@ -34,17 +32,17 @@ def command(
     console.table(str(teacher), ["", ""], [*_header_rows(header), ("parameters", _count(network))])
     times = [f"t/T = {point:g}" for point in POINTS]
     written = [_coefficients(network, header, point) for point in POINTS]
-    console.table_in_parts(
+    console.table(
         "Coefficients φ over a student's life, none of it seen yet (mean ± deviation)",
         ["part", *times],
-        _coefficient_rows(written), PARTS, text=1,
+        _coefficient_rows(written), text=1,
     )
     middle, when = written[len(written) // 2], times[len(times) // 2]
     if FORMS.get(header.loss.form).per_band:
         console.table(
             f"Coefficients by band of classes at {when}, most frequent first",
             ["classes", *middle],
-            _band_rows(middle, header.num_classes),
+            _band_rows(middle, header.num_classes), text=1,
         )
     if header.num_classes <= MATRIX_CLASSES:
         classes = range(header.num_classes)
@@ -57,12 +55,13 @@ def command(
                 f"{title} at {when}: what the target in front gives to {what} of the class above",
                 ["target", *map(str, classes)],
                 [[str(y), *(f"{weights[k, y]:.2f}" for k in classes)] for y in classes],
+                text=1,
             )
-    console.table_in_parts(
+    console.table(
         "How the loss pulls at an example with probability p on its target\n"
         "(cross-entropy: 1; below 0: it pushes p down)",
         ["p", *times],
-        _pull_rows(written, header), PARTS, text=1,
+        _pull_rows(written, header), text=1,
     )
 
 

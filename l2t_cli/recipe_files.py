@@ -60,8 +60,8 @@ def read_recipe(name: str) -> tuple[str, Path, dict[str, Any]]:
     """Return full name, path and settings of a recipe given by name or as a file.
 
     A run's ``config.yaml`` says by ``recipe`` and ``content`` what the run was made from; these
-    are no settings. It goes by its recipe's name, and a copy of it by its own. As a run does not
-    depend on a ``compare`` section it has none: it gets that of the shipped recipe of this name.
+    are no settings. It goes by its recipe's name, and a copy of it by its own. One that was written
+    without a ``compare`` section gets that of the shipped recipe of its name.
 
     Raises:
         UserError: if there is no such recipe, or it cannot be read as YAML.

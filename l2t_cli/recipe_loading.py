@@ -22,7 +22,7 @@ from l2t_cli.fields import FIELDS, Field
 from l2t_cli.recipe_files import first_line, kind_of, read_recipe
 from l2t_core.compare_specs import CompareSection, CompareSpec
 from l2t_core.errors import UserError, suggestion
-from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
+from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec, defaults_of
 
 CORE_SECTIONS: dict[str, type] = {
     "loss": LossSpec,
@@ -66,6 +66,11 @@ class Recipe:
             "teacher": dataclasses.asdict(self.teacher),
             "training": dataclasses.asdict(self.training),
         }
+
+    def defaults(self) -> dict[str, Any]:
+        """Return what :meth:`config` has where nothing is set: what older runs had."""
+        sections = {self.field.name: type(self.student), **CORE_SECTIONS}
+        return {key: defaults_of(spec) for key, spec in sections.items()}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
 from l2t_cli.errors import say
 from l2t_cli.recipe_loading import COMMAND_LINE, Recipe, load_recipe
-from l2t_core.errors import UserError
-
-# How all checks say that one setting leaves another one nothing to do.
-_IDLE = re.compile(r"(?P<key>[\w.]+) has no effect with (?P<by>[\w.]+)=(?P<value>[^\s;]+);")
+from l2t_core.errors import NoEffect, UserError
 
 
 def load(name: str, overrides: Sequence[str]) -> Recipe:
@@ -40,19 +36,19 @@ def without_idle(recipe: Recipe) -> tuple[Recipe, list[str]]:
     told: dict[str, str] = {}
     # One by one: what is out of the way may show another.
     while idle := _idled(recipe, told):
-        key, by = idle["key"], f"{idle['by']}={idle['value']}"
-        value, recipe = _at_its_default(recipe, key)
-        told[key] = f"{key}={value} of the recipe has no effect with {by}"
+        value, recipe = _at_its_default(recipe, idle.key)
+        told[idle.key] = (
+            f"{idle.key}={value} of the recipe has no effect with {idle.by}={idle.value}"
+        )
     return recipe, [*told.values()]
 
 
-def _idled(recipe: Recipe, done: Container[str]) -> re.Match[str] | None:
+def _idled(recipe: Recipe, done: Container[str]) -> NoEffect | None:
     """Return what is said of the first setting of the file that the command line idles."""
-    for problem in _problems(recipe, None) if recipe.overridden else ():
-        idle = _IDLE.match(problem)
-        if idle is None or idle["key"] in done or idle["key"] in recipe.overridden:
+    for idle in _problems(recipe, None) if recipe.overridden else ():
+        if not isinstance(idle, NoEffect) or idle.key in done or idle.key in recipe.overridden:
             continue
-        if idle["by"] in recipe.overridden:
+        if idle.by in recipe.overridden:
             return idle
     return None
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ from l2t_cli.recipe_values import load, refuse_impossible
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import PeerLost, UserError
 
-# How a run is made, or what it is called: the same teacher comes out, to the bit.
-_MAY_CHANGE = ("training.memory", "training.spill", "description")
+# How a run is made, what it is called or compared with: the same teacher comes out, to the bit.
+_MAY_CHANGE = ("training.memory", "training.spill", "description", COMPARE)
 
 PICTURE = "dev_measure.png"
 
@@ -131,9 +132,11 @@ def run(
     # The student first: a missing data set should not leave an empty run folder behind.
     student = processes.agree(lambda: _student(recipe))
     before = FreshFolder.before(folder)
-    config = {"recipe": recipe.name, **recipe.config(), "content": student.content()}
-    places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
-    opened = _open(config, folder, resume, (*_MAY_CHANGE, *places), processes)
+    config = {
+        "recipe": recipe.name, **recipe.config(), COMPARE: asdict(recipe.compare),
+        "content": student.content(),
+    }
+    opened = _open(recipe, config, folder, resume, processes)
     # Without its state a run begins anew, whatever its log says.
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
@@ -185,15 +188,17 @@ def _end(message: str) -> None:
 
 
 def _open(
-    config: dict[str, Any], folder: Path, resume: bool, may_change: tuple[str, ...], processes: Any
+    recipe: Recipe, config: dict[str, Any], folder: Path, resume: bool, processes: Any
 ) -> Any:
     """Return the run's folder; the first process opens it for all."""
     from l2t_core.run_folder import RunFolder, open_run
 
+    places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank
         else open_run(
-            folder, config, resume=resume, may_grow="training.episodes", may_change=may_change
+            folder, config, resume=resume, may_grow="training.episodes",
+            may_change=(*_MAY_CHANGE, *places), defaults=recipe.defaults(),
         )
     )
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+# In what torch's allocators say, without an exception of their own.
+_MEMORY_SIGNS = (
+    "DefaultCPUAllocator: ", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED",
+)
 Limit = tuple[str, float, bool, str]  # a number's name, value, whether it can be, what it must be
 
 
@@ -22,8 +26,36 @@ class ToldByTheFirst(UserError):
     """A mistake that the first of several processes tells; see ``processes.wait_until_told``."""
 
 
+class NoEffect(str):
+    """The line on a setting that another one leaves nothing to do, and which the two are.
+
+    ``key`` is the idle setting's, ``by`` and ``value`` the other's. ``mend`` ends the line.
+    """
+
+    key: str
+    by: str
+    value: str
+
+    def __new__(cls, key: str, by: str, value: object, mend: str) -> NoEffect:
+        line = super().__new__(cls, f"{key} has no effect with {by}={value}; {mend}")
+        line.key, line.by, line.value = key, by, str(value)
+        return line
+
+
 class PeerLost(Exception):
     """Another process of the run has ended, so that this one cannot go on."""
+
+
+def is_for_want_of_memory(error: BaseException) -> bool:
+    """Tell an allocator's refusal, on CPU or GPU, from torch's many other RuntimeErrors."""
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # By name: without torch there is no such error, and nothing here imports it.
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        sign in str(error) for sign in _MEMORY_SIGNS
+    )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from l2t_core.errors import UserError
+from l2t_core.errors import NoEffect, UserError
 from l2t_core.registry import Registry
 from l2t_core.specs import OptimiserSpec
 
@@ -219,11 +219,12 @@ class Adam:
         # Four vectors at a time beside the direction: this is where an episode's memory peaks.
         first, root = self._moments(state, direction, [None, None, None])
         first_correction, second_correction = self._corrections(step)
-        root = (root.add_(spec.eps_root) if spec.eps_root else root).sqrt_()
+        root = _safe_root(root, spec.eps_root)
         denominator = self._denominator(root, second_correction)
         d_scaled = d_omega * (-lr / first_correction)
         d_first.addcdiv_(d_scaled, denominator)
-        # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root)
+        # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root), and
+        # 0 where the root is, as _safe_root has it.
         d_root = d_scaled.mul_(first).div_(denominator.square_())
         d_root.div_(root.masked_fill_(root == 0, torch.inf))
         d_second.add_(d_root, alpha=-0.5 / second_correction)
@@ -250,6 +251,29 @@ _USERS = {"momentum": ("momentum", "nesterov")} | dict.fromkeys(
 )
 
 
+def problems(spec: OptimiserSpec, section: str = "optimiser") -> list[str]:
+    """Return a line for each setting that cannot be; ``section`` is where a recipe has them."""
+    ranges = [
+        (("lr", "eps", "eps_root", "weight_decay", "clip_norm"), math.inf, "be 0 or more"),
+        (("momentum", "beta1", "beta2"), 1.0, "lie in [0, 1)"),
+    ]
+    found = [
+        f"{section}.{name} is {getattr(spec, name)}; it must {mend}"
+        for names, limit, mend in ranges
+        for name in names
+        if not 0.0 <= getattr(spec, name) < limit
+    ]
+    return found or [
+        NoEffect(
+            f"{section}.{name}", f"{section}.name", spec.name,
+            f"use {' or '.join(users)}, or leave it out",
+        )
+        for name, users in _USERS.items()
+        # As it is usually, or off.
+        if spec.name not in users and getattr(spec, name) not in (getattr(OptimiserSpec, name), 0)
+    ]
+
+
 def build_optimiser(spec: OptimiserSpec, eps_form: str = "torch") -> Optimiser:
     """Return the optimiser that ``spec`` names.
 
@@ -257,17 +281,6 @@ def build_optimiser(spec: OptimiserSpec, eps_form: str = "torch") -> Optimiser:
         UserError: if the name is unknown or a setting is impossible.
     """
     kind = OPTIMISERS.get(spec.name)
-    for name in ("lr", "eps", "eps_root", "weight_decay", "clip_norm"):
-        if not 0.0 <= getattr(spec, name) < math.inf:
-            raise UserError(f"optimiser.{name} is {getattr(spec, name)}; it must be 0 or more")
-    for name in ("momentum", "beta1", "beta2"):
-        if not 0.0 <= getattr(spec, name) < 1.0:
-            raise UserError(f"optimiser.{name} is {getattr(spec, name)}; it must lie in [0, 1)")
-    for name, users in _USERS.items():
-        # As it is usually, or off.
-        if spec.name not in users and getattr(spec, name) not in (getattr(OptimiserSpec, name), 0):
-            raise UserError(
-                f"optimiser.{name} has no effect with optimiser.name={spec.name}; use "
-                f"{' or '.join(users)}, or leave it out"
-            )
+    for problem in problems(spec):
+        raise UserError(problem)
     return Adam(spec, eps_form) if kind is Adam else kind(spec)

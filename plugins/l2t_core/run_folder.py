@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,15 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
 
 def open_run(
     path: Path, config: dict[str, Any], resume: bool = True, may_grow: str = "",
-    may_change: Collection[str] = (),
+    may_change: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Open ``path`` for the run that ``config`` describes, new or to be resumed.
 
     The number at the dotted key ``may_grow`` may be greater than it was: the run then goes on.
-    The keys in ``may_change`` say how a run is made and not what comes out; they may differ. What
-    differs is written by :meth:`RunFolder.adopt`, for a run that cannot go on has to stay as it is.
+    The keys and sections in ``may_change`` do not decide what comes out; they may differ. A
+    setting that is younger than a stored run had there what it has in ``defaults``, which are laid
+    out as ``config``. What differs is written by :meth:`RunFolder.adopt`, for a run that cannot go
+    on has to stay as it is.
 
     Raises:
         UserError: if the folder holds another run or other files, if it holds this run and
@@ -139,7 +141,7 @@ def open_run(
         # Before it is looked at: of two that begin at once, each would find it empty.
         held.callback(os.close, claim(path))
         if folder.config.exists():
-            changed = _check_same_run(folder, config, may_grow, may_change)
+            changed = _check_same_run(folder, config, may_grow, may_change, defaults or {})
             folder.grown, folder.asked = may_grow in changed, config if changed else None
             if not resume and folder.state.exists():
                 raise UserError(
@@ -162,14 +164,16 @@ def _write_config(folder: RunFolder, config: dict[str, Any]) -> None:
 
 
 def _check_same_run(
-    folder: RunFolder, config: dict[str, Any], may_grow: str, may_change: Collection[str]
+    folder: RunFolder, config: dict[str, Any], may_grow: str, may_change: Collection[str],
+    defaults: Mapping[str, Any],
 ) -> set[str]:
     """Return the keys in which ``config`` differs from the stored one, if it may."""
     try:
         stored = json.loads(folder.config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
-    before, now = flattened(stored), flattened(json.loads(json.dumps(config)))
+    now = flattened(json.loads(json.dumps(config)))
+    before = {k: v for k, v in flattened(defaults).items() if k in now} | flattened(stored)
     changed = set()
     # Hashes last: a setting that differs says more, and may be why they do.
     for key in sorted(before.keys() | now.keys(), key=lambda k: (_last(k) in _HASHED, k)):
@@ -180,9 +184,9 @@ def _check_same_run(
                 f"{folder.path} holds this run with {key}={before[key]}, which may only grow; "
                 f"ask for {before[key]} or more, or choose another --out"
             )
-        elif key not in before and not now[key]:
-            continue  # a setting that is younger than the run, and off
-        elif key in may_change and before.get(key) != now.get(key):
+        elif before.get(key) != now.get(key) and any(
+            f"{key}.".startswith(f"{free}.") for free in may_change
+        ):
             changed.add(key)
         elif before.get(key) != now.get(key):
             there, here = _where_they_part(repr(before.get(key)), repr(now.get(key)))
@@ -214,7 +218,7 @@ def _where_they_part(first: str, second: str) -> tuple[str, str]:
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dotted keys."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from l2t_core.checkpointing import SPILLS, parse_bytes
 from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.engine import first_differentiated_step
-from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
+from l2t_core.errors import Limit, NoEffect, UserError, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
 from l2t_core.loss_forms import FORMS, coefficient_shapes, weights_to_bound
 from l2t_core.losses import SIGMAS
@@ -194,10 +194,8 @@ def _wrong_way(spec: TrainingSpec, total_steps: int) -> Iterator[str]:
             f"between 1 and the student's {total_steps}; it is {spec.window}"
         )
     if spec.window and not within:
-        yield (
-            f"training.window has no effect with training.differentiation={way}; use "
-            f"{' or '.join(WITHIN_A_LIFE)}, or leave it out"
-        )
+        mend = f"use {' or '.join(WITHIN_A_LIFE)}, or leave it out"
+        yield NoEffect("training.window", "training.differentiation", way, mend)
     if way == "mixed" and spec.students < 2:
         yield (
             "training.differentiation=mixed weighs estimates by their variances, which needs "
@@ -218,26 +216,20 @@ def _wrong_way(spec: TrainingSpec, total_steps: int) -> Iterator[str]:
     for name, without_effect in idle.items():
         usual = getattr(TrainingSpec, name)
         if without_effect and getattr(spec, name) != usual:
-            yield (
-                f"training.{name} has no effect with training.differentiation={way}; leave it out "
-                f"(that is {usual})"
-            )
+            mend = f"leave it out (that is {usual})"
+            yield NoEffect(f"training.{name}", "training.differentiation", way, mend)
 
 
 def _idle(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> Iterator[str]:
     """Yield a line for settings that another one leaves nothing to do."""
     if loss.rank != LossSpec.rank and loss.form != "lowrank":
-        yield f"loss.rank has no effect with loss.form={loss.form}; use lowrank, or leave it out"
+        yield NoEffect("loss.rank", "loss.form", loss.form, "use lowrank, or leave it out")
     if loss.warmup_smoothing and not loss.warmup_steps:
-        yield (
-            "loss.warmup_smoothing has no effect with loss.warmup_steps=0; set that, or leave it "
-            "out"
-        )
+        mend = "set that, or leave it out"
+        yield NoEffect("loss.warmup_smoothing", "loss.warmup_steps", 0, mend)
     if spec.final_students != TrainingSpec.final_students and spec.finalists == 1:
-        yield (
-            "training.final_students has no effect with training.finalists=1; set that to 2 or "
-            "more, or leave it out"
-        )
+        mend = "set that to 2 or more, or leave it out"
+        yield NoEffect("training.final_students", "training.finalists", 1, mend)
     if spec.differentiation in ("exact", "windows") and 0 < spec.student_seeds < spec.students:
         yield (
             f"training.students={spec.students} would live the same lives more than once with "

@@ -6,7 +6,8 @@ carry them, and nothing in them can execute.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
 
 # Ways to differentiate (training.differentiation) that update theta within a student's life, and
 # those that take no derivatives of the student.
@@ -137,3 +138,13 @@ class TrainingSpec:
     trace: bool = True
     precision: str = "float32"
     seed: int = 1
+
+
+def defaults_of(spec: type) -> dict[str, Any]:
+    """Return the defaults of the dataclass ``spec`` as plain values, less what has none."""
+    found: dict[str, Any] = {}
+    for item in fields(spec):
+        value = item.default if item.default_factory is MISSING else item.default_factory()
+        if value is not MISSING:
+            found[item.name] = defaults_of(type(value)) if is_dataclass(value) else value
+    return found

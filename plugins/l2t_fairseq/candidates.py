@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_core.errors import Limit, UserError, out_of_range
+from l2t_core.errors import Limit, NoEffect, UserError, out_of_range
 from l2t_core.registry import Registry
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, Law, sample
@@ -169,15 +169,12 @@ def candidate_problems(spec: NmtSpec) -> list[str]:
     for name, unset in _UNSET.items():
         if name not in source.parameters and getattr(spec, name) != unset:
             users = [n for n in CANDIDATES.names() if name in CANDIDATES.get(n).parameters]
-            found.append(
-                f"nmt.{name} has no effect with nmt.candidates={spec.candidates}; use "
-                f"{' or '.join(users)}, or leave it out"
-            )
+            mend = f"use {' or '.join(users)}, or leave it out"
+            found.append(NoEffect(f"nmt.{name}", "nmt.candidates", spec.candidates, mend))
     for name, unset in (("alpha", 1.0), ("lenpen", 0.0)):
         if spec.estimator == "reinforce" and getattr(spec, name) != unset:
-            found.append(
-                f"nmt.{name} has no effect with nmt.estimator=reinforce; use mrt, or leave it out"
-            )
+            mend = "use mrt, or leave it out"
+            found.append(NoEffect(f"nmt.{name}", "nmt.estimator", "reinforce", mend))
     if spec.estimator == "reinforce" and not source.own_law:
         found.append(
             f"nmt.estimator=reinforce needs samples from the model's own law, and nmt.candidates="

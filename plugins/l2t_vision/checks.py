@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from l2t_core.devices import device_problems
-from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
+from l2t_core.errors import Limit, NoEffect, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
-from l2t_core.optimisers import OPTIMISERS, build_optimiser
+from l2t_core.optimisers import OPTIMISERS
+from l2t_core.optimisers import problems as optimiser_problems
 from l2t_core.registry import Registry, unknown_names
 from l2t_core.schedules import SCHEDULES
 from l2t_core.user_code import import_problems, is_import_path
@@ -22,23 +23,25 @@ from l2t_vision.recipe import ImageSpec
 def problems(spec: ImageSpec) -> list[str]:
     """Return a line for every unknown name and impossible number, none if there is none."""
     found = [*_unknown_names(spec), *_impossible_numbers(spec), *_idle(spec)]
-    return found or _impossible_optimiser(spec)
+    return found or optimiser_problems(spec.optimiser, "image.optimiser")
 
 
-def _idle(spec: ImageSpec) -> list[str]:
+def _idle(spec: ImageSpec) -> list[NoEffect]:
     """Return a line for each setting that another one leaves nothing to do."""
     scaled = spec.model in SCALABLE or is_import_path(spec.model)
-    models, own = f"image.model={spec.model}; use {' or '.join(SCALABLE)}", spec.data == "images"
-    idle = [
-        ("depth", spec.depth > 0 and not scaled, models),
-        ("width", spec.width > 0 and not scaled, models),
-        ("size", spec.size > 0 and not own, f"image.data={spec.data}; use images"),
+    found = [
+        NoEffect(
+            f"image.{name}", "image.model", spec.model,
+            f"use {' or '.join(SCALABLE)}, or leave it out",
+        )
+        for name in ("depth", "width")
+        if getattr(spec, name) > 0 and not scaled
     ]
-    return [
-        f"image.{name} has no effect with {by}, or leave it out"
-        for name, without_effect, by in idle
-        if without_effect
-    ]
+    if spec.size > 0 and spec.data != "images":
+        found.append(
+            NoEffect("image.size", "image.data", spec.data, "use images, or leave it out")
+        )
+    return found
 
 
 def _unknown_names(spec: ImageSpec) -> list[str]:
@@ -61,14 +64,6 @@ def _unknown_names(spec: ImageSpec) -> list[str]:
         *device_problems("image.device", spec.device),
         *unknown_choice("image.precision", spec.precision, tuple(PRECISIONS)),
     ]
-
-
-def _impossible_optimiser(spec: ImageSpec) -> list[str]:
-    try:
-        build_optimiser(spec.optimiser)
-    except UserError as error:
-        return [f"image.{error}".replace("with optimiser.", "with image.optimiser.")]
-    return []
 
 
 def _impossible_numbers(spec: ImageSpec) -> list[str]:

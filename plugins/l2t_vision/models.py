@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from l2t_core.errors import UserError
+from l2t_core.errors import UserError, is_for_want_of_memory
 from l2t_core.own_functions import comes_to_the_same
 from l2t_core.registry import Registry
 from l2t_core.user_code import FAILURES, imported, is_import_path
@@ -89,11 +89,35 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def check_repeats(model: nn.Module, images: Tensor, path: str) -> None:
-    """Refuse a model of the user's own that makes something else of the same images and seed.
+def _logits(model: nn.Module, images: Tensor, path: str) -> Tensor:
+    """Return logits [N, K] in the mode that ``model`` is in."""
+    try:
+        found: Tensor = model(images)
+    except FAILURES as error:
+        if isinstance(error, UserError) or is_for_want_of_memory(error):
+            raise
+        mode = "training" if model.training else "evaluation"
+        raise UserError(
+            f"image.model {path} fails in {mode} on {len(images)} images ({_said(error)})"
+        ) from error
+    return found
+
+
+def evaluated(model: nn.Module, images: Tensor, path: str) -> Tensor:
+    """Return logits [N, K] of images [N, C, H, W] in evaluation; ``path`` is ``image.model``.
+
+    Raises:
+        UserError: if the model is one of the user's own and fails.
+    """
+    model.eval()
+    return _logits(model, images, path) if is_import_path(path) else model(images)
+
+
+def check_own(model: nn.Module, images: Tensor, path: str) -> None:
+    """Refuse a model of the user's own that fails, or sees the same images and seed differently.
 
     ``images`` [N, C, H, W], one step's, are where ``model`` is; its buffers stay as they were. All
-    are seen once, and two of them often.
+    are seen once in training and in evaluation, two of them often.
 
     Raises:
         UserError: so that no way back is walked through another model than the way there; if it
@@ -102,15 +126,8 @@ def check_repeats(model: nn.Module, images: Tensor, path: str) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def logits(seen: Tensor) -> Tensor:
-        try:
-            with torch.no_grad():
-                found: Tensor = model.train()(seen)
-        except UserError:
-            raise
-        except FAILURES as error:
-            raise UserError(
-                f"image.model {path} fails in training on {len(seen)} images ({_said(error)})"
-            ) from error
+        with torch.no_grad():
+            found = _logits(model.train(), seen, path)
         model.load_state_dict(before)
         return found
 
@@ -120,6 +137,8 @@ def check_repeats(model: nn.Module, images: Tensor, path: str) -> None:
             f"image.model {path} gave two results for the same images and torch.manual_seed, and a "
             "step must be the same whenever it is replayed; draw from torch.rand and the like"
         )
+    with torch.no_grad():
+        evaluated(model, images, path)
 
 
 @MODELS.register("mlp")

@@ -31,7 +31,7 @@ from l2t_vision.data import ImageData, load_data
 from l2t_vision.data_notes import notes
 from l2t_vision.identity import content
 from l2t_vision.measures import build_measure
-from l2t_vision.models import build_model, check_repeats
+from l2t_vision.models import build_model, check_own, evaluated
 from l2t_vision.recipe import ImageSpec
 
 # Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
@@ -76,7 +76,7 @@ class ImageStudent:
         self.augmentation = AUGMENTATIONS.get(known)
         if is_import_path(spec.model):
             some = data.standardised(data.train_x[: spec.batch_size]).cpu()
-            check_repeats(self.make(), some, spec.model)
+            check_own(self.make(), some, spec.model)
         self.module: nn.Module = self.make().to(data.train_x.device)
         self.seed = 0
         self._epoch: tuple[int, int, Tensor] | None = None  # seed, epoch, permutation
@@ -141,12 +141,15 @@ class ImageStudent:
             self.spec.schedule, self.spec.optimiser.lr, step, self.total_steps
         )
 
+    def _evaluated(self, images: Tensor) -> Tensor:
+        """Return logits [N, K] of unsigned bytes, without dropout."""
+        return evaluated(self.module, self._images(images), self.spec.model)
+
     def _log_probs(self, images: Tensor) -> Tensor:
         """Return log-probabilities [N, K] of unsigned bytes, without dropout and gradient."""
-        self.module.eval()
         size = max(1, _EVALUATION_SIZE // images[0].numel())
         with torch.no_grad():
-            chunks = [self.module(self._images(chunk)) for chunk in images.split(size)]
+            chunks = [self._evaluated(chunk) for chunk in images.split(size)]
         return torch.log_softmax(torch.cat(chunks), 1)
 
     def dev_statistics(self, step: int) -> DevStatistics | None:
@@ -166,8 +169,7 @@ class ImageStudent:
             generator = torch.Generator().manual_seed(seed)
             chosen = torch.randperm(len(labels), generator=generator)[: self.spec.dev_batch]
             images, labels = images[chosen], labels[chosen]
-        self.module.eval()
-        log_probs = torch.log_softmax(self.module(self._images(images)), 1)
+        log_probs = torch.log_softmax(self._evaluated(images), 1)
         if not is_import_path(self.spec.measure):
             return self.smoothed(log_probs, labels)
         with seeded(seed, images.device):  # one of the user's own may draw

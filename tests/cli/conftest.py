@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -31,6 +32,7 @@ def l2t(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main([str(argument) for argument in arguments])
+        gc.collect()  # a process that ends has let go of its folder
         streams = capsys.readouterr()
         code = exit_.value.code
         assert isinstance(code, int)

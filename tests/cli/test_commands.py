@@ -8,7 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from checkout import ROOT, end_of, run_python, start_python  # type: ignore[impo
 from in_process import Run  # type: ignore[import-not-found]
 
 from l2t_cli.console import _console
+from l2t_cli.doctor import DISTRIBUTIONS
 from l2t_cli.fields import FIELDS, import_quietly
 from l2t_cli.main import app
 from l2t_core.errors import UserError
 
+# Told by --help alone.
+UNEXPLAINED = {"--help", "--version", "--install-completion", "--show-completion"}
 RECIPES = ROOT / "recipes"
 SHIPPED = [str(p.relative_to(RECIPES).with_suffix("")) for p in sorted(RECIPES.rglob("*.yaml"))]
 
@@ -206,6 +209,36 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(l2t: Run, tmp_pat
 def test_doctor_reports_versions(l2t: Run) -> None:
     outcome = l2t("doctor")
     assert outcome.code == 0 and version("torch") in outcome.out and "fairseq" in outcome.out
+
+
+def test_doctor_knows_every_package_that_is_needed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
+    assert listed
+    assert sorted(re.findall(r'^ +"([\w-]+)', listed[1], re.M)) == sorted(DISTRIBUTIONS)
+
+
+def test_doctor_says_what_a_missing_package_is_for(
+    l2t: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str) -> str:
+        if name in ("optuna", "Pillow"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", found)
+    lines = {line.split("│")[1].strip(): line for line in l2t("doctor").out.splitlines()
+             if line.startswith("│")}
+    assert 'pip install "l2t[tune]"' in lines["optuna"] and "missing" in lines["optuna"]
+    assert "pip install Pillow" in lines["Pillow"]
+
+
+def test_every_option_is_in_the_documentation(l2t: Run) -> None:
+    pages = "".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    for command in COMMANDS:
+        said = l2t(*command, "--help").out
+        for option in set(re.findall(r"--[a-z][a-z-]+", said)) - UNEXPLAINED:
+            assert re.search(rf"{option}(?![\w-])", pages), (command, option)
 
 
 def test_doctor_calls_broken_what_the_plugin_refuses(

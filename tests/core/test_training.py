@@ -13,8 +13,9 @@ from toy_students import OpaqueNet, ToyStudent
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
-from l2t_core.errors import UserError
+from l2t_core.errors import NoEffect, UserError
 from l2t_core.run_folder import open_run
+from l2t_core.settings import problems
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.teacher_file import load_header, load_teacher
 from l2t_core.teachers import TEACHERS, Teacher
@@ -509,13 +510,17 @@ def test_a_kill_while_writing_leaves_nothing_in_the_way(tmp_path):
     assert {p.name for p in path.iterdir()} == {"config.yaml", first.name, ".notes"}
 
 
-def test_a_younger_setting_that_is_off_makes_no_other_run(tmp_path):
-    open_run(tmp_path / "run", {"nmt": {"steps": 4}})
-    open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "", "more": []}})
-    with pytest.raises(UserError, match=r"nmt.measure_subset is None there, 'train' here"):
-        open_run(tmp_path / "run", {"nmt": {"steps": 4, "measure_subset": "train"}})
+def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path):
+    path, defaults = tmp_path / "run", {"nmt": {"split": "", "more": [], "on": True, "p": "auto"}}
+    open_run(path, {"nmt": {"steps": 4}})
+    same = {"steps": 4, "split": "", "more": [], "on": True, "p": "auto"}
+    open_run(path, {"nmt": same}, defaults=defaults)
+    for key, value, there in (("split", "train", "''"), ("on", False, "True"), ("p", 1, "'auto'")):
+        said = rf"nmt\.{key} is {there} there, {value!r} here"
+        with pytest.raises(UserError, match=said):
+            open_run(path, {"nmt": {**same, key: value}}, defaults=defaults)
     with pytest.raises(UserError, match=r"nmt.steps is 4 there, None here"):
-        open_run(tmp_path / "run", {"nmt": {}})
+        open_run(path, {"nmt": {}}, defaults=defaults)
 
 
 def test_a_damaged_state_is_one_line(student, tmp_path):
@@ -574,6 +579,23 @@ def test_a_teacher_needs_slots(student, tmp_path):
     folder = open_run(tmp_path / "run", {})
     with pytest.raises(UserError, match=r"teacher\.slots is -1; it must be at least 1"):
         train_teacher(student, LOSS, TeacherSpec(slots=-1), spec(), folder, record={})
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        (LossSpec("shared", rank=4), {}),
+        (LossSpec(warmup_smoothing=0.1), {}),
+        (LOSS, {"final_students": 5}),
+        (LOSS, {"perturbation": 0.1}),
+        (LOSS, {"window": 2}),
+    ],
+)
+def test_a_setting_without_effect_is_told_with_the_two_keys(loss, changes):
+    """As data, too: the command line goes by it, and not by the words."""
+    (line,) = problems(loss, TEACHER, spec(**changes), 6)
+    assert isinstance(line, NoEffect)
+    assert line.startswith(f"{line.key} has no effect with {line.by}={line.value}; ")
 
 
 @pytest.mark.parametrize("taught", [True, False])

@@ -15,7 +15,7 @@ from fairseq import utils
 
 from l2t_cli.fields import FIELDS
 from l2t_core.apply import train_student
-from l2t_core.errors import UserError
+from l2t_core.errors import NoEffect, UserError
 from l2t_core.measures import ranked_by_length
 from l2t_fairseq.checks import problems
 from l2t_fairseq.prepare import prepare_corpus, read_lines
@@ -226,6 +226,7 @@ def test_impossible_settings_are_one_line_each(changes, says):
     found = problems(NmtSpec(**changes))
     assert len(found) == 1
     assert re.search(says, found[0])
+    assert isinstance(found[0], NoEffect) == ("no effect" in says)
     with pytest.raises(UserError, match=says):
         build_student(NmtSpec(**changes))
     assert FIELDS.get("nmt").problems(NmtSpec(**changes)) == found  # what `recipes validate` says

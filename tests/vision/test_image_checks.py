@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2t_core.errors import UserError
+from l2t_core.errors import NoEffect, UserError
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
 from l2t_vision.checks import problems
 from l2t_vision.data import load_data
@@ -52,12 +52,18 @@ from l2t_vision.student import build_student
         ({"schedule": ScheduleSpec("cosine", 1000)}, "image.schedule.warmup_steps is 1000"),
         ({"optimiser": OptimiserSpec("nesterov", momentum=1.0)}, "image.optimiser.momentum is 1.0"),
         ({"optimiser": OptimiserSpec(weight_decay=-1e-4)}, "image.optimiser.weight_decay"),
+        (
+            {"optimiser": OptimiserSpec("sgd", momentum=0.8)},
+            "image.optimiser.momentum has no effect with image.optimiser.name=sgd; use momentum or "
+            "nesterov, or leave it out",
+        ),
     ],
 )
 def test_each_impossible_setting_is_one_line(settings: dict[str, Any], says: str) -> None:
     spec = ImageSpec(**{"dev_size": 100, **settings})
     found = problems(spec)
     assert says in found[0] and "\n" not in found[0]
+    assert isinstance(found[0], NoEffect) == ("no effect" in says)
     with pytest.raises(UserError, match=re.escape(says)):
         build_student(spec)
 

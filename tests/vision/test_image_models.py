@@ -271,6 +271,19 @@ class FewOnly(nn.Linear):
         return super().forward(x.flatten(1))
 def few_only(num_classes):
     return FewOnly(64, num_classes)
+class Evaluates(nn.Linear):  # few images only, or not with a gradient
+    def forward(self, x):
+        if not self.training and len(x) > 2 and (self.few or torch.is_grad_enabled()):
+            raise ValueError("not now\\nnor ever")
+        return super().forward(x.flatten(1))
+def trains_only(num_classes):
+    model = Evaluates(64, num_classes)
+    model.few = True
+    return model
+def measures_only(num_classes):
+    model = trains_only(num_classes)
+    model.few = False
+    return model
 class Decides(nn.Linear):
     def forward(self, x):
         return nn.functional.one_hot(super().forward(x.flatten(1)).argmax(1), 6).float()
@@ -343,11 +356,39 @@ def test_an_own_model_has_to_be_the_same_when_a_step_is_replayed() -> None:
     [
         ("own_models_here:folds", r"gives \[4, 10\] for 8 images, expected logits \[8, 10\]"),
         ("own_models_here:few_only", r"fails in training on 8 images \(SystemExit: 3\)"),
+        (
+            "own_models_here:trains_only",
+            r"fails in evaluation on 8 images \(ValueError: not now\)",
+        ),
     ],
 )
 def test_an_own_model_that_fits_few_images_only(path: str, says: str) -> None:
     with pytest.raises(UserError, match=f"image.model {path} {says}"):
         build_student(ImageSpec(dev_size=100, batch_size=8, model=path))
+
+
+@pytest.mark.usefixtures("own_models")
+def test_an_own_model_that_fails_later_in_evaluation() -> None:
+    path = "own_models_here:measures_only"
+    student = build_student(ImageSpec(dev_size=100, model=path))
+    assert student.true_measure() >= 0.0
+    says = rf"{path} fails in evaluation on 100 images \(ValueError: not now\)$"
+    with pytest.raises(UserError, match=says):
+        student.smoothed_measure(1)
+
+
+@pytest.mark.usefixtures("own_models")
+def test_want_of_memory_is_not_taken_for_a_mistake_in_an_own_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = build_student(ImageSpec(dev_size=100, model="own_models_here:measures_only"))
+
+    def greedy(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    monkeypatch.setattr(student.module, "forward", greedy)
+    with pytest.raises(RuntimeError, match="9 TB"):
+        student.true_measure()
 
 
 @pytest.mark.usefixtures("own_models")
