@@ -48,10 +48,10 @@ def download(
         UserError: if the address cannot be reached, another command is at it, the file cannot be
             written or its checksum is wrong (the wrong file is then removed).
     """
-    if to.exists() and _wrong_digest(to, sha256, md5) is None:
-        return to
     part = to.with_name(to.name + ".part")
     try:
+        if to.is_file() and _wrong_digest(to, sha256, md5) is None:
+            return to
         to.parent.mkdir(parents=True, exist_ok=True)
         with _alone(part) as handle:
             _fetch(url, handle, on_progress)

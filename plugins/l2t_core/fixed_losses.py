@@ -180,10 +180,10 @@ def complete_settings(name: str, given: Settings) -> dict[str, float]:
             hint = suggestion(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
             raise UserError(f"the loss {name} has no setting {key!r}{hint}")
         setting = known[key]
-        if not setting.low <= value <= setting.high:
+        if not setting.low <= value <= setting.high or math.isinf(value):
             limits = f"from {setting.low:g} to {setting.high:g}"
             if math.isinf(setting.high):
-                limits = f"{setting.low:g} or more"
+                limits = f"{setting.low:g} or more{', but finite' if math.isinf(value) else ''}"
             raise UserError(f"{name}.{key} is {value:g}; it must be {limits}")
         if setting.whole and value != int(value):
             raise UserError(f"{name}.{key} is {value:g}; it must be a whole number")

@@ -46,11 +46,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Cifar:
-    """A CIFAR set: its number of classes and its forms, the one to download first."""
+    """A CIFAR set: its number of classes and its forms, the one to download first.
+
+    ``sizes`` are the numbers of training and test images.
+    """
 
     name: str
     num_classes: int
     forms: tuple[Form, ...]
+    sizes: tuple[int, int] = (50_000, 10_000)
 
 
 CIFAR10 = Cifar(

@@ -179,10 +179,12 @@ def load_data(spec: ImageSpec) -> ImageData:
     raw = loader(from_home(spec.folder or f"data/{spec.data}"), spec)
     left = len(raw.train_y) - spec.dev_size
     if left < max(1, spec.train_size):
+        asked = f"image.dev_size {spec.dev_size} leaves none to learn from; make it"
+        if spec.train_size:
+            asked = f"image.dev_size {spec.dev_size} and image.train_size {spec.train_size} do not "
+            asked += "fit; make them"
         raise UserError(
-            f"{spec.data} has {len(raw.train_y)} images outside its test set: image.dev_size "
-            f"{spec.dev_size} and image.train_size {spec.train_size or 1} do not fit; make them "
-            "smaller"
+            f"{spec.data} has {len(raw.train_y)} images outside its test set: {asked} smaller"
         )
     order = stratified_order(raw.train_y, spec.data_seed + 1)
     dev, train = order.split([spec.dev_size, left])

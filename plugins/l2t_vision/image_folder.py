@@ -33,9 +33,11 @@ from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 # Those that torchvision's ImageFolder takes for pictures.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "test")
-# Of the cached file and of the way to decode; archives' links were once left out without a word.
-_FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "4"
+# Of the cached file and of the way to decode: an archive's links and empty classes were once left
+# out without a word, and a file that was packed twice counted twice.
+_FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "5"
 
+Pictures = dict[tuple[str, str], np.ndarray]  # by class and name, as _decode returns them
 _TENSORS = ("train_x", "train_y", "test_x", "test_y")  # of RawImages
 
 
@@ -65,12 +67,34 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     """Yield every picture's path, down from its split, and its content.
 
     So are other files in classes' folders, with None: they are left out.
+
+    Raises:
+        UserError: at the end, if a class of train is without pictures.
     """
-    if source.is_dir():
-        for found in sorted(_found(source)):
-            path = PurePosixPath(found.relative_to(source).as_posix())
-            yield path, found.read_bytes() if _is_picture(path) else None
-        return
+    filled: dict[str, bool] = {}
+    for path, content in (_in_folder if source.is_dir() else _in_archive)(source):
+        split, name = (*path.parts, "", "")[:2]
+        if split == "train" and name:
+            filled[name] = filled.get(name, False) or content is not None
+        if content is not None or _is_in_class(path):
+            yield path, content
+    for name in sorted(name for name, pictures in filled.items() if not pictures):
+        raise UserError(
+            f"{source}: train/{name} holds no picture ({', '.join(SUFFIXES)}); fill it, or remove "
+            "that class"
+        )
+
+
+def _in_folder(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+    """Yield what is in the folder ``source`` as :func:`_files`, and classes' folders with None."""
+    for found in sorted(_found(source)):
+        path = PurePosixPath(found.relative_to(source).as_posix())
+        picture = _is_picture(path) and found.is_file()
+        yield path, found.read_bytes() if picture else None
+
+
+def _in_archive(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+    """Yield what is in the archive ``source`` as :func:`_files`, and classes' folders with None."""
     if not source.is_file():
         raise UserError(
             f"no image folder or archive {source}; give image.folder one that holds "
@@ -87,10 +111,13 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
                     f"{source}: {path} is a symbolic link; pack what it points to "
                     "(tar --dereference)"
                 )
-            # A hard link stands for a file that is packed further up.
-            if not (member.isfile() or member.islnk()) or _hidden(path):
+            if _hidden(path):
                 continue
-            if _is_picture(path):
+            # A hard link stands for a file that is packed further up.
+            if not (member.isfile() or member.islnk()):
+                if member.isdir() and inside:
+                    yield path, None
+            elif _is_picture(path):
                 handle = archive.extractfile(member)
                 assert handle is not None  # it is a file
                 yield path, handle.read()
@@ -99,13 +126,12 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
 
 
 def _found(source: Path) -> Iterator[Path]:
-    """Yield the pictures under the folder ``source``, and what else is in classes' folders.
+    """Yield the pictures under the folder ``source``, what else is in classes' folders, and those.
 
     Links are followed.
 
     Raises:
-        UserError: if a split, a class or a picture is a link to nothing, or a class of train is
-            empty.
+        UserError: if a split, a class or a picture is a link to nothing.
         OSError: if a folder cannot be read.
     """
 
@@ -122,10 +148,10 @@ def _found(source: Path) -> Iterator[Path]:
                 folders.remove(name)  # a link back up holds nothing new
             else:
                 above[here / name] = around | {real}
-        pictures = 0
+        if here == source / "train":
+            yield from (here / name for name in folders)
         for path in (here / name for name in files if not _hidden(PurePosixPath(name))):
             if path.is_file():
-                pictures += _is_picture(path)
                 if _is_picture(path) or _is_in_class(path.relative_to(source)):
                     yield path
                 continue
@@ -133,10 +159,6 @@ def _found(source: Path) -> Iterator[Path]:
             wanted = parts[0] in SPLITS and (len(parts) <= 2 or _is_picture(path))
             if path.is_symlink() and wanted:
                 raise UserError(f"{path} is a link to nothing; mend or remove it")
-        if here.parent == source / "train" and not pictures and not folders:
-            raise UserError(
-                f"{here} holds no picture ({', '.join(SUFFIXES)}); fill it, or remove that class"
-            )
 
 
 def _is_picture(path: PurePosixPath | Path) -> bool:
@@ -180,7 +202,7 @@ def _refuse_other_than_utf8(source: Path, path: PurePosixPath) -> None:
 
 
 def _decode_all(source: Path, size: int) -> RawImages:
-    found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in SPLITS}
+    found: dict[str, Pictures] = {split: {} for split in SPLITS}
     shapes: dict[tuple[int, ...], PurePosixPath] = {}
     left_out: Counter[str] = Counter()
     several: list[PurePosixPath] = []
@@ -190,10 +212,7 @@ def _decode_all(source: Path, size: int) -> RawImages:
             continue
         _refuse_other_than_utf8(source, path)
         if len(path.parts) != 3 or path.parts[0] not in SPLITS:
-            raise UserError(
-                f"{source}: {path} is not where an image is looked for: train/CLASS/NAME or "
-                "test/CLASS/NAME; dev images belong to train, dev is cut from it"
-            )
+            raise UserError(_misplaced(source, path))
         pixels, more = _decode(content, f"{source}: {path}", size)
         several += [path] if more else []
         shapes.setdefault(pixels.shape[:2], path)
@@ -203,11 +222,25 @@ def _decode_all(source: Path, size: int) -> RawImages:
                 f"{source}: {one} has {first[0]} x {first[1]} pixels and {other} {second[0]} x "
                 f"{second[1]}; set image.size to cut and scale them alike"
             )
-        found[path.parts[0]].append((path.parts[1], path.parts[2], pixels))
+        # Of a file that was packed twice the later one counts, as where it is unpacked.
+        found[path.parts[0]][path.parts[1], path.parts[2]] = pixels
     for split in SPLITS:
         if not found[split]:
             raise UserError(f"{source} holds no {split}/CLASS/*.jpg, *.png or the like")
     return dataclasses.replace(_assemble(source, found), notes=_notes(left_out, several))
+
+
+def _misplaced(source: Path, path: PurePosixPath) -> str:
+    """Say that the picture ``path`` is not in a class of a split, and what to do."""
+    top, below = (*path.parts, "", "")[:2]
+    mend = "dev images belong to train, dev is cut from it"
+    if top not in (*SPLITS, "/") and below in SPLITS:
+        pack = f"pack what is in {top}, without it (tar -C {top} -caf {source.name} train test)"
+        mend = f"set image.folder to {source / top}" if source.is_dir() else pack
+    return (
+        f"{source}: {path} is not where an image is looked for: train/CLASS/NAME or "
+        f"test/CLASS/NAME; {mend}"
+    )
 
 
 def _notes(left_out: Counter[str], several: Sequence[PurePosixPath]) -> tuple[str, ...]:
@@ -227,17 +260,18 @@ def _notes(left_out: Counter[str], several: Sequence[PurePosixPath]) -> tuple[st
     return tuple(notes)
 
 
-def _assemble(source: Path, found: dict[str, list[tuple[str, str, np.ndarray]]]) -> RawImages:
-    classes = sorted({name for name, _, _ in found["train"]})
-    unknown = sorted({name for name, _, _ in found["test"]} - set(classes))
+def _assemble(source: Path, found: dict[str, Pictures]) -> RawImages:
+    classes = sorted({name for name, _ in found["train"]})
+    unknown = sorted({name for name, _ in found["test"]} - set(classes))
     if unknown:
         raise UserError(f"{source}: no train/{unknown[0]} for test/{unknown[0]}")
-    colour = any(pixels.ndim == 3 for images in found.values() for _, _, pixels in images)
+    colour = any(pixels.ndim == 3 for images in found.values() for pixels in images.values())
     splits: list[ImagesAndLabels] = []
     for split in SPLITS:
-        images = sorted(found.pop(split), key=lambda item: item[:2])  # whatever an archive's order
-        pixels = torch.stack([_channels_first(pixels, colour) for _, _, pixels in images])
-        splits.append((pixels, torch.tensor([classes.index(name) for name, _, _ in images])))
+        images = found.pop(split)
+        order = sorted(images)  # whatever an archive's
+        pixels = torch.stack([_channels_first(images[place], colour) for place in order])
+        splits.append((pixels, torch.tensor([classes.index(name) for name, _ in order])))
     train, test = splits
     return checked_splits(source, train, test, len(classes), tuple(classes))
 

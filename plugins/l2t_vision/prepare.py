@@ -121,6 +121,7 @@ def prepare_cifar(kind: Cifar, out: Path, source_folder: Path | None, on_event: 
         return out
     if source_folder is None:
         form = kind.forms[0]
+        _refuse_before(out / form.archive, out, kind)
         on_event({"event": "prepare", "stage": form.archive})
         fetch([f"{CIFAR_SITE}/{form.archive}"], out / form.archive, on_event, md5=form.md5)
         return out
@@ -132,6 +133,7 @@ def prepare_cifar(kind: Cifar, out: Path, source_folder: Path | None, on_event: 
             "tar archive as image.folder, with image.data=images"
         ) from error
     _check_cifar(source_folder, kind)
+    _refuse_before(out / (form.archive if place.is_file() else form.folder), out, kind)
     if place.is_file():
         on_event({"event": "prepare", "stage": form.archive})
         atomic_write(out / form.archive, place.read_bytes())
@@ -162,7 +164,26 @@ def _check_cifar(folder: Path, kind: Cifar) -> None:
                 "file again"
             )
     if not expected:
-        load_cifar(folder, kind)
+        raw = load_cifar(folder, kind)
+        found = (len(raw.train_y), len(raw.test_y))
+        if found != kind.sizes:
+            raise UserError(
+                f"{place} holds {found[0]:,} + {found[1]:,} images, {kind.name} has "
+                f"{kind.sizes[0]:,} + {kind.sizes[1]:,}; get the official files again"
+            )
+
+
+def _refuse_before(coming: Path, out: Path, kind: Cifar) -> None:
+    """Refuse to put ``coming`` beside other files in ``out``, damaged, that would be read first."""
+    try:
+        _, place = find_form(out, kind)
+    except UserError:
+        return
+    if place != coming:
+        raise UserError(
+            f"{place} holds damaged files of {kind.name}, which would be read before "
+            f"{coming.name}; remove them and give the command again"
+        )
 
 
 def _from_folder(name: str, folder: Path, official: IdxSource) -> bytes:

@@ -248,7 +248,8 @@ def test_sigmoid_form_by_hand(logits: Tensor) -> None:
         ("focal", {"gama": 1.0}, "did you mean 'gamma'?"),
         ("cross_entropy", {"eps": 1.0}, "known: none"),
         ("gce", {"q": 1.5}, "gce.q is 1.5; it must be from 0 to 1"),
-        ("focal", {"gamma": -1.0}, "it must be 0 or more"),
+        ("focal", {"gamma": -1.0}, "it must be 0 or more$"),
+        ("focal", {"gamma": math.inf}, "focal.gamma is inf; it must be 0 or more, but finite"),
         ("large_margin", {"margin": 2.5}, "a whole number"),
     ],
 )

@@ -187,6 +187,12 @@ def test_a_target_that_cannot_be_written(server: str, tmp_path: Path) -> None:
         download(f"{server}/whole", tmp_path / "file" / "inner")
 
 
+def test_a_folder_of_the_files_name_is_told(server: str, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*/file: Is a directory"):
+        download(f"{server}/whole", tmp_path / "file", sha256=SHA256)
+
+
 def test_two_commands_do_not_write_one_file(server: str, tmp_path: Path) -> None:
     target = tmp_path / "file"
     handle = open_locked(tmp_path / "file.part", os.O_WRONLY | os.O_CREAT)

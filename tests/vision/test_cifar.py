@@ -209,7 +209,7 @@ def quiet(event: dict[str, Any]) -> None:
 
 
 def small_official(kind: Cifar, folder: Path) -> Cifar:
-    """Return ``kind`` with the checksums of the small files under ``folder``."""
+    """Return ``kind`` with the checksums and the sizes of the small files under ``folder``."""
 
     def md5(path: Path) -> str:
         return hashlib.md5(path.read_bytes()).hexdigest()
@@ -221,7 +221,7 @@ def small_official(kind: Cifar, folder: Path) -> Cifar:
         test = {name: sums.get(name, "") for name in form.test}
         packed = md5(folder / form.archive)
         forms.append(dataclasses.replace(form, train=train, test=test, md5=packed))
-    return dataclasses.replace(kind, forms=tuple(forms))
+    return dataclasses.replace(kind, forms=tuple(forms), sizes=(50, 10))
 
 
 @pytest.fixture
@@ -272,6 +272,43 @@ def test_files_that_are_not_the_official_ones(tmp_path: Path, how: str) -> None:
     with pytest.raises(UserError, match="another checksum"):
         prepare_cifar(CIFAR10, tmp_path / "out", source, quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_records_that_are_too_few_are_not_the_official_files(
+    tmp_path: Path, everything: Path
+) -> None:
+    kind = small_official(CIFAR10, everything)
+    source = write(tmp_path / "source", CIFAR10, False, "unpacked")
+    path = source / "cifar-10-batches-bin" / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[: 7 * 3073])  # of ten
+    with pytest.raises(UserError, match=r"holds 47 \+ 10 images, cifar10 has 50 \+ 10;"):
+        prepare_cifar(kind, tmp_path / "out", source, quiet)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_good_files_are_not_put_behind_damaged_ones(
+    tmp_path: Path, everything: Path, monkeypatch: pytest.MonkeyPatch, download: bool
+) -> None:
+    monkeypatch.setattr("l2t_vision.prepare.CIFAR_SITE", everything.as_uri())
+    kind, out = small_official(CIFAR10, everything), write(tmp_path / "out", CIFAR10, False, "bare")
+    (out / "data_batch_2.bin").write_bytes(b"cut")
+    source = None if download else everything
+    with pytest.raises(UserError, match=r"out holds damaged files of cifar10, .*; remove them"):
+        prepare_cifar(kind, out, source, quiet)
+    assert len([*out.iterdir()]) == 6
+    for path in out.iterdir():
+        path.unlink()
+    prepare_cifar(kind, out, source, quiet)
+    assert len(load_cifar(out, CIFAR10).train_y) == 50
+
+
+def test_damaged_files_are_written_anew(tmp_path: Path, everything: Path) -> None:
+    kind = small_official(CIFAR10, everything)
+    out = write(tmp_path / "out", CIFAR10, False, "unpacked")
+    (out / "cifar-10-batches-bin" / "data_batch_2.bin").write_bytes(b"cut")
+    prepare_cifar(kind, out, everything, quiet)
+    assert len(load_cifar(out, CIFAR10).train_y) == 50
 
 
 def test_a_folder_of_something_else_points_to_the_other_way(tmp_path: Path) -> None:

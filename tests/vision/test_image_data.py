@@ -103,8 +103,8 @@ def test_digits_come_stratified_and_whole() -> None:
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"dev_size": 60}, "do not fit; make them smaller"),
-        ({"dev_size": 30, "train_size": 31}, "has 60 images outside its test set"),
+        ({"dev_size": 60}, "image.dev_size 60 leaves none to learn from; make it smaller"),
+        ({"dev_size": 30, "train_size": 31}, "has 60 images outside its test set: .* do not fit"),
     ],
 )
 def test_impossible_sizes(small_mnist: Path, changes: dict[str, int], says: str) -> None:

@@ -408,3 +408,39 @@ def test_an_archive_refuses_symbolic_links_and_follows_hard_ones(pets: Path) -> 
     (pets / "train" / "emu").symlink_to(dogs)
     with pytest.raises(UserError, match=r"train/emu is a symbolic link; .*--dereference"):
         load_image_folder(packed(pets, "gz"))
+
+
+@pytest.mark.parametrize("what", ["nothing", "animation", "folder", "animation in a folder"])
+def test_a_class_without_pictures_is_refused_in_a_folder_and_in_an_archive(
+    pets: Path, what: str
+) -> None:
+    cow = pets / "train" / "cow"
+    inner = cow / "calves" if "folder" in what else cow
+    inner.mkdir(parents=True)
+    if "animation" in what:
+        (inner / "000.gif").write_bytes(picture(COLOURS[0], "gif"))
+    for source in (pets, packed(pets, "")):
+        with pytest.raises(UserError, match=r"pets[^:]*: train/cow holds no picture \(\.jpg, "):
+            load_image_folder(source)
+
+
+def test_a_picture_that_was_packed_twice_counts_once_as_it_was_at_last(pets: Path) -> None:
+    archive = packed(pets, "")
+    with tarfile.open(archive, "a") as more:
+        (pets / "train" / "cat" / "002.png").write_bytes(picture(COLOURS[17]))
+        more.add(pets / "train" / "cat" / "002.png", "train/cat/002.png")
+    folder, raw = load_image_folder(pets), load_image_folder(archive)
+    assert torch.equal(raw.train_x, folder.train_x) and torch.equal(raw.train_y, folder.train_y)
+    assert np.array_equal(raw.train_x[2].permute(1, 2, 0).numpy(), COLOURS[17])
+
+
+def test_splits_one_folder_further_down_are_pointed_out(pets: Path, tmp_path: Path) -> None:
+    (tmp_path / "outer").mkdir()
+    pets.rename(tmp_path / "outer" / "pets")
+    with pytest.raises(UserError, match=r"set image\.folder to \S*/outer/pets$"):
+        load_image_folder(tmp_path / "outer")
+    archive = tmp_path / "pets.tar.gz"
+    with tarfile.open(archive, "w:gz") as whole:
+        whole.add(tmp_path / "outer" / "pets", "pets")
+    with pytest.raises(UserError, match=r"\(tar -C pets -caf pets\.tar\.gz train test\)$"):
+        load_image_folder(archive)
