@@ -24,7 +24,14 @@ def main() -> None:
 
     if usual:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    run()
+    try:
+        run()
+    finally:
+        # All is told. One more Ctrl-C, while libraries tidy up at the interpreter's end, ends it
+        # at once; Python would show in which of them it was.
+        if usual:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
