@@ -112,23 +112,6 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path, how: s
     assert (child.returncode, out, err) == (130, "", "l2t: interrupted\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_the_interpreter_ends_shows_no_stack_trace(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    # As a library has it done that the command imports: torch's clean-up takes a while.
-    code = (
-        "import atexit, signal\n"
-        "from l2t_cli.__main__ import main\n"
-        f"atexit.register(lambda: signal.raise_signal({number.value}))\n"
-        "main()"
-    )
-    child = start_python("-c", code, "user-dir", "--no", cwd=tmp_path)
-    out, err = end_of(child)
-    assert (child.returncode, out) == (-number, "")
-    assert err.splitlines() == ["l2t: error: no option '--no' (see `l2t user-dir --help`)"]
-
-
 def test_ctrl_c_before_the_command_is_put_together(
     l2t: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
