@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,18 +16,22 @@ def _stop(number: int, frame: object) -> None:
     os._exit(130)
 
 
-def _fill_streams() -> None:
-    """Give the streams that are closed nowhere to go: files opened later would take their place."""
+def _prepare_streams() -> None:
+    """Make streams of those that are closed, and none that a name or a text can end a run on."""
+    # Files opened later would take their place.
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+    # A file's name that is not UTF-8, or an "ö" under an encoding without it. Python has stderr so.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Run the command line; Ctrl-C before it is there and after it has ended is no stack trace."""
-    _fill_streams()
+    _prepare_streams()
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored
     if usual:
         signal.signal(signal.SIGINT, _stop)

@@ -87,3 +87,17 @@ def test_a_command_without_streams_writes_into_no_file_of_its_own(tmp_path: Path
     )
     end_of(start_python("-c", code, "recipes", "ls", cwd=tmp_path))
     assert (tmp_path / "left").read_text() == "0 True"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "d\\xfc\\udcff"), ("utf-8", "dü\\udcff")]
+)
+def test_a_name_that_the_output_cannot_hold_is_shown_in_escapes(
+    tmp_path: Path, encoding: str, shown: str
+) -> None:
+    child = start_python(
+        "-m", "l2t_cli", "recipes", "cp", "digits", "dü\udcff.yaml", cwd=tmp_path,
+        PYTHONIOENCODING=encoding, PYTHONUTF8="1",
+    )
+    out, err = end_of(child)
+    assert (child.returncode, err) == (0, "") and f"{shown}.yaml" in out
