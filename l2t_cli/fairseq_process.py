@@ -12,6 +12,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import lock
+from l2t_fairseq.checkpoints import read_checkpoint, refuse_cut_short
 from l2t_fairseq.child_failure import reason_in
 from l2t_fairseq.command import FairseqCommand, save_dir, total_steps
 
@@ -32,11 +33,15 @@ def train_to_end(
     goes for one, too, that was killed between its last checkpoint and the end.
 
     Raises:
-        UserError: if it cannot be started or fails.
+        UserError: if it cannot be started or fails, or would go on from half a checkpoint.
     """
     folder = save_dir(command)
     if any(folder.glob("checkpoint*.pt")) and _came_to_its_end(command, folder, log):
         return
+    refuse_cut_short(
+        folder / "checkpoint_last.pt",
+        f"copy another one of {folder} over it to go on from there, or delete it to begin anew",
+    )
     words = [*this_python(command.program), *command.arguments]
     run_logged(words, command.environment, log, on_progress)
 
@@ -57,8 +62,6 @@ def _came_to_its_end(command: FairseqCommand, folder: Path, log: Path) -> bool:
 
 def _updates_in(checkpoint: Path) -> int:
     """Return the updates that a checkpoint was trained for, 0 where it cannot be read."""
-    from l2t_fairseq.checkpoints import read_checkpoint
-
     try:
         return int(read_checkpoint(checkpoint)["optimizer_history"][-1]["num_updates"])
     except (UserError, LookupError, TypeError, ValueError):

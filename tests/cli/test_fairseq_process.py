@@ -15,6 +15,7 @@ from l2t_cli import fairseq_process
 from l2t_cli.fairseq_process import run_logged, train_to_end
 from l2t_core.errors import UserError
 from l2t_core.files import lock
+from l2t_fairseq.checkpoints import refuse_cut_short
 from l2t_fairseq.command import FairseqCommand
 
 
@@ -91,3 +92,18 @@ def test_a_command_killed_behind_its_last_checkpoint_makes_no_further_update(
     words = ["data", "--max-update", "40", "--save-dir", str(tmp_path)]
     train_to_end(FairseqCommand({}, ["fairseq-train"], words), log, say_nothing)
     assert bool(started) == goes_on
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
+def test_half_a_checkpoint_to_go_on_from_is_named(tmp_path: Path, damage: str) -> None:
+    last = tmp_path / "checkpoint_last.pt"
+    torch.save({"w": torch.ones(9)}, last)
+    whole = last.read_bytes()
+    last.write_bytes({"empty": b"", "cut": whole[:-9], "text": b"none"}[damage])
+    command = FairseqCommand({}, ["fairseq-train"], ["data", "--save-dir", str(tmp_path)])
+    with pytest.raises(UserError, match=r"_last\.pt is no checkpoint or is cut short; copy"):
+        train_to_end(command, tmp_path / "train.log", say_nothing)
+    for others in (whole, b"\x80\x02pickled by an old torch"):
+        last.write_bytes(others)
+        refuse_cut_short(last, "")
+    refuse_cut_short(tmp_path / "none.pt", "")
