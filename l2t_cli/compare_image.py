@@ -11,6 +11,7 @@ from typing import Any
 from l2t_cli.apply_image import follow
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.recipe_loading import Recipe
+from l2t_core.files import SNAPSHOT
 
 
 class ImageTrials:
@@ -83,7 +84,7 @@ class ImageTrials:
         recorded = Recorded(loss)
         try:
             train_student(
-                student, trial.seed, recorded, snapshot=folder / "snapshot.safetensors"
+                student, trial.seed, recorded, snapshot=folder / SNAPSHOT
             )
         except FloatingPointError as error:
             return Result(recorded.seconds(), recorded.step, diverged=str(error))

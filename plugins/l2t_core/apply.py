@@ -27,8 +27,9 @@ def train_student(
     """Train ``student`` from ``seed`` for all its steps; its module ends trained.
 
     Steps, batches and random numbers are the same whatever the ``loss``; None is cross-entropy.
-    With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps, continues from
-    there to the same result, and removes the snapshot at the end.
+    With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps and continues from
+    there to the same result. The last one stays, for the caller to remove once what it makes of the
+    student is written: a disk may be full.
 
     Raises:
         UserError: if the snapshot is damaged, another student's, or cannot be written.
@@ -64,8 +65,6 @@ def train_student(
         )
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
             _save_snapshot(snapshot, after, life.buffers, step + 1, loss)
-    if snapshot:
-        snapshot.unlink(missing_ok=True)
 
 
 def _save_snapshot(

@@ -606,7 +606,7 @@ def test_a_killed_application_resumes_to_the_same_bits(student, tmp_path, taught
         on_event=lambda e: steps.append(e["step"]),
     )
     assert steps == [4, 5]
-    assert not snapshot.exists()
+    assert snapshot.exists()  # until the caller has written what it makes of the student
     assert all(torch.equal(a, b) for a, b in zip(whole, student.module.parameters(), strict=True))
 
 
