@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_core.files import sweep
 from l2t_core.life import Life, training_steps
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.step_losses import FixedLoss, StepLoss
@@ -39,6 +40,8 @@ def train_student(
     life = Life(student)
     state = life.begin(seed)
     first = 0
+    if snapshot and snapshot.parent.is_dir():
+        sweep(snapshot.parent, [snapshot])  # one that was killed as it was written
     stored = load_tensors_and_record(snapshot) if snapshot else None
     if stored:
         tensors, record = stored
