@@ -22,7 +22,7 @@ from l2t_cli.errors import Interrupted
 from l2t_cli.teacher_copies import TeacherCopies
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import SNAPSHOT, atomic_write
 
 _MOST_STUDENTS = 10_000
 _LAST_SEED = 2**31 - 1
@@ -207,6 +207,7 @@ def _finished_or_run(
     if stored:
         if loud:
             console.line(f"{title}: {_said(application, stored)} (finished before)")
+        (place / SNAPSHOT).unlink(missing_ok=True)
         return stored
     if loud:
         for text in application.plan(seed, teacher, place):
@@ -218,6 +219,7 @@ def _finished_or_run(
         raise UserError(f"cannot write to {place}: {error.strerror}") from None
     score = application.run(seed, teacher, place, log_format)
     atomic_write(place / _SCORE, json.dumps(asdict(score), indent=2) + "\n")
+    (place / SNAPSHOT).unlink(missing_ok=True)
     if loud:
         said = _said(application, score)
         console.line(f"{title}: {said} in {console.duration(score.seconds)}")

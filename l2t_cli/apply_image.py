@@ -12,12 +12,10 @@ from l2t_cli.application_result import Score
 from l2t_cli.console import LogFormat
 from l2t_cli.progress import bar
 from l2t_cli.recipe_loading import Recipe
-from l2t_core.files import atomic_write
+from l2t_core.files import SNAPSHOT, atomic_write
 
 if TYPE_CHECKING:
     from l2t_core.applied import AppliedTeacher
-
-_SNAPSHOT = "snapshot.safetensors"
 
 
 def follow(student: Any, teacher: Path) -> AppliedTeacher:
@@ -82,7 +80,7 @@ class ImageApplication:
 
     def begun(self, seed: int, teacher: Path | None, folder: Path) -> bool:
         """Tell whether there is a snapshot to go on from."""
-        return (folder / _SNAPSHOT).exists()
+        return (folder / SNAPSHOT).exists()
 
     def run(self, seed: int, teacher: Path | None, folder: Path, log_format: LogFormat) -> Score:
         """Train one student and read its error on the test set, once, at the end."""
@@ -95,7 +93,7 @@ class ImageApplication:
         student = self.student()
         applied = follow(student, teacher) if teacher else None
         recorded = Recorded(applied or FixedLoss())
-        snapshot = folder / _SNAPSHOT
+        snapshot = folder / SNAPSHOT
         with bar(student_title(teacher, seed), log_format, quiet=True) as update:
 
             def on_event(event: dict[str, Any]) -> None:
@@ -110,7 +108,6 @@ class ImageApplication:
                     on_event=on_event,
                 )
             except FloatingPointError as error:
-                snapshot.unlink(missing_ok=True)
                 signature = self._signature(applied)
                 return Score(None, signature, recorded.seconds(), diverged=str(error))
         error_rate = 100.0 * student.test_error()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from l2t_cli.apply_image import follow
 from l2t_cli.compare_trials import Result, Trial
 from l2t_cli.recipe_loading import Recipe
+from l2t_core.files import SNAPSHOT
 
 if TYPE_CHECKING:
     from l2t_core.step_losses import Recorded, StepLoss
@@ -93,7 +94,7 @@ class ImageTrials:
             else fixed_loss(trial.loss, dict(trial.settings), student)
         )
         recorded, diverged = _trained(
-            student, trial.seed, loss, folder / "snapshot.safetensors"
+            student, trial.seed, loss, folder / SNAPSHOT
         )
         seconds += recorded.seconds()
         if diverged:

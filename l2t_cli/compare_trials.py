@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from l2t_cli.recipe_loading import Recipe
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.files import SNAPSHOT, atomic_write
 from l2t_core.fixed_losses import LOSSES_KEY
 from l2t_core.user_code import is_import_path, source_of
 
@@ -157,7 +157,8 @@ class TrialStore:
         if not trial.final or result.diverged:
             shutil.rmtree(self.work(trial), ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.work(trial).rmdir()  # empty where only a snapshot was in it
+            (self.work(trial) / SNAPSHOT).unlink(missing_ok=True)
+            self.work(trial).rmdir()  # where nothing else was in it
 
 
 class Source(Protocol):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -27,6 +29,18 @@ PEER_LOST = 3
 INTERRUPTED = 130
 
 
+# What the system may refuse wherever a file or a program is opened or written, output included.
+_FULL = "free some space where the output goes"
+_SYSTEM_MENDS = {
+    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
+    errno.EIO: "look after the disk or the terminal that the output goes to",
+    errno.EMFILE: "allow more with `ulimit -n`",
+    errno.ENFILE: "close other programs",
+    errno.EAGAIN: "close other programs, or allow more processes with `ulimit -u`",
+    errno.ENOMEM: "take a smaller batch or model, or close other programs",
+}
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it, and torchrun to the others when a process has died."""
 
@@ -36,8 +50,9 @@ class Interrupted(Exception):
 
 
 def say(message: str) -> None:
-    """Print one line on stderr."""
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    """Print one line on stderr, if anybody can read it."""
+    with suppress(OSError):
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _have_met() -> bool:
@@ -94,12 +109,12 @@ def exit_code_of(error: BaseException) -> int | None:
         say("l2t: interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # The reader of our output went away (`l2t recipes ls | head`); Python would complain
-        # once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away (`l2t recipes ls | head`).
+        _drop_output()
         return 1
-    if isinstance(error, OSError) and error.filename is not None:
-        say(f"l2t: error: {error.filename}: {error.strerror}; check the path and its permissions")
+    if isinstance(error, OSError) and (refusal := _refusal(error)):
+        say(f"l2t: error: {refusal}")
+        _drop_output()
         return USER_MISTAKE
     if is_for_want_of_memory(error):
         wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
@@ -109,6 +124,23 @@ def exit_code_of(error: BaseException) -> int | None:
         )
         return USER_MISTAKE
     return None
+
+
+def _drop_output() -> None:
+    """Have what cannot be printed forgotten: Python would complain when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refusal(error: OSError) -> str:
+    """Return what the system refused and the mend, "" where that is not the user's to mend."""
+    mend = _SYSTEM_MENDS.get(error.errno or 0, "")
+    if error.filename is not None:
+        mend = mend or "check the path and its permissions"
+        return f"{error.filename}: {error.strerror}; {mend}"
+    return f"{error.strerror}; {mend}" if mend else ""
 
 
 def usage_message(error: Any) -> str:

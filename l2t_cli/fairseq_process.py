@@ -12,8 +12,9 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import lock
+from l2t_fairseq.checkpoints import read_checkpoint, refuse_cut_short
 from l2t_fairseq.child_failure import reason_in
-from l2t_fairseq.command import FairseqCommand, save_dir
+from l2t_fairseq.command import FairseqCommand, save_dir, total_steps
 
 # All log formats of fairseq: `num_updates=100`, `num_updates 100`, `"num_updates": "100"`.
 UPDATES = re.compile(r"num_updates[\"']?\s*[=: ]\s*[\"']?(\d+)")
@@ -28,22 +29,43 @@ def train_to_end(
     """Run a fairseq-train command as :func:`run_logged` does, if it is not at its end already.
 
     fairseq looks for its end after an update only: given once more, a command that has made its
-    ``--max-update`` makes one more, and one that ``--patience`` has ended goes on for epochs.
+    ``--max-update`` makes one more, and one that ``--patience`` has ended goes on for epochs. That
+    goes for one, too, that was killed between its last checkpoint and the end.
 
     Raises:
-        UserError: if it cannot be started or fails.
+        UserError: if it cannot be started or fails, or would go on from half a checkpoint.
     """
-    if _came_to_its_end(log) and any(save_dir(command).glob("checkpoint*.pt")):
+    folder = save_dir(command)
+    if any(folder.glob("checkpoint*.pt")) and _came_to_its_end(command, folder, log):
         return
+    refuse_cut_short(
+        folder / "checkpoint_last.pt",
+        f"copy another one of {folder} over it to go on from there, or delete it to begin anew",
+    )
     words = [*this_python(command.program), *command.arguments]
     run_logged(words, command.environment, log, on_progress)
 
 
-def _came_to_its_end(log: Path) -> bool:
+def _came_to_its_end(command: FairseqCommand, folder: Path, log: Path) -> bool:
     if not log.exists():
         return False
+    last = early = False
     with log.open(encoding="utf-8", errors="replace") as lines:
-        return any(_AT_ITS_END.search(line) for line in lines)
+        for line in lines:
+            if _AT_ITS_END.search(line) or (early and "Saved checkpoint " in line):
+                return True
+            last |= "Stopping training due to num_updates" in line
+            early |= "early stop since" in line
+    # Both are said before the checkpoints are written, the last of them checkpoint_last.pt.
+    return last and _updates_in(folder / "checkpoint_last.pt") >= total_steps(command)
+
+
+def _updates_in(checkpoint: Path) -> int:
+    """Return the updates that a checkpoint was trained for, 0 where it cannot be read."""
+    try:
+        return int(read_checkpoint(checkpoint)["optimizer_history"][-1]["num_updates"])
+    except (UserError, LookupError, TypeError, ValueError):
+        return 0
 
 
 def updates_made(log: Path) -> int:

@@ -95,8 +95,13 @@ def _prepare_process() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C."""
+def main(
+    arguments: Sequence[str] | None = None, on_end: Callable[[], None] = lambda: None
+) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C.
+
+    ``on_end`` is called when the command has ended, before a failure is told.
+    """
     try:
         _prepare_process()
         code = typer.main.get_command(app).main(
@@ -104,9 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog_name="l2t",
             standalone_mode=False,
         )
+        on_end()
         if code == INTERRUPTED:  # Typer has taken a Ctrl-C that no command turned into advice
             say("l2t: interrupted")
+        sys.stdout.flush()  # what cannot be printed is told here
     except BaseException as error:
+        on_end()
         try:
             code = exit_code_of(error)
         except KeyboardInterrupt:  # one more, while the first is told

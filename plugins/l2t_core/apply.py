@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_core.files import sweep
 from l2t_core.life import Life, training_steps
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.step_losses import FixedLoss, StepLoss
@@ -27,8 +28,9 @@ def train_student(
     """Train ``student`` from ``seed`` for all its steps; its module ends trained.
 
     Steps, batches and random numbers are the same whatever the ``loss``; None is cross-entropy.
-    With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps, continues from
-    there to the same result, and removes the snapshot at the end.
+    With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps and continues from
+    there to the same result. The last one stays, for the caller to remove once what it makes of the
+    student is written: a disk may be full.
 
     Raises:
         UserError: if the snapshot is damaged, another student's, or cannot be written.
@@ -38,6 +40,8 @@ def train_student(
     life = Life(student)
     state = life.begin(seed)
     first = 0
+    if snapshot and snapshot.parent.is_dir():
+        sweep(snapshot.parent, [snapshot])  # one that was killed as it was written
     stored = load_tensors_and_record(snapshot) if snapshot else None
     if stored:
         tensors, record = stored
@@ -64,8 +68,6 @@ def train_student(
         )
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
             _save_snapshot(snapshot, after, life.buffers, step + 1, loss)
-    if snapshot:
-        snapshot.unlink(missing_ok=True)
 
 
 def _save_snapshot(

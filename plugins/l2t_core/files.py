@@ -21,6 +21,8 @@ from l2t_core.errors import UserError
 # All that tarfile and the decompressors raise on what is cut short or something else. (A hard
 # link's missing target is a KeyError, text that is no UTF-8 a ValueError.)
 DAMAGED = (tarfile.TarError, EOFError, KeyError, zlib.error, lzma.LZMAError, OSError, ValueError)
+# In a student's folder: itself on its way, until its result is written.
+SNAPSHOT = "snapshot.safetensors"
 _LONG_AGO = 3600.0  # seconds; another process may be writing what is younger
 _TRIES = 10  # at making a folder that others remove meanwhile
 

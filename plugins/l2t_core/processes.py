@@ -7,9 +7,11 @@ the batch of a step (``training.parallel``); process 0 alone writes files and re
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -181,6 +183,24 @@ def _number(name: str, default: int) -> int:
         ) from None
 
 
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process without a word while it waits for others to come.
+
+    Python would hear of them when torch has stopped waiting, after minutes; nothing is begun yet.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may change them
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+
+
 def _form_group(backend: str) -> None:
     """Meet the others soon, to wait for them as long as it takes from then on."""
     store, rank, world = next(dist.rendezvous("env://", timeout=_MEETING))
@@ -239,9 +259,10 @@ def join_processes(on_silence: Callable[[str], None] | None = None) -> Processes
         shared = _number("LOCAL_WORLD_SIZE", world) > gpus
         backend = f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"
     try:
-        _form_group(backend)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        heartbeat = _start_heartbeat(rank, world, on_silence) if on_silence else None
+        with _ended_at_once():
+            _form_group(backend)
+            rank, world = dist.get_rank(), dist.get_world_size()
+            heartbeat = _start_heartbeat(rank, world, on_silence) if on_silence else None
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {world} processes could not meet ({str(error).splitlines()[0][:120]}); "

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write, claim, is_unfinished, sweep
+from l2t_core.tensor_digest import tensor_digest
 
 # Keys, by their last part, whose values are hashes; a reader is told what has changed in words.
 _HASHED = {
@@ -88,7 +89,9 @@ def save_tensors_and_record(
 ) -> None:
     """Replace the file ``path`` by ``tensors`` and the JSON-compatible ``record``, whole."""
     content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    atomic_write(path, safetensors.torch.save(content, {"record": json.dumps(record)}))
+    text = json.dumps(record)
+    kept = {"record": text, "sha256": tensor_digest(content, text)}
+    atomic_write(path, safetensors.torch.save(content, kept))
 
 
 def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -104,10 +107,13 @@ def load_tensors_and_record(path: Path) -> tuple[dict[str, Tensor], dict[str, An
         with path.open("rb"):  # safetensors words what the system refuses in its own way
             pass
         with safetensors.safe_open(path, framework="pt") as handle:
-            record = (handle.metadata() or {}).get("record")
-            if record is not None:
+            kept = handle.metadata() or {}
+            if "record" in kept:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-                return tensors, json.loads(record)
+                # One flipped bit would go on to another result. Older files have no digest.
+                if kept.get("sha256") not in (None, tensor_digest(tensors, kept["record"])):
+                    raise ValueError
+                return tensors, json.loads(kept["record"])
             wrong = "holds no state that a run has kept"
     except IsADirectoryError:
         wrong = "is a folder, where a run keeps its state"

@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
@@ -24,6 +25,7 @@ from l2t_core.losses import SIGMAS
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import feature_count
 from l2t_core.teachers import TEACHERS, Teacher, build_teacher
+from l2t_core.tensor_digest import tensor_digest
 
 FORMAT = "l2t-teacher"
 VERSION = 1
@@ -64,11 +66,18 @@ def save_teacher(path: Path, teacher: Teacher, header: TeacherHeader) -> None:
         UserError: if the file cannot be written.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in teacher.state_dict().items()}
-    content = {"format": FORMAT, "version": VERSION, "header": dataclasses.asdict(header)}
+    known = dataclasses.asdict(header)
+    content = {
+        "format": FORMAT, "version": VERSION, "header": known, "sha256": _digest(tensors, known)
+    }
     # One metadata entry: safetensors writes several in random order, and equal teachers should
     # be equal files.
     metadata = {"l2t": json.dumps(content, sort_keys=True)}
     atomic_write(path, safetensors.torch.save(tensors, metadata))
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    return tensor_digest(tensors, json.dumps(header, sort_keys=True))
 
 
 def _read_content(path: Path | str) -> dict[str, Any]:
@@ -102,8 +111,8 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     """Return the teacher in ``path``, frozen, with its header.
 
     Raises:
-        UserError: if the file is missing, cut short, of another format or version, or if its
-            tensors do not have the shapes that its header says.
+        UserError: if the file is missing, cut short, damaged, of another format or version, or if
+            its tensors do not have the shapes that its header says.
     """
     header = load_header(path)
     features = feature_count(header.teacher.features, header.num_classes)
@@ -130,6 +139,10 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     bad = sorted(k for k, v in tensors.items() if not bool(v.isfinite().all()))
     if bad:
         raise UserError(f"{path}: {bad[0]} holds numbers that are not finite; train again")
+    content = _read_content(path)
+    # Files of earlier versions have none.
+    if content.get("sha256") not in (None, _digest(tensors, content["header"])):
+        raise UserError(f"{path} is damaged (another checksum than when written); copy it again")
     teacher.load_state_dict(tensors, assign=True)
     return teacher.requires_grad_(False), header
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from enum import Enum
@@ -27,6 +28,7 @@ from l2t_fairseq.compat import ADD_SAFE_GLOBALS, quiet_fairseq, register_safe_gl
 # What a trained student is without the way it was trained: fairseq's own names.
 _STOCK_TASK, _STOCK_CRITERION, _STOCK_METRIC = "translation", "cross_entropy", "loss"
 _OURS = "l2t_"
+_PICKLE = b"\x80"
 
 
 def plain(value: Any) -> Any:
@@ -134,6 +136,21 @@ def _load(handle: BinaryIO, path: Path) -> Any:
 
 def _damaged(path: Path) -> str:
     return f"{path} is no checkpoint or is cut short; copy it again"
+
+
+def refuse_cut_short(path: Path, mend: str) -> None:
+    """Refuse a checkpoint without its end, which fairseq does not name when it meets it.
+
+    Cheap: the tensors are not read.
+
+    Raises:
+        UserError: with ``mend``, if the file is there and cut short, empty or something else.
+    """
+    if not path.is_file() or zipfile.is_zipfile(path):
+        return
+    with path.open("rb") as handle:
+        if handle.read(1) != _PICKLE:  # as torch before 1.6 wrote it, which has no such end
+            raise UserError(f"{path} is no checkpoint or is cut short; {mend}")
 
 
 def export_checkpoint(

@@ -15,6 +15,9 @@ UNREADABLE = (
     "it names a checkpoint that torch from 2.6 on reads with the plugin alone; make a clean copy, "
     "`l2t export CHECKPOINT --to FILE`, and name that"
 )
+# What torch says of a checkpoint that the disk had no room for: where in its own code it noticed.
+_UNWRITTEN = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed writing")
+NO_ROOM = "a checkpoint could not be written; is there space left on its disk?"
 
 
 def reason(output: str, code: int) -> str:
@@ -33,6 +36,8 @@ def reason(output: str, code: int) -> str:
             name, text = found.groups()
             if name == "UnpicklingError" and "eights only" in text:
                 return UNREADABLE
+            if _UNWRITTEN.search(text):
+                return NO_ROOM
             return text if name == "UserError" and text else f"{name}: {text}".rstrip(": ")
     telling = [line for line in lines if not _NOISE.match(line)] or [f"exit code {code}"]
     return telling[-1]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
+from l2t_fairseq.checkpoints import refuse_cut_short
 from l2t_fairseq.child_failure import reason_in
 from l2t_fairseq.data_folder import open_data
 from l2t_fairseq.prepare import read_lines
@@ -102,10 +103,11 @@ def generate(
     """Run fairseq-generate with the plugin (or ``user_dir``); what it prints goes to ``log``.
 
     Raises:
-        UserError: if the checkpoint is missing or fairseq-generate fails.
+        UserError: if the checkpoint is missing or cut short, or fairseq-generate fails.
     """
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}; train the student first")
+    refuse_cut_short(checkpoint, "copy it again, or train the student again")
     user_dir = user_dir or Path(__file__).resolve().parent
     # The plugin first of all lets torch read the checkpoint, whatever criterion wrote it.
     command = [sys.executable, "-m", "fairseq_cli.generate", str(data_bin), *flags]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from l2t_core.errors import UserError
 from l2t_core.files import DAMAGED, atomic_write, file_digest, sweep
+from l2t_core.tensor_digest import tensor_digest
 from l2t_vision.raw import ImagesAndLabels, RawImages, checked_splits
 
 # Those that torchvision's ImageFolder takes for pictures.
@@ -333,12 +334,14 @@ def _cache_folder() -> Path:
 
 
 def _load(cache: Path) -> RawImages | None:
-    """Return what is cached; a damaged file, or one without names and notes, counts as none."""
+    """Return what is cached; a damaged file, or one of an earlier version, counts as none."""
     try:
         with safetensors.safe_open(cache, framework="pt") as kept:
             texts = kept.metadata() or {}
             names, notes = (tuple(json.loads(texts[key])) for key in ("class_names", "notes"))
             tensors = {name: kept.get_tensor(name) for name in _TENSORS}
+        if texts["sha256"] != tensor_digest(tensors, texts["class_names"] + texts["notes"]):
+            return None
         return RawImages(**tensors, num_classes=len(names), class_names=names, notes=notes)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
@@ -347,6 +350,7 @@ def _load(cache: Path) -> RawImages | None:
 def _save(cache: Path, raw: RawImages) -> None:
     tensors = {name: getattr(raw, name) for name in _TENSORS}
     texts = {"class_names": json.dumps(raw.class_names), "notes": json.dumps(raw.notes)}
+    texts["sha256"] = tensor_digest(tensors, texts["class_names"] + texts["notes"])
     # Without room or permission the images are decoded again next time.
     with contextlib.suppress(UserError, OSError):
         atomic_write(cache, safetensors.torch.save(tensors, texts))

@@ -43,7 +43,7 @@ from l2t_cli.train_teacher import run as train
 from l2t_core.apply import train_student
 from l2t_core.comparison import PairedComparison, Point
 from l2t_core.errors import UserError
-from l2t_core.files import claimed
+from l2t_core.files import SNAPSHOT, claimed
 from l2t_core.fixed_losses import BASELINES
 from l2t_core.step_losses import FixedLoss
 from l2t_vision.student import ImageStudent
@@ -848,18 +848,19 @@ def test_a_single_look_at_dev_is_seen_and_the_legend_hides_nothing(
     plots.plot_learning_curves(curves, "accuracy", "tiny", tmp_path / "curves.png")
 
 
-def test_a_finished_trial_leaves_no_empty_folder(tmp_path: Path) -> None:
+def test_a_finished_trial_leaves_no_snapshot_and_no_empty_folder(tmp_path: Path) -> None:
     store, result = TrialStore(tmp_path, {}), Result(1.0, 24, dev=0.5)
     for final in (False, True):
-        for files in ([], ["train.log"]):
-            trial = Trial("a", "a", (("n", float(len(files))),), None, "", 0.1, 1, final)
+        for number, files in enumerate(([], ["train.log"], [SNAPSHOT], ["train.log", SNAPSHOT])):
+            trial = Trial("a", "a", (("n", float(number)),), None, "", 0.1, 1, final)
             work = store.work(trial)
             work.mkdir(parents=True)
             for name in files:
                 (work / name).write_text("")
             store.save(trial, result)
             # What a final student leaves is of use.
-            assert work.exists() == (final and bool(files))
+            assert work.exists() == (final and "train.log" in files)
+            assert not (work / SNAPSHOT).exists()
             assert store.load(trial) == result
 
 

@@ -322,6 +322,14 @@ def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: 
         ("Traceback\n  File\ntorch.OutOfMemoryError: no\n | INFO | end", 1, "OutOfMemoryError"),
         ("2026 | INFO | train | num_updates=40\n", -9, "ended by SIGKILL, perhaps out of memory"),
         ("2026 | INFO | train | num_updates=40\n", -15, "ended by SIGTERM"),
+        (
+            "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\n",
+            1, "a checkpoint could not be written; is there space left",
+        ),
+        (
+            "RuntimeError: PytorchStreamWriter failed writing file data/3: file write failed\n",
+            1, "a checkpoint could not be written; is there space left",
+        ),
         ("killed by the scheduler\n2026 | INFO | x | y\n", 1, "killed by the scheduler"),
         ("", 3, "exit code 3"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -337,6 +338,39 @@ def test_the_time_of_a_stopped_student_counts_every_start(
     save_tensors_and_record(snapshot, tensors, record)
     assert l2t(*command).code == 0
     assert json.loads(Path("used/taught/seed-1/score.json").read_text())["seconds"] > 1000.0
+
+
+@pytest.mark.parametrize("file", ["student.pt", "score.json"])
+def test_a_student_is_not_lost_where_its_result_cannot_be_written(
+    l2t: Run, digits: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    command = ["apply-teacher", trained / "teacher_best.safetensors", digits, "image.steps=502"]
+    assert l2t(*command, "--out", "whole").code == 0
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert f"{file}: No space left on device; free some" in l2t(*command, "--out", "used").error()
+    monkeypatch.setattr(Path, "replace", replace)
+    steps, batch = [], ImageStudent.batch
+
+    def counted(self: ImageStudent, step: int) -> Any:
+        steps.append(step)
+        return batch(self, step)
+
+    monkeypatch.setattr(ImageStudent, "batch", counted)
+    assert l2t(*command, "--out", "used").code == 0
+    assert set(steps) == {500, 501}
+    place = Path("used/taught/seed-1")
+    assert sorted(p.name for p in place.iterdir()) == ["score.json", "student.pt"]
+    for name in ("student.pt", "result.json"):
+        paths = [next(Path(out).rglob(name)) for out in ("whole", "used")]
+        one, other = (re.sub(r'"seconds": .*', "", p.read_bytes().decode("latin-1")) for p in paths)
+        assert one == other
 
 
 def test_application_is_repeatable(l2t: Run, digits: Path, trained: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import signal
+import socket
 import tempfile
+import time
 import types
 import warnings
 from datetime import timedelta
@@ -14,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from checkout import reserved_port  # type: ignore[import-not-found]
+from checkout import end_of, reserved_port, start_python  # type: ignore[import-not-found]
 from torch import nn
 from toy_students import STUDENTS, ToyStudent  # type: ignore[import-not-found]
 
@@ -330,6 +334,33 @@ def test_a_process_that_never_comes_is_not_waited_for(monkeypatch, rank):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=r"2 processes could not meet .*start all of them"):
             join_processes()
+
+
+ALONE_AT_THE_MEETING = """
+import signal, sys
+from l2t_core.processes import join_processes
+def told(number, frame): raise KeyboardInterrupt
+signal.signal(signal.SIGINT, told), signal.signal(signal.SIGTERM, told)
+join_processes()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_can_be_ended(tmp_path, number):
+    with reserved_port() as port:
+        child = start_python(
+            "-c", ALONE_AT_THE_MEETING, cwd=tmp_path,
+            RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )
+    while True:  # until it keeps the store, which waits for the other's connection
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(number)
+    end_of(child)
+    assert child.returncode == -number
 
 
 def test_rows_are_shared_without_rest():

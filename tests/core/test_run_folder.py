@@ -66,6 +66,12 @@ def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
     for content in (b"", whole[:4], whole[:-2], b"x" * 500, no_json):
         path.write_bytes(content)
         assert refused() == "is damaged"
+    key = whole.index(b'"sha256"')  # without which it is one of an earlier version
+    for place in set(range(8, len(whole))) - set(range(key, key + 8)):  # where a bit is flipped
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert refused() in ("is damaged", "holds no state that a run has kept")
+    save_file(tensors, path, {"record": json.dumps({"step": 2})})  # by an earlier version
+    assert load_tensors_and_record(path)[1] == {"step": 2}
     for metadata in (None, {"l2t": "{}"}):  # as a teacher file has it
         save_file(tensors, path, metadata)
         assert refused() == "holds no state that a run has kept"

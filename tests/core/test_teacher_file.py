@@ -64,6 +64,28 @@ def test_every_truncation_is_one_clear_line(saved, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_is_told_and_a_file_without_a_digest_is_read(saved, tmp_path):
+    path = saved[0]
+    whole, other = path.read_bytes(), tmp_path / "other.safetensors"
+    digits = whole.rindex(b'\\"sha256\\": \\"') + len(b'\\"sha256\\": \\"')
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    for place in (digits, end, (end + len(whole)) // 2, len(whole) - 1):
+        other.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"other\.safetensors is damaged \(another checksum"):
+            load_teacher(other)
+    with safetensors.safe_open(path, "pt") as handle:
+        content = json.loads(handle.metadata()["l2t"])
+    # A header that reads well, with another number in it.
+    tensors = safetensors.torch.load_file(path)
+    content["header"]["total_steps"] += 1
+    safetensors.torch.save_file(tensors, other, {"l2t": json.dumps(content)})
+    with pytest.raises(UserError, match="another checksum"):
+        load_teacher(other)
+    del content["sha256"]  # as earlier versions wrote them
+    safetensors.torch.save_file(tensors, other, {"l2t": json.dumps(content)})
+    assert load_teacher(other)[1].total_steps == content["header"]["total_steps"]
+
+
 def content_of_header(path, text):
     """Write a file of a safetensors header alone, which no library of its would write."""
     path.write_bytes(struct.pack("<Q", len(text)) + text.encode())

@@ -243,8 +243,15 @@ def test_decoded_once_and_again_when_a_picture_changes(
     assert len(decoded) == 32 and len(list(cache.iterdir())) == 2
     for path in cache.iterdir():
         path.write_bytes(b"damaged")
-    load_image_folder(pets)
+    changed = load_image_folder(pets)
     assert len(decoded) == 48
+    for path in cache.iterdir():
+        flipped = bytearray(path.read_bytes())
+        flipped[-1] ^= 1  # one pixel or label, in a file that reads well
+        path.write_bytes(flipped)
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(load_image_folder(pets), name), getattr(changed, name))
+    assert len(decoded) == 64
 
 
 def test_a_class_that_a_split_lacks_is_named(pets: Path, cache: Path) -> None:
