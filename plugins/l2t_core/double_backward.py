@@ -52,6 +52,24 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def refuse_untrue_gradients(module: nn.Module) -> None:
+    """Refuse layers whose gradient is not the derivative of what they do, for torch says nothing.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            continue
+        odd = "max_norm" if layer.max_norm is not None else "scale_grad_by_freq"
+        if layer.max_norm is not None or layer.scale_grad_by_freq:
+            raise UserError(
+                f"the student's {type(layer).__name__} {name!r} has {odd}, which torch leaves out "
+                "of derivatives; train the teacher on a student without it, or with "
+                "training.differentiation=antithetic-es"
+            )
+
+
 def probe(module: nn.Module, scalar_loss: Any) -> None:
     """Differentiate ``scalar_loss()`` twice with respect to ``module`` once, before a long run.
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,13 @@ class FlatParameters:
     Tied parameters appear once. No graph may be alive across a change of omega.
 
     Raises:
-        UserError: if the module has no trainable parameters or mixes dtypes or devices.
+        UserError: if the module has no trainable parameters, mixes dtypes or devices, or has some
+            that are no real numbers of a known shape or lie in each other's memory, or asks for
+            sparse gradients.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        _refuse_odd(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise UserError("the student has no trainable parameters; unfreeze some of them")
@@ -92,6 +96,44 @@ class FlatParameters:
         ]
         if pairs:
             torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _refuse_odd(module: nn.Module) -> None:
+    """Raise UserError for what cannot be part of one vector, naming it."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise UserError(
+                f"the student's {type(layer).__name__} {name!r} has sparse=True; leave that out: "
+                "gradients are one dense vector here"
+            )
+    places = []
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UserError(
+                f"the student's parameter {name!r} has no shape yet (a lazy layer); pass a batch "
+                "through the module before it becomes a student's"
+            )
+        if p.requires_grad and not p.is_floating_point():
+            raise UserError(
+                f"the student's parameter {name!r} is {p.dtype}; keep its real and its imaginary "
+                "part as two parameters"
+            )
+        # Those with gaps may interleave.
+        if p.numel() and p.device.type != "meta" and p.untyped_storage().nbytes() and _dense(p):
+            size = p.numel() * p.element_size()
+            places.append((str(p.device), p.data_ptr(), p.data_ptr() + size, name))
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(places)):
+        if device == other_device and start < end:
+            raise UserError(
+                f"the student's parameters {name!r} and {other!r} share memory and would be parted "
+                "here; to tie them, give both layers the same nn.Parameter"
+            )
+
+
+def _dense(p: Tensor) -> bool:
+    """Tell whether ``p`` fills its stretch of memory without gaps."""
+    last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return last + 1 == p.numel()
 
 
 def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:

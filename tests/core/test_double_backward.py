@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toy_students import OpaqueLayer, _Opaque
 
-from l2t_core.double_backward import probe, twice_differentiable
+from l2t_core.double_backward import probe, refuse_untrue_gradients, twice_differentiable
 from l2t_core.errors import UserError
 
 
@@ -60,3 +60,12 @@ def test_convolutions_add_in_a_fixed_order(student):
     with twice_differentiable(student):
         assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("setting", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_layers_whose_gradient_is_no_derivative_are_named(setting):
+    """The hypergradient was off by 1e-3 without a word."""
+    module = nn.Sequential(nn.Embedding(3, 2, **setting))
+    with pytest.raises(UserError, match=f"Embedding '0' has {next(iter(setting))}, which"):
+        refuse_untrue_gradients(module)
+    refuse_untrue_gradients(nn.Embedding(3, 2, padding_idx=1))
