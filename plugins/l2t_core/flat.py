@@ -79,6 +79,23 @@ class FlatParameters:
         for p, piece in zip(self.parameters, self.split(vector), strict=True):
             p.data = piece
 
+    def check(self, module: nn.Module) -> None:
+        """Check that the parameters of ``module`` are still those, and views of the vector.
+
+        Raises:
+            UserError: naming one that is not: what trains it would train nothing.
+        """
+        mine = {
+            id(p): piece for p, piece in zip(self.parameters, self.split(self.vector), strict=True)
+        }
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                piece = mine.pop(id(p), None)
+                if piece is None or not (p.is_meta or p.is_set_to(piece)):
+                    raise _replaced(f"a new parameter {name!r}")
+        if mine:
+            raise _replaced("fewer parameters")
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of ``vector`` [P] in the parameters' shapes."""
         return pieces_of(vector, self.parameters)
@@ -96,6 +113,13 @@ class FlatParameters:
         ]
         if pairs:
             torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _replaced(what: str) -> UserError:
+    return UserError(
+        f"the student's reset puts {what} in its module; fill those that are there in place "
+        "(l2t_core.flat.refill does)"
+    )
 
 
 def _refuse_odd(module: nn.Module) -> None:

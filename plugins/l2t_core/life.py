@@ -54,9 +54,14 @@ class Life:
         self._gradient = self.flat.empty(1)[0]
 
     def begin(self, seed: int) -> Tensor:
-        """Reset the student to ``seed`` and return its initial state [R, P]."""
+        """Reset the student to ``seed`` and return its initial state [R, P].
+
+        Raises:
+            UserError: if that puts other parameters in the place of the module's.
+        """
         self.show(self.flat.vector)
         self.student.reset(seed)
+        self.flat.check(self.student.module)
         self.number += 1
         self.buffers = Buffers(self.student.module)  # a first step may have made more of them
         return self.student.optimiser.initial(self.flat.vector.clone())
