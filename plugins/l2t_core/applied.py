@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_core.loss_forms import Coefficients
+from l2t_core.loss_forms import Coefficients, no_autocast
 from l2t_core.losses import step_loss
 from l2t_core.specs import LossSpec
 from l2t_core.student_state import DevStatistics, StudentState, TrainStatistics
@@ -73,7 +73,8 @@ class AppliedTeacher:
             dtype = next(self.teacher.parameters()).dtype
             device = next(self.teacher.parameters()).device
             self.features = self.state.features(self.step, learning_rate).to(device, dtype)
-            with torch.no_grad():
+            # A user's loop may call this within autocast, which is for the student.
+            with torch.no_grad(), no_autocast(self.features):
                 self.coefficients = self.teacher(self.features)
             self._computed_at = key
             self._moved = {}

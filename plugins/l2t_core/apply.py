@@ -49,7 +49,8 @@ def train_student(
             if tensors["state"].shape != state.shape:
                 raise ValueError
             state = tensors["state"].to(state.device)
-            life.load_buffers([tensors[f"buffer.{i}"] for i in range(len(life.buffers))])
+            count = len(life.buffers.tensors())
+            life.buffers.load([tensors[f"buffer.{i}"] for i in range(count)])
             first = int(record["step"])
             loss.load_state_dict(record["applied"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -67,7 +68,7 @@ def train_student(
              "train_nll": statistics.nll, "train_accuracy": statistics.accuracy}
         )
         if snapshot and (step + 1) % snapshot_every == 0 and step + 1 < student.total_steps:
-            _save_snapshot(snapshot, after, life.buffers, step + 1, loss)
+            _save_snapshot(snapshot, after, life.buffers.tensors(), step + 1, loss)
 
 
 def _save_snapshot(

@@ -10,6 +10,7 @@ memory from a GPU or to a file, and then all of them are kept.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -147,6 +148,8 @@ def _reach(slots: int, repetitions: int) -> int:
 
 
 def _repetitions(steps: int, slots: int) -> int:
+    if slots == 1:
+        return max(0, steps - 1)
     repetitions = 0
     while _reach(slots, repetitions) < steps:
         repetitions += 1
@@ -182,10 +185,28 @@ def first_kept(steps: int, slots: int) -> list[int]:
     """Return which of ``steps`` states the forward run keeps, ascending; the first is 0."""
     kept, start, free = [0], 0, slots
     while steps - start > 1 and free > 1:
+        if run := _single_steps(steps - start, free):
+            kept.extend(range(start + 1, start + run + 1))
+            start, free = start + run, free - run
+            continue
         start += split(steps - start, free)
         kept.append(start)
         free -= 1
     return kept
+
+
+def _single_steps(steps: int, slots: int) -> int:
+    """Return how often in a row :func:`split` would say 1, where no step is made more than twice.
+
+    Up to millions of times where most states fit, of which :func:`split` would take each anew.
+    """
+    if steps <= slots + 1:
+        return min(steps, slots) - 1
+    # After i such steps, steps - i are left for slots - i; 1 is enough as long as the rest of them
+    # is within reach of two repetitions. Both sides fall with i, the reach faster.
+    return bisect(
+        range(slots - 1), False, key=lambda i: steps - i - 1 > _reach(slots - i - 1, 2)
+    )
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,12 @@ class Beside:
         """Walk ``step`` back from what :func:`l2t_core.unroll.walk_back` shows."""
         if self.cotangent is None:
             return
-        buffers = self.life.copy_buffers()
+        buffers = self.life.buffers.copy()
         back = step_vjp(
             self.life, self.teacher, self.second, state, gradient,
             self.trajectory.features[step], step, self.cotangent,
         )
-        self.life.load_buffers(buffers)
+        self.life.buffers.load(buffers)
         if self.left == self.compared:
             self.curved = self.life.flat.gather(back.curved)
         self._add(self.exact, back)

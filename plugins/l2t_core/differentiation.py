@@ -171,7 +171,7 @@ def windows(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Out
     for span in spans(engine.first, total, engine.spec.window):
         trajectory = engine.trajectory(span.start, len(span))
         state = run_forward(life, applied, state, trajectory, on_step, span=span)
-        after, buffers = state.clone(), life.copy_buffers()
+        after, buffers = state.clone(), life.buffers.copy()
         smoothed, d_omega = smoothed_measure(life, episode.measure_seed)
         true = life.student.true_measure() if span.stop == total else None
         cotangent = torch.zeros_like(state)
@@ -179,7 +179,7 @@ def windows(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Out
         gradient, way_back = _back(episode, teacher, trajectory, cotangent, on_step)
         yield Outcome([gradient], smoothed, true, _taught(trajectory), way_back)
         state = after
-        life.load_buffers(buffers)
+        life.buffers.load(buffers)
 
 
 def _noise(episode: Episode, teacher: Teacher, draw: int = 0) -> Tensor:
@@ -303,7 +303,7 @@ class _Twin:
 
     def __init__(self, episode: Episode, teacher: Teacher, start: Tensor) -> None:
         self.applied = episode.follow(teacher)
-        self.state, self.buffers = start, episode.life.copy_buffers()
+        self.state, self.buffers = start, episode.life.buffers.copy()
         self.spare = episode.life.flat.empty(2, len(start))
         self.features: list[Tensor] = []  # of the taught steps that the last call made
 
@@ -313,7 +313,7 @@ class _Twin:
         """Make the steps of ``span``."""
         life, first = episode.life, max(span.start, episode.engine.first)
         life.show(self.state[0])
-        life.load_buffers(self.buffers)
+        life.buffers.load(self.buffers)
         self.features = []
 
         def note(step: int, state: Tensor) -> None:
@@ -325,4 +325,4 @@ class _Twin:
         self.state = run_forward(
             life, self.applied, self.state, None, on_step, note, span=span, spare=self.spare
         )
-        self.buffers = life.copy_buffers()
+        self.buffers = life.buffers.copy()

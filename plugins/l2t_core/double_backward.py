@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_core import batch_norm
+from l2t_core import batch_norm, weight_norm
 from l2t_core.errors import UserError
 
 try:
@@ -33,8 +33,9 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
 
     Fused attention has no second derivative on any device; cuDNN's recurrent kernels neither.
     cuDNN stays on for modules without recurrence, where it is only faster. Batch norm gets the
-    second derivative of :mod:`l2t_core.batch_norm`. cuDNN's convolutions add in a fixed order, so
-    that a replayed step has the bits of the first one.
+    second derivative of :mod:`l2t_core.batch_norm`, weight norm that of
+    :mod:`l2t_core.weight_norm`. cuDNN's convolutions add in a fixed order, so that a replayed step
+    has the bits of the first one.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, _CUDNN, "deterministic", _CUDNN.deterministic)
@@ -42,11 +43,31 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_math_attention())
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
             stack.enter_context(batch_norm.TwiceDifferentiable())
+        if weight_norm.has_weight_norm(module):
+            stack.enter_context(weight_norm.TwiceDifferentiable())
         if torch.backends.cudnn.is_available() and any(
             isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules()
         ):
             stack.enter_context(_CUDNN.flags(enabled=False, deterministic=True))
         yield
+
+
+def refuse_untrue_gradients(module: nn.Module) -> None:
+    """Refuse layers whose gradient is not the derivative of what they do, for torch says nothing.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            continue
+        odd = "max_norm" if layer.max_norm is not None else "scale_grad_by_freq"
+        if layer.max_norm is not None or layer.scale_grad_by_freq:
+            raise UserError(
+                f"the student's {type(layer).__name__} {name!r} has {odd}, which torch leaves out "
+                "of derivatives; train the teacher on a student without it, or with "
+                "training.differentiation=antithetic-es"
+            )
 
 
 def probe(module: nn.Module, scalar_loss: Any) -> None:
@@ -82,25 +103,64 @@ def probe(module: nn.Module, scalar_loss: Any) -> None:
 
 
 def _differentiate_twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    first = torch.autograd.grad(
-        outputs,
-        inputs,
-        # Inside a model the incoming gradient depends on parameters too; so must these.
-        [torch.ones_like(o).requires_grad_() for o in outputs],
-        create_graph=True,
-        retain_graph=True,
-        allow_unused=True,
-    )
-    live = [g for g in first if g is not None and g.requires_grad]
-    # A gradient is linear in what comes in: one that does not depend on it was cut off from it,
-    # as by kernels of an extension that are no operations to autograd.
-    if any(bool(g.any()) for g in first if g is not None and not g.requires_grad):
+    with _watched_for_cuts(outputs) as cuts:
+        first = torch.autograd.grad(
+            outputs,
+            inputs,
+            # Inside a model the incoming gradient depends on parameters too; so must these.
+            [torch.ones_like(o).requires_grad_() for o in outputs],
+            create_graph=True,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    if cuts:
         raise RuntimeError("it contains a function whose gradient is a constant to autograd")
+    live = [g for g in first if g is not None and g.requires_grad]
     _refuse_dead_ends(live)
     if live:
         torch.autograd.grad(
             live, inputs, [torch.ones_like(g) for g in live], retain_graph=True, allow_unused=True
         )
+
+
+@contextlib.contextmanager
+def _watched_for_cuts(outputs: Sequence[Tensor]) -> Iterator[list[str]]:
+    """Yield a list that gets the functions on the way back from ``outputs`` that cut the graph.
+
+    A gradient is linear in what comes in: one that does not depend on it was cut off from it, as
+    by kernels of an extension that are no operations to autograd. It is looked for function by
+    function, for beside a residual connection, or under a weight, the sum depends on it all the
+    same.
+    """
+    cuts: list[str] = []
+
+    def watch(node: Any) -> Any:
+        def look(found: Sequence[Tensor | None], came: Sequence[Tensor | None]) -> None:
+            depends = any(g is not None and g.requires_grad for g in came)
+            lost = any(g is not None and not g.requires_grad and bool(g.any()) for g in found)
+            if depends and lost:
+                cuts.append(node.name())
+
+        return node.register_hook(look)
+
+    handles = [watch(node) for node in _graph([o.grad_fn for o in outputs])]
+    try:
+        yield cuts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _graph(roots: Sequence[Any]) -> list[Any]:
+    """Return the functions of the graph that leads to ``roots``."""
+    queue, seen = list(roots), dict[Any, None]()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] = None
+        queue.extend(following for following, _ in node.next_functions)
+    return list(seen)
 
 
 def _refuse_dead_ends(gradients: list[Tensor]) -> None:
@@ -109,16 +169,9 @@ def _refuse_dead_ends(gradients: list[Tensor]) -> None:
     Such a function leaves an error node without inputs; a second derivative that asks for named
     tensors never reaches it and is silently wrong.
     """
-    queue: list[Any] = [g.grad_fn for g in gradients]
-    seen: set[Any] = set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _graph([g.grad_fn for g in gradients]):
         if "Error" in node.name() or "NotImplemented" in node.name():
             raise RuntimeError("it contains a function that is marked as once differentiable")
-        queue.extend(following for following, _ in node.next_functions)
 
 
 def _culprit(calls: list[tuple[str, nn.Module, tuple[Any, ...], Any]]) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.checkpointing import Plan, make_plan, parse_bytes
-from l2t_core.double_backward import probe
+from l2t_core.double_backward import probe, refuse_untrue_gradients
 from l2t_core.errors import UserError
 from l2t_core.life import Life
 from l2t_core.losses import step_loss
@@ -59,7 +59,7 @@ class Engine:
         life = self.life
         rows = life.student.optimiser.rows + int(self.keeps_gradient)
         size = life.flat.empty(1).stride(0) * life.flat.vector.element_size()
-        buffers = sum(b.numel() * b.element_size() for b in life.buffers)
+        buffers = sum(b.numel() * b.element_size() for b in life.buffers.tensors())
         on_gpu = life.flat.vector.device.type == "cuda"
         return make_plan(
             self.stretch, rows * size + buffers, parse_bytes(self.spec.memory),
@@ -72,9 +72,10 @@ class Engine:
         """Differentiate the first step twice and claim the trajectory's memory, before hours go.
 
         Raises:
-            UserError: if the student has no exact second derivative and is asked for it, or there
-                is no room.
+            UserError: if the student has no exact second derivative and is asked for it, or
+                layers whose gradient is none, or there is no room.
         """
+        refuse_untrue_gradients(self.life.student.module)
         self.life.begin(self.spec.seed)
         features = torch.zeros(teacher.num_features, device=self.life.flat.vector.device)
 

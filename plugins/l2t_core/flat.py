@@ -10,6 +10,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,13 @@ class FlatParameters:
     Tied parameters appear once. No graph may be alive across a change of omega.
 
     Raises:
-        UserError: if the module has no trainable parameters or mixes dtypes or devices.
+        UserError: if the module has no trainable parameters, mixes dtypes or devices, or has some
+            that are no real numbers of a known shape or lie in each other's memory, or asks for
+            sparse gradients.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        _refuse_odd(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise UserError("the student has no trainable parameters; unfreeze some of them")
@@ -75,6 +79,23 @@ class FlatParameters:
         for p, piece in zip(self.parameters, self.split(vector), strict=True):
             p.data = piece
 
+    def check(self, module: nn.Module) -> None:
+        """Check that the parameters of ``module`` are still those, and views of the vector.
+
+        Raises:
+            UserError: naming one that is not: what trains it would train nothing.
+        """
+        mine = {
+            id(p): piece for p, piece in zip(self.parameters, self.split(self.vector), strict=True)
+        }
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                piece = mine.pop(id(p), None)
+                if piece is None or not (p.is_meta or p.is_set_to(piece)):
+                    raise _replaced(f"a new parameter {name!r}")
+        if mine:
+            raise _replaced("fewer parameters")
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of ``vector`` [P] in the parameters' shapes."""
         return pieces_of(vector, self.parameters)
@@ -92,6 +113,51 @@ class FlatParameters:
         ]
         if pairs:
             torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _replaced(what: str) -> UserError:
+    return UserError(
+        f"the student's reset puts {what} in its module; fill those that are there in place "
+        "(l2t_core.flat.refill does)"
+    )
+
+
+def _refuse_odd(module: nn.Module) -> None:
+    """Raise UserError for what cannot be part of one vector, naming it."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise UserError(
+                f"the student's {type(layer).__name__} {name!r} has sparse=True; leave that out: "
+                "gradients are one dense vector here"
+            )
+    places = []
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UserError(
+                f"the student's parameter {name!r} has no shape yet (a lazy layer); pass a batch "
+                "through the module before it becomes a student's"
+            )
+        if p.requires_grad and not p.is_floating_point():
+            raise UserError(
+                f"the student's parameter {name!r} is {p.dtype}; keep its real and its imaginary "
+                "part as two parameters"
+            )
+        # Those with gaps may interleave.
+        if p.numel() and p.device.type != "meta" and p.untyped_storage().nbytes() and _dense(p):
+            size = p.numel() * p.element_size()
+            places.append((str(p.device), p.data_ptr(), p.data_ptr() + size, name))
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(places)):
+        if device == other_device and start < end:
+            raise UserError(
+                f"the student's parameters {name!r} and {other!r} share memory and would be parted "
+                "here; to tie them, give both layers the same nn.Parameter"
+            )
+
+
+def _dense(p: Tensor) -> bool:
+    """Tell whether ``p`` fills its stretch of memory without gaps."""
+    last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return last + 1 == p.numel()
 
 
 def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:

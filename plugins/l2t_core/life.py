@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from l2t_core.allocator import keep_freed_memory
+from l2t_core.buffers import Buffers
 from l2t_core.double_backward import twice_differentiable
 from l2t_core.errors import UserError
 from l2t_core.flat import FlatParameters
@@ -26,7 +27,6 @@ PRECISIONS = {
 # Transformer's were off by 0.5 % instead of 1.9 %, and its H v by 0.9 instead of 29 %. The second
 # number is for what is too large with the first.
 LOSS_SCALES = (2.0**10, 1.0)
-_LARGE_BUFFER = 1 << 16  # bytes
 
 
 class Life:
@@ -43,20 +43,27 @@ class Life:
         self.student = student
         self.processes = processes
         self.share = 1.0  # of the step's examples, this process's
+        self.number = 0  # of lives begun
         if processes.world > 1:
             refuse_batch_norm(student.module)
         self.flat = FlatParameters(student.module)
-        self.buffers = list(student.module.buffers())
-        self._copies: list[Tensor | None] = [None] * len(self.buffers)  # the latest ones
+        self.buffers = Buffers(student.module)
         self.shown = self.flat.vector
         self.cast = PRECISIONS[precision_of(student, precision)]
         self.half = self.cast is torch.float16
         self._gradient = self.flat.empty(1)[0]
 
     def begin(self, seed: int) -> Tensor:
-        """Reset the student to ``seed`` and return its initial state [R, P]."""
+        """Reset the student to ``seed`` and return its initial state [R, P].
+
+        Raises:
+            UserError: if that puts other parameters in the place of the module's.
+        """
         self.show(self.flat.vector)
         self.student.reset(seed)
+        self.flat.check(self.student.module)
+        self.number += 1
+        self.buffers = Buffers(self.student.module)  # a first step may have made more of them
         return self.student.optimiser.initial(self.flat.vector.clone())
 
     def show(self, vector: Tensor) -> None:
@@ -85,25 +92,6 @@ class Life:
         """
         into = self._gradient if out is None else out
         return self.over_processes(self.flat.gather(gradients, into))
-
-    def copy_buffers(self) -> list[Tensor]:
-        """Return copies of the module's buffers; a large one that is as it was is not copied anew.
-
-        Tables and masks would take their size at every step otherwise.
-        """
-        copies = []
-        for buffer, latest in zip(self.buffers, self._copies, strict=True):
-            # Small ones always: to compare costs more, and on a GPU waits for it.
-            large = buffer.numel() * buffer.element_size() >= _LARGE_BUFFER
-            same = large and latest is not None and torch.equal(buffer, latest)
-            copies.append(latest if same and latest is not None else buffer.clone())
-        self._copies = [*copies]
-        return copies
-
-    def load_buffers(self, values: list[Tensor]) -> None:
-        """Copy ``values`` into the module's buffers."""
-        for buffer, value in zip(self.buffers, values, strict=True):
-            buffer.copy_(value)
 
     def seed(self, step: int) -> None:
         """Set the random numbers of ``step``, as torch.manual_seed does."""

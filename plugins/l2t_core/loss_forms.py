@@ -110,7 +110,7 @@ class _PickAndProject(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         column = targets.unsqueeze(1)
         ctx.save_for_backward(log_probs, column, factors)
-        with _no_autocast(log_probs):
+        with no_autocast(log_probs):
             return log_probs.gather(1, column).squeeze(1), log_probs @ factors
 
     @staticmethod
@@ -118,15 +118,18 @@ class _PickAndProject(torch.autograd.Function):
         picked, projected = gradients
         log_probs, column, factors = ctx.saved_tensors
         back = None
-        with _no_autocast(log_probs):
+        with no_autocast(log_probs):
             if ctx.needs_input_grad[0]:
                 back = projected @ factors.t()
                 back.scatter_add_(1, column, picked.unsqueeze(1))
             return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
 
 
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Leave products at their operands' precision: in half a sum of log-probabilities overflows."""
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Leave products at the precision of ``tensor`` and others on its device.
+
+    In half a sum of log-probabilities overflows.
+    """
     if tensor.device.type not in ("cpu", "cuda"):  # torch refuses those that know no autocast
         return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

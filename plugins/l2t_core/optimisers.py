@@ -4,6 +4,9 @@ The whole state of a student's training is one tensor [R, P]: row 0 holds the P 
 the other rows the optimiser's moments. One tensor makes a step a handful of vector operations
 whatever the number of layers, and makes keeping, recomputing or spilling a state a single copy.
 
+A parameter that a step does not use has a gradient of zero there: momentum and decay go on, where
+torch.optim would skip it.
+
 ``update`` is differentiable, which is what the tests hold ``pull_back`` against; the engine calls
 ``pull_back``, written out by hand, because autograd would build a dozen vectors of P a step.
 """

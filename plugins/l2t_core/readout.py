@@ -84,10 +84,10 @@ class Readout:
         self.early = None
         if step not in self.steps or self.first is None or step <= self.first:
             return
-        buffers = self.life.copy_buffers()
+        buffers = self.life.buffers.copy()
         self.values[step], gradient = smoothed_measure(self.life, self.seed)
         self.early = gradient.div_(len(self.steps))
-        self.life.load_buffers(buffers)
+        self.life.buffers.load(buffers)
 
     @property
     def smoothed(self) -> float:

@@ -125,6 +125,7 @@ class Exact:
         self.life, self.loss = life, loss
         self.wants_gradient = trace and getattr(life.student, "fixed_shapes", False)
         self.traced: dict[Any, TracedFunction | None] = {}
+        self.checked: dict[Any, int] = {}  # in which life each was compared last
 
     def at(
         self, step: int, phi: Coefficients, direction: Direction, gradient: Tensor | None = None
@@ -133,9 +134,9 @@ class Exact:
         life = self.life
         if not life.half:
             return self._at(step, phi, direction)
-        before = life.copy_buffers()
+        before = life.buffers.copy()
         for scale, share in zip(LOSS_SCALES, _SHARES, strict=True):
-            life.load_buffers(before)
+            life.buffers.load(before)
             found = self._at(step, phi, direction, scale, share)
             if life.finite_everywhere([*found[0], *found[1]]):
                 break
@@ -198,7 +199,9 @@ class Exact:
         traced = self.traced[key]
         if traced is None:
             return function(*inputs)
-        if not traced.trusted:
+        # Once in each life, too: a student may begin one with other data, which a recording holds.
+        if not traced.trusted or self.checked.get(key) != life.number:
+            self.checked[key] = life.number
             found = traced.check(function, inputs, life.buffers, lambda: life.seed(step))
             if not traced.sound:
                 self.traced[key] = None
@@ -246,9 +249,9 @@ class FiniteDifference:
         self, step: int, phi: Coefficients, v: Tensor, h: float, gradient: Tensor | None
     ) -> Parts:
         """Return H v and d<g, v>/d phi in one list."""
-        before = self.life.copy_buffers()
+        before = self.life.buffers.copy()
         above = self._first(step, phi, v, h)
-        self.life.load_buffers(before)  # both sides see the same buffers
+        self.life.buffers.load(before)  # both sides see the same buffers
         return _quotients(above, self._first(step, phi, v, -h), 2.0 * h)
 
     def _kernels(self) -> contextlib.AbstractContextManager[None]:
@@ -293,9 +296,9 @@ class OneSidedDifference(FiniteDifference):
         self, step: int, phi: Coefficients, v: Tensor, h: float, gradient: Tensor | None
     ) -> Parts:
         assert gradient is not None
-        before = self.life.copy_buffers()
+        before = self.life.buffers.copy()
         here = [*self.life.flat.split(gradient), *self._of_phi(step, phi)]
-        self.life.load_buffers(before)
+        self.life.buffers.load(before)
         h = h if step % 2 else -h
         above = self._first(step, phi, v, h)
         # What this process's share of the batch does not use, others' may: g is all processes'.
@@ -324,10 +327,10 @@ def _quotients(above: Parts, below: Parts, width: float) -> Parts:
 
 def _gradient(life: Life, loss: LossSpec, step: int, phi: Coefficients) -> Tensor:
     """Return g [P] of ``step``, as :meth:`Life.gathered`, leaving the buffers as they were."""
-    before = life.copy_buffers()
+    before = life.buffers.copy()
     with torch.enable_grad(), twice_differentiable(life.student.module):
         log_probs, targets = life.outputs(step)
         value = step_loss(loss, log_probs, targets, phi, step).mean()
         gradient = life.gathered(life.gradients(value))
-    life.load_buffers(before)
+    life.buffers.load(before)
     return gradient

@@ -16,10 +16,10 @@ class Student(Protocol):
     ``module.parameters()`` are omega (tied ones once). The engine turns them into views of one
     vector, so they may be filled in place but never replaced. A student may set ``fixed_shapes``
     to say that every batch is a tensor (or a nest of them) of one shape and that ``predict``
-    depends on nothing else but parameters, buffers and torch's random numbers; its derivatives
-    are then recorded and replayed. Batches that are more than tensors of one number of rows need
-    ``shard(batch, rank, world)``, which returns a process's part and its share of the examples,
-    where processes share them. Three baselines ask for more: ``logit_adjusted`` for
+    depends, within a life, on nothing else but parameters, buffers and torch's random numbers; its
+    derivatives are then recorded and replayed. Batches that are more than tensors of one number of
+    rows need ``shard(batch, rank, world)``, which returns a process's part and its share of the
+    examples, where processes share them. Three baselines ask for more: ``logit_adjusted`` for
     ``class_shares()``, the classes' shares of the training data [K], ``forward_corrected`` for
     ``label_confusion()``, the share of training examples of class k labelled j [K, K],
     ``gold_corrected`` for ``dev_confusion()``, :func:`l2t_core.student_state.mean_prediction` on

@@ -20,8 +20,6 @@ from l2t_core.student_state import (
     train_statistics,
 )
 
-_IGNORED = -100  # the ignore_index of nn.CrossEntropyLoss
-
 
 class TaughtLoss(nn.Module):
     """The loss that a trained teacher writes for this student, step by step.
@@ -38,7 +36,10 @@ class TaughtLoss(nn.Module):
     the teacher is used to it. Without ``step`` the teacher would keep writing its first loss. The
     module has no parameters; ``state_dict`` carries the student's state for a resume. In
     evaluation mode and under ``torch.no_grad`` it is plain cross-entropy, and the teacher learns
-    nothing of it. Targets of -100 are left out, as in ``nn.CrossEntropyLoss``.
+    nothing of it. Targets of ``ignore_index`` are left out and logits may be [K], [N, K] or
+    [N, K, d1, ...], as in ``nn.CrossEntropyLoss``. What that has besides is the teacher's business:
+    class weights, label smoothing, other reductions than the mean, and targets that are
+    probabilities are not taken. It may be called within autocast; compile the model, not this.
 
     Where a process group is initialised (DistributedDataParallel) every process has to call
     ``step`` at every step: the statistics of all are put together there, so that the teacher
@@ -50,6 +51,7 @@ class TaughtLoss(nn.Module):
         total_steps: T, the number of optimiser steps of this training.
         optimizer: the student's, for teachers that look at its learning rate.
         warmup_steps: steps on cross-entropy; None scales the teacher's own.
+        ignore_index: the target that is none.
 
     Raises:
         UserError: if the file cannot be used, ``total_steps`` is not positive, or the teacher looks
@@ -62,6 +64,7 @@ class TaughtLoss(nn.Module):
         total_steps: int,
         optimizer: torch.optim.Optimizer | None = None,
         warmup_steps: int | None = None,
+        ignore_index: int = -100,
     ) -> None:
         super().__init__()
         if total_steps < 1:
@@ -74,6 +77,7 @@ class TaughtLoss(nn.Module):
                 "optimizer"
             )
         self._optimizer = optimizer
+        self.ignore_index = ignore_index
         # Sums over the step's batches: nll in nats, right answers, examples.
         self._seen = (0.0, 0.0, 0)
         self._dev: DevStatistics | None = None  # to be shared with the other processes
@@ -89,12 +93,13 @@ class TaughtLoss(nn.Module):
         return self._applied[0]
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss, a scalar, for logits [N, K] and targets [N].
+        """Return the mean loss, a scalar, for logits [N, K, ...] and targets [N, ...].
 
         Raises:
-            UserError: if the teacher was trained for another number of classes.
+            UserError: if the teacher was trained for another number of classes, or the targets are
+                no classes or do not fit the logits.
         """
-        logits, targets = _without_ignored(logits, targets)
+        logits, targets = self._examples(logits, targets)
         log_probs = torch.log_softmax(logits, 1)
         if not self.training or not torch.is_grad_enabled():
             return -target_log_probs(log_probs, targets).mean()
@@ -135,13 +140,13 @@ class TaughtLoss(nn.Module):
             )
 
     def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
-        """Show the teacher the dev set's logits [N, K] and targets [N] after a validation.
+        """Show the teacher logits [N, K, ...] and targets [N, ...] of dev after a validation.
 
         Raises:
-            UserError: if the teacher was trained for another number of classes.
+            UserError: as :meth:`forward`.
         """
+        logits, targets = self._examples(logits.detach(), targets)
         self._check_classes(logits)
-        logits, targets = _without_ignored(logits.detach(), targets)
         found = dev_statistics(torch.log_softmax(logits, 1), targets, logits.shape[1])
         self._may_miss_dev = False
         if _several():
@@ -163,6 +168,25 @@ class TaughtLoss(nn.Module):
             self._dev, self._may_miss_dev = None, False
         return nll, right, examples
 
+    def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [M, K] and targets [M] of all that is not to be ignored."""
+        if targets.is_floating_point():
+            raise UserError(
+                f"TaughtLoss: the targets are {targets.dtype}, probabilities perhaps; teachers "
+                "write the loss of a class: give class indices"
+            )
+        if logits.ndim == 1:
+            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
+        if logits.ndim < 2 or targets.shape != (logits.shape[0], *logits.shape[2:]):
+            raise UserError(
+                f"TaughtLoss: targets {list(targets.shape)} do not fit logits "
+                f"{list(logits.shape)}; logits are [N, K, ...] and targets [N, ...]"
+            )
+        if logits.ndim > 2:
+            logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
+        kept, targets = targets != self.ignore_index, targets.long()
+        return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
+
     def _check_classes(self, logits: Tensor) -> None:
         found, wanted = logits.shape[1], self.applied.state.num_classes
         if found != wanted:
@@ -180,11 +204,6 @@ class TaughtLoss(nn.Module):
         self.applied.load_state_dict(state)
         if state["state"]["dev"]:
             self._may_miss_dev = False
-
-
-def _without_ignored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    kept = targets != _IGNORED
-    return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
 
 
 def _several() -> bool:

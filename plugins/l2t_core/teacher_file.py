@@ -112,7 +112,7 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
 
     Raises:
         UserError: if the file is missing, cut short, damaged, of another format or version, or if
-            its tensors do not have the shapes that its header says.
+            its tensors do not have the shapes that its header says, or are no finite real numbers.
     """
     header = load_header(path)
     features = feature_count(header.teacher.features, header.num_classes)
@@ -135,6 +135,12 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
         raise UserError(
             f"{path}: {wrong} has shape {found.get(wrong)}, its header says "
             f"{expected.get(wrong)}; the file is damaged, train the teacher again"
+        )
+    kinds = sorted({str(v.dtype) for v in tensors.values()})
+    if len(kinds) > 1 or not next(iter(tensors.values())).is_floating_point():
+        raise UserError(
+            f"{path}: its numbers are {' and '.join(kinds)}, a teacher's are of one floating-point "
+            "kind; the file is damaged, train the teacher again"
         )
     bad = sorted(k for k, v in tensors.items() if not bool(v.isfinite().all()))
     if bad:

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from l2t_core.buffers import Buffers
+
 
 class Untraceable(Exception):
     """The function decides by the values of tensors, or does what cannot be recorded."""
@@ -33,17 +35,17 @@ class TracedFunction:
         self,
         function: Callable[..., Any],
         inputs: Sequence[Tensor],
-        buffers: Sequence[Tensor],
+        buffers: Buffers,
         seed: Callable[[], None],
     ) -> None:
-        before = [b.clone() for b in buffers]
+        before = buffers.copy()
         seed()
         try:
             recorded = make_fx(function)(*inputs)
         except Exception as error:  # whatever a student does that cannot be recorded
             raise Untraceable(str(error)) from error
         finally:
-            _restore(buffers, before)
+            buffers.load(before)
         _drop_unused(recorded.graph)
         recorded.recompile()
         self._recorded: Callable[..., Any] = recorded
@@ -64,27 +66,27 @@ class TracedFunction:
         self,
         function: Callable[..., Any],
         inputs: Sequence[Tensor],
-        buffers: Sequence[Tensor],
+        buffers: Buffers,
         seed: Callable[[], None],
     ) -> Any:
         """Return the function's own result; ``sound`` becomes false if a replay differs."""
-        before = [b.clone() for b in buffers]
+        before = buffers.copy()
         seed()
         try:
             replayed = self(*inputs)
         except RuntimeError:  # oneDNN's LSTM keeps nothing for its backward when not recorded
             self.sound = False
-            _restore(buffers, before)
+            buffers.load(before)
             seed()
             return function(*inputs)
-        after = [b.clone() for b in buffers]
-        _restore(buffers, before)
+        after = buffers.copy()
+        buffers.load(before)
         seed()
         expected = function(*inputs)
         self._checks += 1
         pairs = zip(
             [*pytree.tree_flatten(replayed)[0], *after],
-            [*pytree.tree_flatten(expected)[0], *buffers],
+            [*pytree.tree_flatten(expected)[0], *buffers.tensors()],
             strict=True,
         )
         self.sound = all(_same(a, b) for a, b in pairs)
@@ -94,13 +96,9 @@ class TracedFunction:
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
+    if a.shape != b.shape:  # a buffer that has grown
+        return False
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
 
 
 def _drop_unused(graph: fx.Graph) -> None:

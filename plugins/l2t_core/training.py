@@ -291,6 +291,7 @@ class TeacherTraining:
             "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
             "tail_error": largest([w.tail_error for w in back if w.tail_error is not None]),
             "skipped": not usable, "best": False, "hypergradient_norm": None,
+            "signal_to_noise": None,
         }
         if row["dev_measure"] is not None:
             row["best"] = self.state.offer(chosen_by(scores))

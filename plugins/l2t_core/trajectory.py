@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -102,10 +103,15 @@ class _HostStore:
     """States of a GPU student in pinned host memory."""
 
     def __init__(self, like: Tensor, count: int) -> None:
-        pinned = torch.cuda.is_available()
-        self._block = torch.empty(
-            count, *like.shape[1:], dtype=like.dtype, pin_memory=pinned, device="cpu"
-        )
+        pinned, shape = torch.cuda.is_available(), (count, *like.shape[1:])
+        try:
+            self._block = torch.empty(shape, dtype=like.dtype, pin_memory=pinned, device="cpu")
+        except RuntimeError as error:  # torch rounds up to a power of two, which may be too much
+            size = size_text(math.prod(shape) * like.element_size())
+            raise UserError(
+                f"training.spill: {size} of pinned host memory are not to be had here "
+                f"({str(error).splitlines()[0][:120]}); use training.spill=file or none"
+            ) from error
 
     def put(self, index: int, value: Tensor) -> None:
         self._block[index].copy_(value, non_blocking=True)

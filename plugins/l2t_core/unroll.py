@@ -112,7 +112,7 @@ def run_forward(
         out = trajectory.place(step + 1, step + 1 in kept)
         if step not in kept:
             return out, None
-        trajectory.buffers[step] = life.copy_buffers()
+        trajectory.buffers[step] = life.buffers.copy()
         return out, trajectory.place_of_gradient(step)
 
     observe(span.start, state)
@@ -136,7 +136,7 @@ def recompute(
     """
     state = trajectory.state(start)
     life.show(state[0])
-    life.load_buffers(trajectory.buffers[start])
+    life.buffers.load(trajectory.buffers[start])
     for step in range(start, stop):
         with torch.no_grad():
             phi = teacher(trajectory.features[step])
@@ -150,7 +150,7 @@ def recompute(
         gradient_out = trajectory.place_of_gradient(step) if step == start else None
         state, _, _ = life.step(state, step, loss_of, out, gradient_out)
     if keep and stop > start:
-        trajectory.buffers[stop] = life.copy_buffers()
+        trajectory.buffers[stop] = life.buffers.copy()
     return state
 
 

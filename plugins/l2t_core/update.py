@@ -25,6 +25,7 @@ from l2t_core.teachers import Teacher
 EXPLODED = 100.0
 NOISY = 1.2
 ROUGH = 0.1  # of H v's norm
+_NUMBERS_AT_A_TIME = 2**22  # of phi, for its penalty
 NOT_FINITE = "the hypergradient is not finite"
 FLAT = "the hypergradient is zero: the smoothed measure is flat there"
 # Where the student has none of its own field's (``Student``'s ``flat_remedy``).
@@ -88,9 +89,14 @@ def phi_penalty(
         return torch.stack([(phi[n] - neutral[n].to(phi[n])).square().sum() for n in phi]).sum()
 
     numbers = sum(part.numel() for part in neutral.values())
-    value = weight * vmap(distances)(torch.stack(list(features))).mean() / numbers
-    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return float(value.detach()), as_vector(gradients, list(parameters.values()))
+    theta, total = list(parameters.values()), 0.0
+    gradient = as_vector([None] * len(theta), theta)
+    # Some states at a time: phi may be as large as a vocabulary, and a life long.
+    for some in torch.stack(list(features)).split(max(1, _NUMBERS_AT_A_TIME // numbers)):
+        value = weight * vmap(distances)(some).sum() / (numbers * len(features))
+        gradient += as_vector(torch.autograd.grad(value, theta, allow_unused=True), theta)
+        total += float(value.detach())
+    return total, gradient
 
 
 def penalised(

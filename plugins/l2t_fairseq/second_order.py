@@ -1,9 +1,9 @@
 """Right second derivatives where fairseq's models have wrong ones.
 
-Two things in ``fconv`` come out wrong without a word when a gradient is differentiated again:
-torch's fused weight norm, and fairseq's ``GradMultiply``, whose backward is no derivative of its
-forward. A third is apex's layer norm, which fairseq takes beside a GPU where apex is installed:
-autograd does not see through its kernels. torch's has the same attributes.
+In ``fconv`` it is fairseq's ``GradMultiply``, whose backward is no derivative of its forward, that
+comes out wrong without a word when a gradient is differentiated again (its weight norm is mended by
+:mod:`l2t_core.weight_norm`). Another is apex's layer norm, which fairseq takes beside a GPU where
+apex is installed: autograd does not see through its kernels. torch's has the same attributes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 
 # Whether gradients that are computed now are those of the values, not scaled.
 _true: ContextVar[bool] = ContextVar("_true", default=False)
@@ -64,17 +63,4 @@ def mend_second_derivatives(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part).__name__ == "FusedLayerNorm":
             part.__class__ = nn.LayerNorm
-        for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):
-                hook.__class__ = _ComposedWeightNorm
     return module
-
-
-class _ComposedWeightNorm(WeightNorm):
-    """g v / ||v||, out of operations whose second derivatives are right."""
-
-    def compute_weight(self, module: nn.Module) -> Any:
-        """Return the weight that ``module`` is about to use."""
-        g, v = getattr(module, f"{self.name}_g"), getattr(module, f"{self.name}_v")
-        others = [d for d in range(v.dim()) if d != self.dim]
-        return v * (g / v.pow(2).sum(others, keepdim=True).sqrt())

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from l2t_core import checkpointing
 from l2t_core.checkpointing import (
     Recompute,
     Reverse,
@@ -13,6 +14,7 @@ from l2t_core.checkpointing import (
     make_plan,
     parse_bytes,
     recomputed_steps,
+    split,
     way_back,
 )
 from l2t_core.errors import UserError
@@ -65,6 +67,23 @@ def test_long_lives():
     assert walk(5000, 100) == recomputed_steps(5000, 100) <= 5000
     assert recomputed_steps(2000, 64) < 2000  # two times the square root of T: one more sweep
     assert walk(2000, 8) == recomputed_steps(2000, 8) < 5 * 2000
+
+
+def test_a_plan_for_millions_of_states_takes_few_thoughts(monkeypatch):
+    """Where most states fit, nearly all of them follow each other."""
+    thoughts = []
+
+    def counted(steps, slots):
+        thoughts.append(slots)
+        return split(steps, slots)
+
+    monkeypatch.setattr(checkpointing, "split", counted)
+    for slots in (1, 2, 1000, 2000, 500_000, 999_999):
+        recomputed = make_plan(10**6, 10, 10 * slots, spill="none").recomputed
+        assert slots == 1 or recomputed < 1000 * 10**6
+        assert len(thoughts) < 1500
+        thoughts.clear()
+    assert recomputed == 1
 
 
 def test_plans():

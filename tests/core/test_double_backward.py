@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy_students import OpaqueLayer
+from toy_students import OpaqueLayer, _Opaque
 
-from l2t_core.double_backward import probe, twice_differentiable
+from l2t_core.double_backward import probe, refuse_untrue_gradients, twice_differentiable
 from l2t_core.errors import UserError
 
 
@@ -18,6 +18,40 @@ def test_a_gradient_that_autograd_does_not_see_through_is_named():
     with pytest.raises(UserError, match=r"OpaqueLayer '1' cannot be differentiated twice"):
         probe(student, lambda: student(x).square().sum())
     probe(student[0], lambda: student[0](x).square().sum())
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Opaque(nn.Module):
+    """Such a layer without parameters of its own."""
+
+    def forward(self, x):
+        return _Opaque.apply(x, torch.ones(x.shape[1]))
+
+
+@pytest.mark.parametrize("layer", [Residual(Opaque()), nn.Sequential(Opaque())])
+def test_it_is_named_where_the_gradient_goes_on_by_another_way(layer):
+    """Beside a residual connection, or as the gradient of a weight, whose input depends on more."""
+    inside = nn.Linear(3, 3, bias=False)
+    student = nn.Sequential(nn.Linear(2, 3), inside, layer, nn.Linear(3, 2))
+    x = torch.randn(4, 2)
+    with pytest.raises(UserError, match=r"Opaque '2.*' cannot be differentiated twice"):
+        probe(student, lambda: student(x).square().sum())
+
+
+def test_gradients_that_are_constant_in_themselves_are_no_cut():
+    """Of an unused parameter, of zero, and of the data."""
+    student = nn.Sequential(nn.Linear(2, 3), Residual(nn.ReLU()), nn.Linear(3, 2))
+    student.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    x = torch.randn(4, 2, requires_grad=True)
+    probe(student, lambda: student(x).sum() + 0.0 * student(-x).round().sum())
 
 
 @pytest.mark.parametrize("student", [nn.Conv1d(1, 1, 1), nn.LSTM(1, 1)])
@@ -59,3 +93,12 @@ def test_fused_attention_can_be_differentiated_twice_inside_the_context():
         first = torch.autograd.grad(out, q, create_graph=True)[0]
         second = torch.autograd.grad(first.sum(), q)[0]
     assert torch.isfinite(second).all()
+
+
+@pytest.mark.parametrize("setting", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_layers_whose_gradient_is_no_derivative_are_named(setting):
+    """The hypergradient was off by 1e-3 without a word."""
+    module = nn.Sequential(nn.Embedding(3, 2, **setting))
+    with pytest.raises(UserError, match=f"Embedding '0' has {next(iter(setting))}, which"):
+        refuse_untrue_gradients(module)
+    refuse_untrue_gradients(nn.Embedding(3, 2, padding_idx=1))

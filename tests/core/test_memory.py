@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,25 @@ def test_memory_that_the_machine_lacks_is_one_line(tmp_path: Path) -> None:
     plan = make_plan(10, 400, 4000)
     with pytest.raises(UserError, match=r"training\.memory: 3.91 KiB .*allocate.*; lower"):
         Slots(Filling(), 1, False, plan, tmp_path)
+
+
+def test_host_memory_that_is_not_to_be_had_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = FlatParameters(torch.nn.Linear(5, 3))
+    plan = make_plan(4, 128, 128, spill="host", on_gpu=True, host_free=2**20)
+    assert (plan.spilled, plan.where) == (3, "host")
+    Slots(flat, 2, False, plan, tmp_path)
+    empty = torch.empty
+
+    def without_pinned(*shape: Any, **options: Any) -> Any:
+        if "pin_memory" in options:
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", without_pinned)
+    with pytest.raises(UserError, match=r"spill: 432 B of pinned .*out of memory\); use"):
+        Slots(flat, 2, False, plan, tmp_path)
 
 
 def test_bfloat16_states_are_spilled_to_the_same_bits(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from l2t_core import TaughtLoss
 from l2t_core.errors import UserError
+from l2t_core.loss_forms import FORMS
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.student_state import StudentState, train_statistics
 from l2t_core.teacher_file import TeacherHeader, load_teacher, save_teacher
@@ -132,6 +133,67 @@ def test_wrong_sizes(teacher_path):
         TaughtLoss(teacher_path, 10, fresh()[1])(torch.randn(2, 5), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="at least 1"):
         TaughtLoss(teacher_path, total_steps=0)
+
+
+@pytest.mark.parametrize("form", FORMS.names())
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 4, 4, 4)], ids=len)
+def test_shapes_of_cross_entropy(tmp_path, form, shape):
+    """One example, a batch, and a class for each pixel: K = 4 is every other size there, too."""
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll", "dev_nll"])
+    loss = LossSpec(form, "softplus")
+    header = TeacherHeader(spec, loss, 4, 10, 2, {"kind": "classes", "num_classes": 4})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 4, 3, seed=2), header)
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(shape, generator=draw, requires_grad=True)
+    rows = logits.movedim(1, -1).reshape(-1, 4) if len(shape) > 1 else logits.unsqueeze(0)
+    labels = torch.arange(len(rows)) % 4
+    labels[1::3] = 255
+    targets = labels.view([*shape[:-3], *shape[-2:]] if len(shape) > 2 else shape[:-1])
+    kept = labels != 255
+    whole, flat = (TaughtLoss(path, 10, ignore_index=255) for _ in range(2))
+    for criterion in (whole.eval(), nn.CrossEntropyLoss(ignore_index=255)):
+        torch.testing.assert_close(
+            criterion(logits, targets), nn.functional.cross_entropy(rows[kept], labels[kept])
+        )
+    whole.train()
+    for _ in range(2):
+        found = whole(logits, targets.to(torch.uint8))
+        torch.testing.assert_close(found, flat(rows[kept], labels[kept]))
+        whole.step()
+        flat.step()
+        whole.observe_dev(logits, targets)
+        flat.observe_dev(rows[kept], labels[kept])
+    assert whole.applied.state_dict() == flat.applied.state_dict()
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.shape == shape and bool(gradient.any())
+
+
+def test_the_teacher_writes_the_same_loss_within_autocast(teacher_path):
+    model, optimizer = fresh()
+    plain, inside = (TaughtLoss(teacher_path, 10, optimizer) for _ in range(2))
+    x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 4
+    for _ in range(4):
+        logits = model(x)
+        expected = plain(logits, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = inside(logits, y)
+        torch.testing.assert_close(found, expected)
+        for name, part in plain.applied.coefficients.items():
+            assert torch.equal(inside.applied.coefficients[name], part)
+        plain.step()
+        inside.step()
+
+
+def test_what_is_no_class_is_refused(teacher_path):
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
+    logits = torch.randn(5, 4)
+    with pytest.raises(UserError, match=r"probabilities perhaps; .* give class indices"):
+        criterion(logits, logits.softmax(1))
+    with pytest.raises(UserError, match=r"targets \[5, 1\] do not fit logits \[5, 4\]"):
+        criterion(logits, torch.zeros(5, 1, dtype=torch.long))
+    with pytest.raises(UserError, match=r"targets \[5\] do not fit logits \[4, 4\]"):
+        criterion.observe_dev(logits[:4], torch.zeros(5, dtype=torch.long))
 
 
 def test_a_teacher_that_looks_at_the_rate_wants_the_optimizer(teacher_path):

@@ -8,6 +8,7 @@ import math
 import struct
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -163,6 +164,21 @@ def test_other_files_are_refused(saved, tmp_path):
         load_header(other)
     other.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(UserError, match="not a teacher file"):
+        load_teacher(other)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64, None], ids=str)
+def test_numbers_of_other_kinds_are_refused(saved, tmp_path, kind):
+    """None: of two kinds."""
+    path, teacher, _ = saved
+    tensors = {k: v.to(kind or torch.float32) for k, v in teacher.state_dict().items()}
+    if kind is None:
+        tensors["weight_keys"] = tensors["weight_keys"].double()
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(tensors, other, metadata)
+    with pytest.raises(UserError, match=r"its numbers are torch.*; the file is damaged"):
         load_teacher(other)
 
 

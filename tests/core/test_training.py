@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +207,27 @@ def test_unusable_hypergradients_are_skipped_and_counted(student, tmp_path, fact
     assert all(torch.isfinite(p).all() for p in last.parameters())
     # Nothing was learned, so the last teacher is the first.
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), best.parameters(), strict=True))
+
+
+def test_every_field_of_the_log_is_on_its_page(student, tmp_path):
+    """Of useful episodes, of skipped ones and of final students."""
+    page = (Path(__file__).parents[2] / "docs/engine.md").read_text("utf-8")
+    table = page.split("| field | meaning |\n|---|---|\n", 1)[1].split("\n\n", 1)[0]
+    told = {n for line in table.splitlines() for n in re.findall(r"`(\w+)`", line.split("|")[1])}
+    smoothed, calls = student.smoothed_measure, []
+
+    def lost_at_first(seed):
+        calls.append(seed)
+        return smoothed(seed) * (torch.nan if len(calls) == 1 else 1.0)
+
+    student.smoothed_measure = lost_at_first
+    run(student, tmp_path / "run", finalists=2)
+    lines = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["event"] for row in rows} == {"episode", "final"} and rows[0]["skipped"]
+    assert told - {"warning"} <= set().union(*rows) <= told
+    # What was not measured is null, not left out.
+    assert rows[0].keys() - {"reason", "warning"} == rows[1].keys() - {"warning"}
 
 
 def test_a_diverging_student_is_skipped(make_student, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from l2t_core import update
 from l2t_core.loss_forms import FORMS, neutral_coefficients
 from l2t_core.losses import taught_loss
 from l2t_core.schedules import learning_rate
@@ -86,6 +87,25 @@ def test_the_penalty_is_phis_mean_square_from_neutral(form):
     assert value == pytest.approx(float(expected.detach()))
     parts = torch.autograd.grad(expected, list(teacher.parameters()))
     torch.testing.assert_close(gradient, torch.cat([p.reshape(-1) for p in parts]))
+
+
+def test_the_penalty_takes_some_states_at_a_time(monkeypatch):
+    """Or all phi of a long life, each of a vocabulary's size, would be held at once."""
+    loss = LossSpec("dense", "softplus")
+    teacher = build_teacher(TeacherSpec(slots=3, init_scale=0.5), loss, 4, 5, 1).double()
+    states = [torch.randn(5, dtype=torch.float64) for _ in range(5)]
+    value, gradient = phi_penalty(teacher, loss, states, 0.7)
+    counts = []
+
+    def counted(function):
+        return lambda some: counts.append(len(some)) or torch.func.vmap(function)(some)
+
+    monkeypatch.setattr(update, "vmap", counted)
+    monkeypatch.setattr(update, "_NUMBERS_AT_A_TIME", 45)  # two of 20
+    again = phi_penalty(teacher, loss, states, 0.7)
+    assert counts == [2, 2, 1]
+    assert again[0] == pytest.approx(value)
+    torch.testing.assert_close(again[1], gradient)
 
 
 def test_advice_names_the_remedy():
