@@ -80,32 +80,32 @@ class ImageTrials:
             spec, optimiser=dataclasses.replace(spec.optimiser, lr=trial.lr)
         )
         student = self._student(spec)
-        seconds, steps = 0.0, spec.steps
+        seconds, before = 0.0, 0
         if first := "" if trial.teacher else baseline(trial.loss).first:
-            # A kill later on has it trained again, to the same bits.
+            snapshot = folder / "first.safetensors"
             recorded, diverged = _trained(
-                student, trial.seed, fixed_loss(first, {}, student), folder / "first.safetensors"
+                student, trial.seed, fixed_loss(first, {}, student), snapshot
             )
-            seconds, steps = recorded.seconds(), steps + spec.steps
+            snapshot.unlink(missing_ok=True)  # a kill later on has it trained again, to the same bits
+            seconds, before = recorded.seconds(), recorded.step
             if diverged:
-                return Result(seconds, recorded.step, diverged=diverged)
+                return Result(seconds, 0, steps_before=before, diverged=diverged)
         loss = (
             follow(student, trial.teacher) if trial.teacher
             else fixed_loss(trial.loss, dict(trial.settings), student)
         )
-        recorded, diverged = _trained(
-            student, trial.seed, loss, folder / SNAPSHOT
-        )
+        recorded, diverged = _trained(student, trial.seed, loss, folder / SNAPSHOT)
         seconds += recorded.seconds()
         if diverged:
-            return Result(seconds, steps - spec.steps + recorded.step, diverged=diverged)
+            return Result(seconds, recorded.step, steps_before=before, diverged=diverged)
         # Asked at the step where it is due, it answers for the parameters as they are.
         dev = student.dev_statistics(student.spec.dev_interval - 1)
         curve = {step: accuracy for step, _, accuracy in recorded.curve}
         curve[spec.steps] = dev.accuracy  # looks need not end with the run
         return Result(
             seconds=seconds,
-            steps=steps,
+            steps=spec.steps,
+            steps_before=before,
             dev=student.true_measure(),
             nll=dev.nll if math.isfinite(dev.nll) else None,
             test=100.0 * student.test_error() if trial.final else None,

@@ -143,7 +143,7 @@ def _row(
         ),
         "diverged": sum(bool(r.diverged) for r in last),
         "students_seconds": sum(r.seconds for r in spent),
-        "students_steps": sum(r.steps for r in spent),
+        "students_steps": sum(r.steps + r.steps_before for r in spent),
         "teacher_seconds": cost[0],
         "teacher_steps": cost[1],
         "against_cross_entropy": None,
@@ -366,7 +366,7 @@ def students_csv(results: Mapping[Trial, Result]) -> str:
         writer.writerow(
             ["final" if trial.final else "tuning", trial.arm, f"{trial.lr:g}", own, trial.seed,
              result.dev, result.nll, result.test, result.diverged, f"{result.seconds:.3f}",
-             result.steps]
+             result.steps + result.steps_before]
         )
     return text.getvalue()
 

@@ -55,6 +55,7 @@ class Trial:
 class Result:
     """What a trial gave. ``dev`` is the measure on dev, higher is better, ``nll`` is in nats.
 
+    ``steps`` are the student's own, ``steps_before`` those of one that had to be trained before it.
     ``diverged`` says how a student ended that did; it has no scores then. ``curve`` holds
     ``[steps, value]`` pairs of what the field shows on dev.
     """
@@ -64,6 +65,7 @@ class Result:
     dev: float | None = None
     nll: float | None = None
     test: float | None = None
+    steps_before: int = 0
     diverged: str = ""
     signature: str = ""
     curve: list[list[float]] = field(default_factory=list)
@@ -337,5 +339,8 @@ def _run_trial(trial: Trial, folder: Path) -> Result:
         _BUSY.clear()
     numbers = (result.dev, result.nll, result.test)
     if not result.diverged and any(n is not None and math.isnan(n) for n in numbers):
-        return Result(result.seconds, result.steps, diverged="its scores are not numbers")
+        return Result(
+            result.seconds, result.steps, steps_before=result.steps_before,
+            diverged="its scores are not numbers",
+        )
     return result

@@ -132,11 +132,7 @@ def run(
     # The student first: a missing data set should not leave an empty run folder behind.
     student = processes.agree(lambda: _student(recipe))
     before = FreshFolder.before(folder)
-    config = {
-        "recipe": recipe.name, **recipe.config(), COMPARE: asdict(recipe.compare),
-        "content": student.content(),
-    }
-    opened = _open(recipe, config, folder, resume, processes)
+    opened = _open(recipe, student.content(), folder, resume, processes)
     # Without its state a run begins anew, whatever its log says.
     done = finished_episodes(opened.metrics) if opened.state.exists() else []
     view = TeacherView(recipe.training.episodes + 1, student.measure_name, log_format)
@@ -188,11 +184,15 @@ def _end(message: str) -> None:
 
 
 def _open(
-    recipe: Recipe, config: dict[str, Any], folder: Path, resume: bool, processes: Any
+    recipe: Recipe, content: dict[str, str], folder: Path, resume: bool, processes: Any
 ) -> Any:
     """Return the run's folder; the first process opens it for all."""
     from l2t_core.run_folder import RunFolder, open_run
 
+    config = {
+        "recipe": recipe.name, **recipe.config(), COMPARE: asdict(recipe.compare),
+        "content": content,
+    }
     places = tuple(f"{recipe.field.name}.{key}" for key in recipe.field.places)
     return processes.agree(
         lambda: RunFolder(folder) if processes.rank
