@@ -86,7 +86,7 @@ class ImageTrials:
             recorded, diverged = _trained(
                 student, trial.seed, fixed_loss(first, {}, student), snapshot
             )
-            snapshot.unlink(missing_ok=True)  # a kill later on has it trained again, to the same bits
+            snapshot.unlink(missing_ok=True)  # a kill later on has it trained again, alike
             seconds, before = recorded.seconds(), recorded.step
             if diverged:
                 return Result(seconds, 0, steps_before=before, diverged=diverged)
