@@ -7,6 +7,7 @@ from subprocess import CompletedProcess
 from typing import BinaryIO
 
 import pytest
+import torch
 import sacrebleu
 from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
@@ -67,7 +68,7 @@ def test_a_generation_that_outlived_its_run_writes_into_no_other_log(
 ) -> None:
     """Killed by SIGKILL, we leave fairseq-generate running; the next run has a log of its own."""
     log, checkpoint = tmp_path / "generate.log", tmp_path / "student.pt"
-    checkpoint.touch()
+    torch.save({}, checkpoint)
     log.write_text("H-0\t-0.1\tfirst\n")
     with log.open("r+b") as outlived:
 
