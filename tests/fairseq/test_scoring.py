@@ -7,8 +7,8 @@ from subprocess import CompletedProcess
 from typing import BinaryIO
 
 import pytest
-import torch
 import sacrebleu
+import torch
 from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
