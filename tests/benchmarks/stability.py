@@ -9,7 +9,7 @@ on where it was stopped when the same command is given again. ::
     python tests/benchmarks/stability.py noise --data data/mnist --out runs/stability
     python tests/benchmarks/stability.py demo --data data/demo --out runs/stability
     python tests/benchmarks/stability.py demo-end --data data/demo --out runs/stability
-    python tests/benchmarks/stability.py report --out runs/stability --plot docs/stability.png
+    python tests/benchmarks/stability.py report --out runs/stability --plot docs/stability-now.png
 
 The data are what ``l2t data prepare mnist`` and ``l2t data prepare demo`` made. Rates:
 cross-entropy's best on dev, of the grid that the first lines of a run print. The students
@@ -307,23 +307,27 @@ def draw(drawn: list[tuple[str, list[dict[str, Any]]]], to: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    import numpy
     from matplotlib import pyplot
 
-    panels = [(t, s, [r for r in rows if r["schedule"] == s and r["history"]])
-              for t, rows in drawn for s in ("constant", "linear", "warm-up, linear")]
+    groups = {"constant rate": ("constant",), "to zero": ("linear", "warm-up, linear")}
+    panels = [
+        (task, group, [r for r in rows if r["schedule"] in schedules and r["history"]])
+        for task, rows in drawn for group, schedules in groups.items()
+    ]
     panels = [p for p in panels if p[2]]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(9, 4 * len(panels)), squeeze=False, layout="constrained"
     )
-    for axis, (task, schedule, rows) in zip(axes[0], panels, strict=True):
-        for row in rows:
+    for axis, (task, group, rows) in zip(axes[:, 0], panels, strict=True):
+        colours = pyplot.get_cmap("turbo")(numpy.linspace(0.05, 0.95, len(rows)))
+        for row, colour in zip(rows, colours, strict=True):
             errors = [100.0 * (1.0 - r["dev_measure"]) for r in row["history"]]
-            axis.plot(errors, label=row["setting"], linewidth=1)
+            axis.plot(errors, label=row["setting"], linewidth=1, color=colour)
         ce = statistics.mean(rows[0]["cross_entropy"])
         axis.axhline(ce, color="black", linestyle="--", linewidth=1, label="cross-entropy")
-        axis.set(title=f"{task}, {schedule} rate", xlabel="episode", ylabel=TASKS[task].score)
-        axis.set_ylim(0.75 * ce, min(100.0, 1.75 * ce))
-        axis.legend(fontsize=6)
+        axis.set(title=f"{task}, {group}", xlabel="episode", ylabel=TASKS[task].score)
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(to, dpi=120)
 
 
