@@ -66,6 +66,12 @@ def validate(
     """Check recipes and list everything that is wrong with them."""
     from l2t_cli import compare_plan, recipe_values
 
+    for name in names:
+        if "=" in name and not Path(name).is_file():
+            raise UserError(
+                f"{name!r} is a change, and recipes are checked as they are; give it to a command "
+                "with --dry-run"
+            )
     problems: list[str] = []
     for name in names:
         try:

@@ -30,8 +30,12 @@ def has_weight_norm(module: nn.Module) -> bool:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g v / ||v||, the norm over all dimensions but ``dim``; -1: over all."""
-    others = [d for d in range(v.dim()) if d != dim]
+    """Return g v / ||v||, the norm over all dimensions but ``dim``; -1: over all.
+
+    Other negative numbers count from the end, as torch has it.
+    """
+    kept = dim % v.dim() if dim < -1 else dim
+    others = [d for d in range(v.dim()) if d != kept]
     return v * (g / v.pow(2).sum(others, keepdim=True).sqrt())
 
 

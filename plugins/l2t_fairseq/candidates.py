@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2t_core.errors import Limit, NoEffect, UserError, out_of_range
+from l2t_core.errors import Limit, NoEffect, UserError, out_of_range, unknown_choice
 from l2t_core.registry import Registry
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, Law, sample
@@ -161,10 +161,9 @@ def refuse_wide_beam(spec: NmtSpec, words: Any) -> None:
 
 def candidate_problems(spec: NmtSpec) -> list[str]:
     """Return a line for everything wrong with the candidates that ``spec`` asks for."""
-    try:
-        source = CANDIDATES.get(spec.candidates)
-    except UserError as error:
-        return [str(error)]
+    if unknown := unknown_choice("nmt.candidates", spec.candidates, CANDIDATES.names()):
+        return unknown
+    source = CANDIDATES.get(spec.candidates)
     found = _impossible(spec, source)
     for name, unset in _UNSET.items():
         if name not in source.parameters and getattr(spec, name) != unset:

@@ -270,7 +270,7 @@ def check_measure_name(name: str) -> None:
     known = measure_names()
     if not is_import_path(name) and name not in known:
         raise UserError(
-            f"unknown nmt.measure {name!r}{suggestion(name, known)} (known: {', '.join(known)}, "
+            f"nmt.measure is {name!r}{suggestion(name, known)} (known: {', '.join(known)}, "
             "or module:function of your own)"
         )
 

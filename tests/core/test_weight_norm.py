@@ -12,6 +12,7 @@ from l2t_core.double_backward import twice_differentiable
 KINDS = {
     "hook": lambda: nn.utils.weight_norm(nn.Linear(3, 2)),
     "hook, last dimension": lambda: nn.utils.weight_norm(nn.Conv1d(2, 3, 2), dim=2),
+    "hook, counted from the end": lambda: nn.utils.weight_norm(nn.Conv1d(2, 3, 2), dim=-2),
     "parametrization": lambda: parametrizations.weight_norm(nn.Linear(3, 2)),
     "parametrization, one norm": lambda: parametrizations.weight_norm(nn.Linear(3, 2), dim=None),
 }
