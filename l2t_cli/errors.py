@@ -27,8 +27,6 @@ ClickError: Any = UsageError.__base__
 USER_MISTAKE = 2
 PEER_LOST = 3
 INTERRUPTED = 130
-
-
 # What the system may refuse wherever a file or a program is opened or written, output included.
 _FULL = "free some space where the output goes"
 _SYSTEM_MENDS = {

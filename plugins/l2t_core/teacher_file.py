@@ -114,7 +114,8 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
         UserError: if the file is missing, cut short, damaged, of another format or version, or if
             its tensors do not have the shapes that its header says, or are no finite real numbers.
     """
-    header = load_header(path)
+    content = _read_content(path)
+    header = _header_in(content, path)
     features = feature_count(header.teacher.features, header.num_classes)
     try:
         tensors = safetensors.torch.load(Path(path).read_bytes())
@@ -145,7 +146,6 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     bad = sorted(k for k, v in tensors.items() if not bool(v.isfinite().all()))
     if bad:
         raise UserError(f"{path}: {bad[0]} holds numbers that are not finite; train again")
-    content = _read_content(path)
     # Files of earlier versions have none.
     if content.get("sha256") not in (None, _digest(tensors, content["header"])):
         raise UserError(f"{path} is damaged (another checksum than when written); copy it again")
@@ -159,7 +159,10 @@ def load_header(path: Path | str) -> TeacherHeader:
     Raises:
         UserError: as :func:`load_teacher`.
     """
-    content = _read_content(path)
+    return _header_in(_read_content(path), path)
+
+
+def _header_in(content: dict[str, Any], path: Path | str) -> TeacherHeader:
     if content.get("format") != FORMAT:
         raise UserError(
             f"{path} is a safetensors file but holds no l2t teacher; give the "

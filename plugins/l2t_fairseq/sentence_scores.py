@@ -26,9 +26,9 @@ EXPECTED = "expected_"
 
 # From a reference to the function that scores hypotheses against it.
 Against = Callable[[str], Callable[[str], float]]
-_Value = TypeVar("_Value")
 # From hypotheses and references to a score out of 100 and its signature.
 Judge = Callable[[Sequence[str], Sequence[str]], tuple[float, str]]
+_Value = TypeVar("_Value")
 
 
 class Measure(Protocol):

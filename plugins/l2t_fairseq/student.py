@@ -6,7 +6,8 @@ of seed s is the student of ``fairseq-train --seed s`` with the same flags.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,7 @@ from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.second_order import mend_second_derivatives, true_gradients
-from l2t_fairseq.sentence_scores import (
-    LIKELIHOOD,
-    CorpusBleu,
-    build_measure,
-    measure_content,
-)
+from l2t_fairseq.sentence_scores import LIKELIHOOD, CorpusBleu, build_measure, measure_content
 from l2t_fairseq.shell_script import split_flags
 from l2t_fairseq.split import Split
 from l2t_fairseq.start import start_content
@@ -190,16 +186,15 @@ class NmtStudent:
         log_probs = candidate_log_probs(
             self.module, net_input, candidates, eos=words.eos(), pad=words.pad()
         )
-        mask = distinct_mask(candidates).to(log_probs.device)
-        # With the end symbol, as search counts.
-        lengths = torch.tensor([[len(c.tokens) + 1.0 for c in of] for of in candidates])
-        weights = ranked_by_length(log_probs, lengths.to(log_probs), spec.lenpen)
-
-        def expected(values: Tensor) -> Tensor:
-            if spec.estimator == "reinforce":
-                return reinforce_measure(log_probs, values)
-            return mrt_measure(weights, values, mask, spec.alpha)
-
+        expected: Callable[[Tensor], Tensor]
+        if spec.estimator == "reinforce":
+            expected = partial(reinforce_measure, log_probs)
+        else:
+            # With the end symbol, as search counts.
+            lengths = torch.tensor([[len(c.tokens) + 1.0 for c in of] for of in candidates])
+            weights = ranked_by_length(log_probs, lengths.to(log_probs), spec.lenpen)
+            mask = distinct_mask(candidates).to(log_probs.device)
+            expected = partial(mrt_measure, weights, candidate_mask=mask, alpha=spec.alpha)
         if not isinstance(self.measure, CorpusBleu):
             return expected(torch.tensor(self.measure.scores(texts, references)).to(log_probs))
         counts = torch.tensor(self.measure.statistics(texts, references)).to(log_probs)

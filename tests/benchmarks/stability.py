@@ -34,6 +34,7 @@ from stability_tasks import TASKS
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.apply import train_student
+from l2t_core.comparison import compare_paired
 from l2t_core.errors import UserError
 from l2t_core.files import atomic_write
 from l2t_core.run_folder import open_run
@@ -276,7 +277,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def report(out: Path, plot: Path | None) -> None:
-    """Print a Markdown table for each task; draw the episodes' dev errors."""
+    """Print a Markdown table for each task; draw the episodes' dev errors.
+
+    p is that of the paired t-test of the last teacher's students against cross-entropy's.
+    """
     drawn: list[tuple[str, list[dict[str, Any]]]] = []
     for task in TASKS:
         rows = rows_of(out / task)
@@ -284,7 +288,7 @@ def report(out: Path, plot: Path | None) -> None:
             continue
         drawn.append((task, rows))
         print(f"\n{task}\n\n| setting | rate | cross-entropy | first teacher | last teacher | "
-              "change | largest growth | lost |\n|---|---|---|---|---|---|---|---|")
+              "change | p | largest growth | lost |\n|---|---|---|---|---|---|---|---|---|")
         for row in rows:
             ce, first, last = (
                 f"{statistics.mean(row[k]):.2f} ± {statistics.stdev(row[k]):.2f}"
@@ -295,8 +299,10 @@ def report(out: Path, plot: Path | None) -> None:
             )
             growth = [r["largest"] for r in row["history"] if r.get("largest") is not None]
             lost = sum(r.get("students_lost", 0) for r in row["history"])
+            p = compare_paired(row["last"], row["cross_entropy"]).t_p
             print(f"| {row['setting']} | {row['rate']:g} | {ce} | {first} | {last} | "
-                  f"{change:+.2f} | {max(growth, default=0.0):.3g} | "
+                  f"{change:+.2f} | {'–' if p is None else f'{p:.3f}'} | "
+                  f"{max(growth, default=0.0):.3g} | "
                   f"{'all' if row['failure'] else lost} |")
     if plot and drawn:
         draw(drawn, plot)
