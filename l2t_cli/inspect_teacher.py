@@ -31,7 +31,7 @@ def command(
     network, header = load_teacher(teacher)
     console.table(str(teacher), ["", ""], [*_header_rows(header), ("parameters", _count(network))])
     times = [f"t/T = {point:g}" for point in POINTS]
-    written = [_coefficients(network, header, point) for point in POINTS]
+    written = _coefficients(network, header)
     console.table(
         "Coefficients φ over a student's life, none of it seen yet (mean ± deviation)",
         ["part", *times],
@@ -81,9 +81,7 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     rows = [
         (
             "teacher",
-            f"{teacher.name}, {teacher.slots} slots"
-            if teacher.name == "attention"
-            else teacher.name,
+            ", ".join([teacher.name, *_sizes(teacher)]),
         ),
         ("sees", ", ".join(teacher.features)),
         ("loss", f"{loss.form}{rank}, {loss.sigma}{warmup}{mix}"),
@@ -107,17 +105,33 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _coefficients(network: Any, header: Any, point: float) -> Any:
-    """Return φ at the time ``point`` of a life."""
+def _sizes(teacher: Any) -> list[str]:
+    return {
+        "attention": [f"{teacher.slots} slots"],
+        "affine": [f"{teacher.slots} units"],
+        "lstm": [f"{teacher.slots} slots", f"{teacher.hidden} units that remember"],
+    }.get(teacher.name, [])
+
+
+def _coefficients(network: Any, header: Any) -> list[Any]:
+    """Return φ at each of :data:`POINTS` of a life."""
     import torch
 
     from l2t_core.student_state import StudentState
 
     steps = header.total_steps
     state = StudentState(steps, header.num_classes, header.teacher.features)
-    features = state.features(round(point * (steps - 1)), 0.1)
-    with torch.no_grad():
-        return network(features.to(next(network.parameters()).dtype))
+    found = {round(point * (steps - 1)): None for point in POINTS}
+    memory = next(network.parameters()).new_zeros(network.memory)
+    # A teacher without a memory need not see what lies between.
+    for step in range(steps) if network.memory else found:
+        features = torch.cat([state.features(step, 0.1).to(memory), memory])
+        with torch.no_grad():
+            if step in found:
+                found[step] = network(features)
+            if step >= header.loss.warmup_steps:
+                memory = network.remember(features)
+    return [found[round(point * (steps - 1))] for point in POINTS]
 
 
 def _shown(value: Any, digits: int) -> str:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from l2t_core.loss_forms import Coefficients, no_autocast
+from l2t_core.log_prob_products import no_autocast
+from l2t_core.loss_forms import Coefficients
 from l2t_core.losses import step_loss
 from l2t_core.specs import LossSpec
 from l2t_core.student_state import DevStatistics, StudentState, TrainStatistics
 from l2t_core.teacher_file import TeacherHeader, load_teacher
+from l2t_core.teachers import Teacher
 
 
 class AppliedTeacher:
@@ -29,7 +31,7 @@ class AppliedTeacher:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Teacher,
         loss: LossSpec,
         feature_names: Sequence[str],
         num_classes: int,
@@ -41,7 +43,8 @@ class AppliedTeacher:
         self.state = StudentState(total_steps, num_classes, feature_names)
         self.header = header
         self.step = 0
-        self.features = torch.zeros(self.state.num_features)
+        self.features = torch.zeros(self.state.num_features)  # s_t, with m_t behind it
+        self.memory = torch.zeros(teacher.memory)
         self.coefficients: Coefficients = {}
         self._computed_at: tuple[int, float] | None = None
         self._moved: dict[tuple[torch.device, torch.dtype], Coefficients] = {}
@@ -72,7 +75,8 @@ class AppliedTeacher:
             # theta may be float64 in tests; s_t follows it.
             dtype = next(self.teacher.parameters()).dtype
             device = next(self.teacher.parameters()).device
-            self.features = self.state.features(self.step, learning_rate).to(device, dtype)
+            state = self.state.features(self.step, learning_rate).to(device, dtype)
+            self.features = torch.cat([state, self.memory.to(device, dtype)])
             # A user's loop may call this within autocast, which is for the student.
             with torch.no_grad(), no_autocast(self.features):
                 self.coefficients = self.teacher(self.features)
@@ -89,6 +93,10 @@ class AppliedTeacher:
 
     def commit(self, statistics: TrainStatistics) -> None:
         """Take note that the optimiser made the step with these training statistics."""
+        # A memory begins with what it has a say in: before, no loss depends on theta.
+        if self.teacher.memory and self.step >= self.spec.warmup_steps:
+            with torch.no_grad(), no_autocast(self.features):
+                self.memory = self.teacher.remember(self.features)
         self.state.observe_train(statistics)
         self.step += 1
         self._computed_at = None
@@ -99,11 +107,19 @@ class AppliedTeacher:
         self._computed_at = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and s_t's statistics as plain Python values."""
-        return {"step": self.step, "state": self.state.state_dict()}
+        """Return the step, s_t's statistics and m_t as plain Python values."""
+        state: dict[str, Any] = {"step": self.step, "state": self.state.state_dict()}
+        if self.teacher.memory:
+            state["memory"] = self.memory.tolist()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.step = int(state["step"])
         self.state.load_state_dict(state["state"])
+        # A teacher that takes over here has nothing to remember.
+        known = state.get("memory", [])
+        self.memory = torch.zeros(self.teacher.memory)
+        if len(known) == self.teacher.memory:
+            self.memory = torch.tensor(known, dtype=torch.float64)
         self._computed_at = None

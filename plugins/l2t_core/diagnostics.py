@@ -95,6 +95,7 @@ class Beside:
         self.cotangent: Tensor | None = cotangent.clone()
         self.compared = self.left = min(8, -(-trajectory.steps // self.every))
         size = sum(p.numel() for p in teacher.parameters())
+        self.remembered = next(teacher.parameters()).new_zeros(teacher.memory)
         self.exact = cotangent.new_zeros(size)
         self.found = cotangent.new_zeros(size)
         self.curved: Tensor | None = None  # H v of the first step
@@ -107,7 +108,7 @@ class Beside:
         buffers = self.life.buffers.copy()
         back = step_vjp(
             self.life, self.teacher, self.second, state, gradient,
-            self.trajectory.features[step], step, self.cotangent,
+            self.trajectory.features[step], step, self.cotangent, self.remembered,
         )
         self.life.buffers.load(buffers)
         if self.left == self.compared:

@@ -128,6 +128,7 @@ def _back(
         arrive_and_cap(step, cotangent)
         if beside and beside.cotangent is not None:
             beside.cotangent *= spec.discount
+            beside.remembered *= spec.discount
             arrive_and_cap(step, beside.cotangent)
 
     def see(back: StepBack, cotangent: Tensor) -> None:

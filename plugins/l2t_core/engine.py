@@ -77,7 +77,8 @@ class Engine:
         """
         refuse_untrue_gradients(self.life.student.module)
         self.life.begin(self.spec.seed)
-        features = torch.zeros(teacher.num_features, device=self.life.flat.vector.device)
+        seen = teacher.num_features + teacher.memory
+        features = torch.zeros(seen, device=self.life.flat.vector.device)
 
         def loss() -> Tensor:
             log_probs, targets = self.life.outputs(0)

@@ -1,8 +1,8 @@
 """The forms in which phi writes a loss: z of sigma(z) = sigma(-log(p)^T W y + b^T y), and beyond.
 
 All are pure functions from log-probabilities [N, K], integer targets [N] and coefficients phi to
-z [N]. K classes may be a vocabulary, so W (L2T-DLF, section 3.1) comes in five forms; two more,
-``network`` and ``confusion``, leave the bilinear family:
+z [N]. K classes may be a vocabulary, so W (L2T-DLF, section 3.1) comes in five forms; three more,
+``network``, ``pairwise`` and ``confusion``, leave the bilinear family:
 
 ========  ==========================================  ==========================================
 form      phi                                         W
@@ -23,10 +23,11 @@ band floor(log2(y + 1)), B = floor(log2 K) + 1. Vocabularies, and classes of lon
 sorted by frequency, so that a band is a range of frequencies; fairseq's end of a sentence, class
 2, shares one with the padding that is never a target. Few numbers, each with many examples.
 
-``network`` adds to the z of ``shared`` a small network n_phi of log p_y, mean_k log p_k and p_y,
-the same for all classes and zero at the start: the idea of the loss network of L2T-DLN (Hai et
-al. 2023), in a form whose cost does not grow with K and that begins at cross-entropy. What
-``shared`` can only weigh it can bend: bounded losses are in its reach.
+``network`` and ``pairwise`` add a small network to the z of ``shared``, the same for all classes
+and zero at the start (:mod:`l2t_core.loss_networks`). What ``shared`` can only weigh they can bend:
+bounded losses and margins are in their reach. ``network`` sees log p_y, mean_k log p_k and p_y, at
+a cost that does not grow with K; ``pairwise``, the loss network of L2T-DLN (Hai et al. 2023), the
+target beside each other class.
 
 ``confusion`` is z = -d_y log sum_k C_ky^2 p_k, C [K, K] and d [K]: the logarithm of a sum of
 probabilities, which no W can write. Where C_ky^2 is how often class k is labelled y it is the
@@ -37,16 +38,20 @@ the student is sure that a label is wrong, p_k / p_y; in C it is small there.
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from l2t_core.log_prob_products import PickAndProject, target_and_mean, target_log_probs
+from l2t_core.loss_networks import (
+    NETWORK_SHAPES,
+    PAIRWISE_SHAPES,
+    network_logit,
+    neutral,
+    pairwise_logit,
+)
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 
@@ -54,12 +59,6 @@ Coefficients = dict[str, Tensor]
 
 # What ``confusion`` adds to a label's probability, which may be nothing: 18 nats are its most.
 CONFUSION_FLOOR = 1e-8
-
-_WIDTH = 16
-_NETWORK_SHAPES: dict[str, tuple[int, ...]] = {
-    "d": (), "s": (), "A": (4, _WIDTH), "B": (_WIDTH, _WIDTH), "c": (_WIDTH,)
-}
-
 
 @dataclass(frozen=True)
 class LossForm:
@@ -69,7 +68,7 @@ class LossForm:
     whether z has their mean over the classes, not their sum. ``weights`` are the parts of phi of
     which W is made: where none of them is below zero, z is bounded below. ``per_class``: phi has a
     part for each class, so that the classes' order matters; ``per_band``: one for each band of
-    classes.
+    classes. ``for_pairs``: memory grows with the square of K, or with K for each example.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
@@ -79,12 +78,8 @@ class LossForm:
     mean_of_others: bool = True
     per_class: bool = True
     per_band: bool = False
+    for_pairs: bool = False
     weights: tuple[str, ...] = ()
-
-
-def target_log_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return log p_y, [N], of log-probabilities [N, K] and targets [N]."""
-    return log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def _dense_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -96,60 +91,14 @@ def _diagonal_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Te
     return phi["b"][targets] - target_log_probs(log_probs, targets) * phi["d"][targets]
 
 
-class _PickAndProject(torch.autograd.Function):
-    """log p_y [N] and log(p) U [N, r] in one function of log-probabilities [N, K] and U [K, r].
-
-    Apart, each of the two would give back a gradient of the size of ``log_probs`` to be added to
-    the other's. Here the target's entries are added in place: at 40,000 classes that is a tenth
-    of the loss's time, and one [N, K] tensor less. Twice differentiable.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, log_probs: Tensor, targets: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        column = targets.unsqueeze(1)
-        ctx.save_for_backward(log_probs, column, factors)
-        with no_autocast(log_probs):
-            return log_probs.gather(1, column).squeeze(1), log_probs @ factors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        picked, projected = gradients
-        log_probs, column, factors = ctx.saved_tensors
-        back = None
-        with no_autocast(log_probs):
-            if ctx.needs_input_grad[0]:
-                back = projected @ factors.t()
-                back.scatter_add_(1, column, picked.unsqueeze(1))
-            return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
-
-
-def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Leave products at the precision of ``tensor`` and others on its device.
-
-    In half a sum of log-probabilities overflows.
-    """
-    if tensor.device.type not in ("cpu", "cuda"):  # torch refuses those that know no autocast
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _lowrank_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    picked, projected = _PickAndProject.apply(log_probs, targets, phi["U"])
+    picked, projected = PickAndProject.apply(log_probs, targets, phi["U"])
     spread = -projected / log_probs.shape[1]  # [N, r]
     return phi["b"][targets] - picked * phi["d"][targets] + (spread * phi["V"][targets]).sum(1)
 
 
-def _target_and_mean(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p_y and mean_k log p_k, both [N]."""
-    ones = log_probs.new_ones(log_probs.shape[1], 1)
-    picked, total = _PickAndProject.apply(log_probs, targets, ones)
-    return picked, total.squeeze(1) / log_probs.shape[1]
-
-
 def _shared_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    picked, mean = _target_and_mean(log_probs, targets)
+    picked, mean = target_and_mean(log_probs, targets)
     return phi["b"] - phi["d"] * picked - phi["s"] * mean
 
 
@@ -164,39 +113,8 @@ def _banded_shapes(num_classes: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 def _banded_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
     band = bands(targets)
-    picked, mean = _target_and_mean(log_probs, targets)
+    picked, mean = target_and_mean(log_probs, targets)
     return phi["b"][band] - phi["d"][band] * picked - phi["s"][band] * mean
-
-
-def _network_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    picked, mean = _target_and_mean(log_probs, targets)
-    # In units of four times log K, the entropy of a student that knows nothing. Beyond what
-    # training shows it a network says anything; with inputs that are bounded, what is left out
-    # there is the linear part, which does not reward a student for running away.
-    unit = 4.0 * math.log(max(2, log_probs.shape[1]))
-    inputs = torch.stack(
-        [torch.tanh(picked / unit), torch.tanh(mean / unit), picked.exp(), torch.ones_like(mean)], 1
-    )
-    hidden = _layer(_layer(inputs, phi["A"]), phi["B"])
-    return (hidden * phi["c"]).sum(1) - phi["d"] * picked - phi["s"] * mean
-
-
-def _layer(inputs: Tensor, weight: Tensor) -> Tensor:
-    # Not a matrix product, which autocast would make in half, also on the way back. Smooth, as the
-    # second derivative of a ReLU is nothing, and through zero.
-    return F.softplus((inputs.unsqueeze(2) * weight).sum(1)) - math.log(2.0)
-
-
-def _network_neutral(num_classes: int, rank: int) -> Coefficients:
-    """Return random hidden layers, always the same, under an output of zeros."""
-    generator = torch.Generator().manual_seed(0)
-    parts = {
-        name: torch.randn(_NETWORK_SHAPES[name], generator=generator)
-        * (2.0 / _NETWORK_SHAPES[name][0]) ** 0.5
-        for name in ("A", "B")
-    }
-    parts |= {"d": torch.tensor(1.0), "s": torch.tensor(0.0), "c": torch.zeros(_WIDTH)}
-    return parts
 
 
 def _confusion_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
@@ -214,6 +132,7 @@ FORMS.register("dense")(
         weights=("W",),
         others="W",
         mean_of_others=False,
+        for_pairs=True,
     )
 )
 FORMS.register("diagonal")(
@@ -270,12 +189,23 @@ FORMS.register("banded")(
 )
 FORMS.register("network")(
     LossForm(
-        shapes=lambda k, r: dict(_NETWORK_SHAPES),
-        neutral=_network_neutral,
-        logit=_network_logit,
+        shapes=lambda k, r: dict(NETWORK_SHAPES),
+        neutral=lambda k, r: neutral(NETWORK_SHAPES),
+        logit=network_logit,
         weights=("d", "s"),
         others="s",
         per_class=False,
+    )
+)
+FORMS.register("pairwise")(
+    LossForm(
+        shapes=lambda k, r: dict(PAIRWISE_SHAPES),
+        neutral=lambda k, r: neutral(PAIRWISE_SHAPES),
+        logit=pairwise_logit,
+        weights=("d", "s"),
+        others="s",
+        per_class=False,
+        for_pairs=True,
     )
 )
 FORMS.register("confusion")(
@@ -284,6 +214,7 @@ FORMS.register("confusion")(
         neutral=lambda k, r: {"C": torch.eye(k), "d": torch.ones(k)},
         logit=_confusion_logit,
         weights=("d",),
+        for_pairs=True,
     )
 )
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2t_core.loss_forms import FORMS, Coefficients, target_log_probs
+from l2t_core.log_prob_products import target_log_probs
+from l2t_core.loss_forms import FORMS, Coefficients
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 

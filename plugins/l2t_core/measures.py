@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from l2t_core.loss_forms import target_log_probs
+from l2t_core.log_prob_products import target_log_probs
 
 
 def expected_accuracy(log_probs: Tensor, targets: Tensor) -> Tensor:

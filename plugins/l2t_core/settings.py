@@ -10,7 +10,7 @@ from l2t_core.differentiation import DIFFERENTIATIONS
 from l2t_core.engine import first_differentiated_step
 from l2t_core.errors import Limit, NoEffect, UserError, out_of_range, unknown_choice
 from l2t_core.life import PRECISIONS
-from l2t_core.loss_forms import FORMS, coefficient_shapes, weights_to_bound
+from l2t_core.loss_forms import FORMS, weights_to_bound
 from l2t_core.losses import SIGMAS
 from l2t_core.readout import measure_steps
 from l2t_core.registry import unknown_names
@@ -26,7 +26,7 @@ from l2t_core.student_state import feature_count
 from l2t_core.teachers import TEACHERS, Teacher
 
 PARALLELS = ("students", "data")
-# A dense W beyond this many classes takes more memory than any student of that size.
+# Pairs of more classes than this take more memory than any student of that size.
 PAIRS_LIMIT = 1000
 
 
@@ -49,7 +49,7 @@ def problems(
     # What follows looks up what is named.
     return found or [
         *_wrong_together(loss, teacher, spec, num_classes), *_wrong_way(spec, total_steps),
-        *_idle(loss, spec, total_steps),
+        *_idle(loss, teacher, spec, total_steps),
     ]
 
 
@@ -102,13 +102,11 @@ def _wrong_together(
 ) -> Iterator[str]:
     if num_classes is not None and num_classes < 2:
         yield f"num_classes of the student is {num_classes}; two or more are needed"
-    if num_classes is not None and num_classes > PAIRS_LIMIT:
-        shapes = coefficient_shapes(loss, num_classes).values()
-        if (num_classes, num_classes) in shapes:
-            yield (
-                f"loss.form={loss.form} would hold {num_classes} x {num_classes} numbers in every "
-                "slot; use diagonal, lowrank, banded, shared or network"
-            )
+    if (num_classes or 0) > PAIRS_LIMIT and FORMS.get(loss.form).for_pairs:
+        yield (
+            f"loss.form={loss.form} is for pairs of classes, and {num_classes} have too many for "
+            "any memory; use diagonal, lowrank, banded, shared or network"
+        )
     if (
         spec.bounded
         and weights_to_bound(loss)
@@ -168,6 +166,7 @@ def _training_limits(spec: TrainingSpec, total_steps: int) -> list[Limit]:
 def _teacher_limits(teacher: TeacherSpec) -> list[Limit]:
     return [
         ("slots", teacher.slots, teacher.slots >= 1, "at least 1"),
+        ("hidden", teacher.hidden, teacher.hidden >= 1, "at least 1"),
         ("init_scale", teacher.init_scale, teacher.init_scale >= 0, "0 or more"),
     ]
 
@@ -220,10 +219,14 @@ def _wrong_way(spec: TrainingSpec, total_steps: int) -> Iterator[str]:
             yield NoEffect(f"training.{name}", "training.differentiation", way, mend)
 
 
-def _idle(loss: LossSpec, spec: TrainingSpec, total_steps: int) -> Iterator[str]:
+def _idle(
+    loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec, total_steps: int
+) -> Iterator[str]:
     """Yield a line for settings that another one leaves nothing to do."""
     if loss.rank != LossSpec.rank and loss.form != "lowrank":
         yield NoEffect("loss.rank", "loss.form", loss.form, "use lowrank, or leave it out")
+    if teacher.hidden != TeacherSpec.hidden and teacher.name != "lstm":
+        yield NoEffect("teacher.hidden", "teacher.name", teacher.name, "use lstm, or leave it out")
     if loss.warmup_smoothing and not loss.warmup_steps:
         mend = "set that, or leave it out"
         yield NoEffect("loss.warmup_smoothing", "loss.warmup_steps", 0, mend)

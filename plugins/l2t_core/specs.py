@@ -21,9 +21,10 @@ class LossSpec:
 
     ``form``: dense, diagonal, lowrank (diagonal + rank r), banded (three numbers for each range of
     frequencies in a sorted vocabulary), shared (three numbers for all classes), network (a small
-    one for all classes) or confusion (forward correction). ``sigma``: sigmoid (the paper's),
-    softplus or identity. The defaults start at cross-entropy and are those that won
-    (docs/stability.md); the paper's own are dense, sigmoid. ``warmup_steps``: first steps on
+    one for all classes), pairwise (one that sees pairs of them) or confusion (forward correction).
+    ``sigma``: sigmoid (the paper's), softplus or identity. The defaults start at cross-entropy and
+    are those that won (docs/stability.md); the paper's own are dense, sigmoid, L2T-DLN's the
+    teacher lstm with the form pairwise. ``warmup_steps``: first steps on
     cross-entropy, with label smoothing ``warmup_smoothing`` (0: plain). ``ce_mix``: weight alpha of
     cross-entropy in alpha*CE + (1-alpha)*l_phi.
     """
@@ -40,13 +41,15 @@ class LossSpec:
 class TeacherSpec:
     """The teacher mu_theta.
 
-    ``name``: attention (over ``slots`` memory slots), affine (``slots`` units) or static.
+    ``name``: attention (over ``slots`` memory slots), lstm (the same, with ``hidden`` units that
+    remember the states before), affine (``slots`` units) or static.
     ``features`` names the parts of the state s_t that it sees; empty means the field's default.
     ``init_scale`` is the deviation of the slots from the neutral coefficients at the start.
     """
 
     name: str = "attention"
     slots: int = 10
+    hidden: int = 16
     init_scale: float = 0.01
     features: list[str] = field(default_factory=list)
 

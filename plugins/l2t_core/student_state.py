@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError, suggestion
-from l2t_core.loss_forms import target_log_probs
+from l2t_core.log_prob_products import target_log_probs
 
 IMAGE_FEATURES = (
     "progress",

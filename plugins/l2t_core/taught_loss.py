@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
-from l2t_core.loss_forms import target_log_probs
+from l2t_core.log_prob_products import target_log_probs
 from l2t_core.student_state import (
     DevStatistics,
     TrainStatistics,

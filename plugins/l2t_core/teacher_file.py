@@ -190,6 +190,7 @@ def _check_values(header: TeacherHeader) -> None:
         "total_steps": header.total_steps,
         "dev_interval": header.dev_interval,
         "teacher.slots": header.teacher.slots,
+        "teacher.hidden": header.teacher.hidden,
         "loss.rank": header.loss.rank,
     }
     for name, value in whole.items():

@@ -1,11 +1,15 @@
 """Teachers mu_theta: from the student's state s_t [F] to the loss's coefficients phi_t.
 
-A teacher has parameters only (theta). All start near the neutral coefficients with small random
-differences: at the exact neutral point the slots would be equal and the attention's gradient zero.
-They start on the side that rewards no certainty (:func:`l2t_core.loss_forms.differences`).
+A teacher has parameters only (theta). What one remembers of the states before, m_t [M], is kept by
+who follows the student and handed to it behind s_t; most remember nothing, M = 0. All start near
+the neutral coefficients with small random differences: at the exact neutral point the slots would
+be equal and the attention's gradient zero. They start on the side that rewards no certainty
+(:func:`l2t_core.loss_forms.differences`).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +25,17 @@ from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec, TeacherSpec
 
 TEACHERS: Registry[type[Teacher]] = Registry("teacher")
+# Of an LSTM teacher's units, the one that remembers longest does so for about so many steps.
+_LONGEST_MEMORY = 1000.0
 
 
 class Teacher(nn.Module):
-    """What every teacher is: a module from features s_t [F] to coefficients phi_t."""
+    """What every teacher is: a module from what it sees, s_t and m_t [F + M], to phi_t.
+
+    ``num_features`` is F, ``memory`` M.
+    """
+
+    memory = 0
 
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
@@ -34,8 +45,12 @@ class Teacher(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Coefficients:
-        """Return phi_t for the state s_t, ``features`` [F]."""
+        """Return phi_t for ``features`` [F + M]: the state s_t, and m_t behind it."""
         raise NotImplementedError
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return m_{t+1} [M] from ``features`` [F + M]; a student's life begins with zeros."""
+        return features[self.num_features :]
 
     def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
         """Move theta, in place, to where these parts of phi_t are not below zero in any state.
@@ -89,6 +104,51 @@ class AttentionTeacher(Teacher):
     def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
         """Raise what is below zero in these parts' slots, in place, to zero."""
         _raise_to_zero(self.values, parts)
+
+
+@TEACHERS.register("lstm")
+class LstmTeacher(AttentionTeacher):
+    """The attention teacher with a memory: its keys meet s_t and what an LSTM remembers.
+
+    phi_t is :class:`AttentionTeacher`'s, with [s_t, h_t] in the place of s_t, where (h_t, c_t) is
+    an LSTM cell's answer to s_t and (h_{t-1}, c_{t-1}) = m_t: the loss may depend on how the
+    student came to where it is, the idea of L2T-DLN's teacher (Hai et al. 2023). Theta's
+    derivative goes back through the memory, s_t is a constant.
+    """
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__(spec, loss, num_classes, num_features + spec.hidden)
+        self.num_features = num_features
+        self.memory = 2 * spec.hidden
+        self.cell = nn.LSTMCell(num_features, spec.hidden)
+        # Forget gates' biases log(tau - 1), the input gates' the opposite (Tallec & Ollivier 2018,
+        # section 2): a unit remembers for about tau steps, here from 2 to as long as many lives.
+        # With the usual zeros all would forget within two.
+        taus = torch.logspace(math.log10(2.0), math.log10(_LONGEST_MEMORY), spec.hidden)
+        with torch.no_grad():
+            self.cell.bias_hh.zero_()
+            self.cell.bias_ih.zero_()
+            self.cell.bias_ih[: spec.hidden] = -(taus - 1.0).log()
+            self.cell.bias_ih[spec.hidden : 2 * spec.hidden] = (taus - 1.0).log()
+
+    def _answer(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h_t and c_t [H] from s_t, h_{t-1} and c_{t-1} in one [F + 2 H]."""
+        sizes = [self.num_features, self.cell.hidden_size, self.cell.hidden_size]
+        state, hidden, cell = features.split(sizes)
+        h, c = self.cell(state, (hidden, cell))
+        return h, c
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return phi_t for ``features`` [F + M]: the state s_t, and m_t behind it."""
+        return super().forward(
+            torch.cat([features[: self.num_features], self._answer(features)[0]])
+        )
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return m_{t+1} [M], h_t and c_t, from ``features`` [F + M]."""
+        return torch.cat(self._answer(features))
 
 
 @TEACHERS.register("affine")

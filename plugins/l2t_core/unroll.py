@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2t_core.applied import AppliedTeacher
 from l2t_core.checkpointing import Recompute, Release, first_kept, way_back
@@ -14,6 +14,7 @@ from l2t_core.life import Life, training_steps
 from l2t_core.losses import step_loss
 from l2t_core.second_derivatives import SecondDerivatives
 from l2t_core.specs import LossSpec
+from l2t_core.teachers import Teacher
 from l2t_core.trajectory import Slots
 
 OnStep = Callable[[str, int], None]  # ("forward" or "reverse", step)
@@ -21,7 +22,7 @@ OnStep = Callable[[str, int], None]  # ("forward" or "reverse", step)
 
 @dataclass
 class Trajectory:
-    """What the reverse pass needs of a forward run: kept states, buffers and every step's s_t.
+    """What the reverse pass needs of a forward run: kept states, buffers, every step's s_t and m_t.
 
     ``steps`` steps from step ``first`` on are differentiated; ``slots`` counts them from 0.
     """
@@ -32,10 +33,11 @@ class Trajectory:
     keeps_gradient: bool
     buffers: dict[int, list[Tensor]] = field(default_factory=dict)
     has_gradient: set[int] = field(default_factory=set)
-    features: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [T, F], by step
+    # [T, F + M], by step
+    features: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def record_features(self, step: int, features: Tensor) -> None:
-        """Keep s_t [F] of ``step``."""
+        """Keep s_t and m_t [F + M] of ``step``."""
         # One block for all: a tensor for each step would lie between the steps' big blocks, which
         # the C library then cannot join again, and memory would grow with T.
         if not len(self.features):
@@ -127,7 +129,7 @@ def run_forward(
 
 
 def recompute(
-    life: Life, trajectory: Trajectory, teacher: nn.Module, loss: LossSpec,
+    life: Life, trajectory: Trajectory, teacher: Teacher, loss: LossSpec,
     start: int, stop: int, *, keep: bool,
 ) -> Tensor:
     """Make the steps from kept state ``start`` to before ``stop`` again; return that state.
@@ -170,13 +172,13 @@ class StepBack:
 
 
 def step_vjp(
-    life: Life, teacher: nn.Module, second: SecondDerivatives, state: Tensor,
-    gradient: Tensor | None, features: Tensor, step: int, cotangent: Tensor,
+    life: Life, teacher: Teacher, second: SecondDerivatives, state: Tensor,
+    gradient: Tensor | None, features: Tensor, step: int, cotangent: Tensor, remembered: Tensor,
 ) -> StepBack:
     """Pull ``cotangent`` [R, P] of step ``step``'s result back to its start, in place.
 
-    Algorithm 1, line 4. The module must show ``state`` and hold its buffers; ``gradient`` [P] is
-    the step's, if known.
+    Likewise ``remembered`` [M], that of m_{t+1}. Algorithm 1, line 4. The module must
+    show ``state`` and hold its buffers; ``gradient`` [P] is the step's, if known.
     """
     theta = list(teacher.parameters())
     rate = life.student.learning_rate(step)
@@ -195,6 +197,7 @@ def step_vjp(
         return pulled[-1]
 
     with torch.enable_grad():
+        features = features.detach().requires_grad_(teacher.memory > 0)
         phi = teacher(features)
     curved, d_phi = second.at(step, phi, direction, gradient)
     if life.processes.world > 1:
@@ -205,10 +208,17 @@ def step_vjp(
         (p, d) for p, d in zip(phi.values(), d_phi, strict=True)
         if d is not None and p.requires_grad  # a teacher may write a constant
     ]
+    if teacher.memory:
+        with torch.enable_grad():
+            pairs.append((teacher.remember(features), remembered))
     d_theta: list[Tensor | None] = [None] * len(theta)
     if pairs:
         outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
-        d_theta = list(torch.autograd.grad(outputs, theta, directions, allow_unused=True))
+        inputs = [*theta, features] if teacher.memory else theta
+        found = torch.autograd.grad(outputs, inputs, directions, allow_unused=True)
+        d_theta = list(found[: len(theta)])
+        if teacher.memory:
+            remembered.copy_(found[-1][-teacher.memory :])
     return StepBack(step, pulled[-1], curved, rate, d_theta)
 
 
@@ -226,7 +236,7 @@ def _over_processes(
 
 
 def walk_back(
-    life: Life, teacher: nn.Module, loss: LossSpec, second: SecondDerivatives,
+    life: Life, teacher: Teacher, loss: LossSpec, second: SecondDerivatives,
     trajectory: Trajectory, cotangent: Tensor,
     *, discount: float, on_step: OnStep,
     depart: Callable[[int, Tensor, Tensor | None], None], arrive: Callable[[int, Tensor], None],
@@ -240,6 +250,7 @@ def walk_back(
     ``watch`` sees each step made. Returns d theta, one tensor per teacher parameter.
     """
     total = [torch.zeros_like(p) for p in teacher.parameters()]
+    remembered = total[0].new_zeros(teacher.memory)
     first = trajectory.first
     for action in way_back(trajectory.steps, trajectory.held):
         if isinstance(action, Release):
@@ -254,7 +265,8 @@ def walk_back(
         gradient = trajectory.gradient(step) if step == kept else None
         depart(step, state, gradient)
         back = step_vjp(
-            life, teacher, second, state, gradient, trajectory.features[step], step, cotangent
+            life, teacher, second, state, gradient, trajectory.features[step], step, cotangent,
+            remembered,
         )
         for sum_, part in zip(total, back.d_theta, strict=True):
             if part is not None:
@@ -263,6 +275,7 @@ def walk_back(
         del back  # two vectors of omega's size, which the next step would find in its way
         if discount != 1.0:
             cotangent *= discount
+            remembered *= discount
         arrive(step, cotangent)
         on_step("reverse", step)
     return total

@@ -78,6 +78,8 @@ def phi_penalty(
 ) -> tuple[float, Tensor]:
     """Return weight times phi's mean squared distance from neutral, and its gradient [D].
 
+    What a teacher remembers counts as given, as s_t does.
+
     The mean is over the states s_t of ``features`` and over phi's numbers: a teacher far from
     W = I, b = 0 pays for it.
     """

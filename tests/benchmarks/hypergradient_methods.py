@@ -146,7 +146,7 @@ def _taught_steps(
     student: SyntheticStudent, teacher: Teacher, net: Any, update: Callable[[Tensor], object]
 ) -> None:
     """Give ``update`` the taught loss of each step, as a graph down to theta."""
-    features = torch.zeros(teacher.num_features, dtype=student.dtype)
+    features = torch.zeros(teacher.num_features + teacher.memory, dtype=student.dtype)
     for step in range(student.total_steps):
         torch.default_generator.manual_seed(student.step_seed(step))
         log_probs, targets = student.outputs(net, student.batch(step))

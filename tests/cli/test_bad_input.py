@@ -228,7 +228,7 @@ def test_a_dry_run_refuses_a_dense_loss_of_too_many_classes(
     write(tmp_path / "many_classes_here.py", MANY_CLASSES)
     changes = ["image.data=many_classes_here:load", "image.dev_size=400", "loss.form=dense"]
     line = l2t("train-teacher", digits, *changes, "--dry-run").error()
-    assert "loss.form=dense would hold 1001 x 1001 numbers" in line
+    assert "loss.form=dense is for pairs of classes, and 1001 have" in line
     assert l2t("train-teacher", digits, *changes[:2], "--dry-run").code == 0
 
 
@@ -241,7 +241,7 @@ def test_validate_refuses_a_dense_loss_over_the_dictionary_that_is_there(
     data.mkdir(parents=True)
     for language, words in (("de", 2000), ("en", 1096)):
         write(data / f"dict.{language}.txt", "".join(f"w{i} 1\n" for i in range(words)))
-    assert "would hold 1100 x 1100" in l2t("recipes", "validate", recipe).error()
+    assert "is for pairs of classes, and 1100 have" in l2t("recipes", "validate", recipe).error()
 
 
 @pytest.mark.parametrize("change", ["loss.form=dense", "teacher.slots=3", "training.lr=1"])
@@ -261,6 +261,7 @@ TAUGHT_BY_NOISE = "training: {differentiation: antithetic-es, perturbation: 0.05
             "loss: {warmup_steps: 4, warmup_smoothing: 0.1}", ["loss.warmup_steps=0"],
             ["loss.warmup_smoothing=0.1"],
         ),
+        ("teacher: {name: lstm, hidden: 4}", ["teacher.name=static"], ["teacher.hidden=4"]),
         ("training: {finalists: 2, final_students: 5}", ["training.finalists=1"],
          ["training.final_students=5"]),
         (
@@ -280,7 +281,7 @@ def test_what_the_command_line_leaves_nothing_to_do_is_left_out(
 ) -> None:
     """As if it had been taken back on the command line, too; with a line on each."""
     kept = [line for line in digits.read_text().splitlines()
-            if not line.startswith(("loss", "training"))]
+            if not line.startswith(("loss", "training", "teacher"))]
     kept = [line.replace("momentum: 0.9", "momentum: 0.8") for line in kept]
     write(digits, "\n".join([*kept, section, ""]))
     assert l2t("recipes", "validate", digits).code == 0

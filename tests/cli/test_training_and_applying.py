@@ -25,8 +25,12 @@ from l2t_cli.console import LogFormat
 from l2t_cli.inspect_teacher import PROBABILITIES
 from l2t_cli.progress import TeacherView
 from l2t_cli.recipe_loading import load_recipe
+from l2t_core.applied import AppliedTeacher
 from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
-from l2t_core.teacher_file import load_teacher, save_teacher
+from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.student_state import TrainStatistics
+from l2t_core.teacher_file import TeacherHeader, load_teacher, save_teacher
+from l2t_core.teachers import build_teacher
 from l2t_vision.data import load_data
 from l2t_vision.student import ImageStudent
 
@@ -615,6 +619,30 @@ def test_inspect_shows_every_band(l2t: Run, tmp_path: Path) -> None:
     assert outcome.code == 0
     for text in ("1 to 2", "3 to 6", "7 to 14", "15 to 30", "31 to 62", "63 to 99"):
         assert text in outcome.out
+
+
+def test_inspect_shows_what_a_memory_makes_of_a_life(l2t: Run, tmp_path: Path) -> None:
+    """Every step is gone through, so that the loss at its end is that of a whole life."""
+    features = ["progress"]
+    spec = TeacherSpec("lstm", slots=2, init_scale=1.0, features=features, hidden=3)
+    loss = LossSpec("shared", warmup_steps=5)
+    fingerprint = {"kind": "classes", "num_classes": 4}
+    teacher = build_teacher(spec, loss, 4, 1, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    path = tmp_path / "t.safetensors"
+    save_teacher(path, teacher, TeacherHeader(spec, loss, 4, 40, 5, fingerprint))
+    applied = AppliedTeacher.from_file(path, 40)
+    for _ in range(39):
+        applied.begin_step(0.1)
+        applied.commit(TrainStatistics(1.0, 0.5))
+    last = f"{float(applied.begin_step(0.1)['d']):.4f}"
+    outcome = l2t("inspect", path)
+    assert outcome.code == 0 and "lstm, 2 slots, 3 units that remember" in outcome.out
+    (row,) = [line for line in outcome.out.splitlines() if "d [scalar]" in line]
+    assert row.rstrip(" │").endswith(last)
 
 
 def test_inspect_shows_a_confusion_without_its_signs(l2t: Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from l2t_core import second_derivatives
 from l2t_core.diagnostics import Beside
 from l2t_core.differentiation import exact
 from l2t_core.engine import Engine, Episode
+from l2t_core.flat import pieces_of
 from l2t_core.life import Life
 from l2t_core.loss_forms import FORMS, neutral_coefficients
 from l2t_core.lstm import TwiceDifferentiable
@@ -65,7 +66,8 @@ def central_difference(episode, teacher, direction, recorded, h=1e-5):
                 p.add_(sign * h * d)
         applied = episode.follow(teacher)
         # s_t is a constant to the method: no gradient flows through it, so none may here.
-        applied.state.features = lambda step, lr: recorded[step]
+        features = applied.state.num_features  # and what is behind them the teacher remembers
+        applied.state.features = lambda step, lr: recorded[step][:features]
         state = life.begin(episode.student_seed)
         run_forward(life, applied, state, None, no_step)
         result = float(life.student.smoothed_measure(episode.measure_seed).detach())
@@ -108,14 +110,69 @@ def test_every_loss_form(make_student, form, sigma):
     check_against_differences(student, loss=LossSpec(form, sigma, rank=2))
 
 
-@pytest.mark.parametrize("name", ["static", "affine"])
+@pytest.mark.parametrize("name", ["static", "affine", "lstm"])
 def test_other_teachers(make_student, name):
     student = make_student("mlp", OptimiserSpec("adam", 0.05, eps=1e-3))
     check_against_differences(student, teacher_spec=TeacherSpec(name, slots=2, init_scale=0.3))
 
 
+def lively(teacher):
+    """Move a teacher's phi by what it remembers, which it hardly does at the start."""
+    with torch.no_grad():
+        teacher.weight_keys *= 5.0
+        for parameter in teacher.cell.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape))
+    return teacher
+
+
+def test_what_a_teacher_remembers_is_differentiated_too(make_student):
+    """Of what its cell is told of the state before, that is all, and nothing at the first step."""
+    spec = TeacherSpec("lstm", slots=3, init_scale=0.5, hidden=4)
+    student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=12)
+    check_against_differences(student, lively, teacher_spec=spec)
+    episode, teacher = build(student, teacher_spec=spec)
+    lively(teacher)
+
+    def found():
+        pieces = pieces_of(exact(episode, teacher, no_step).estimates[0], theta.values())
+        return dict(zip(theta, pieces, strict=True))["cell.weight_hh"]
+
+    theta = dict(teacher.named_parameters())
+    whole = found()
+    _, trajectory = final_state(episode, teacher)
+    seen = trajectory.features[:, -teacher.memory :]
+    assert not bool(seen[: LOSS.warmup_steps + 1].any()) and bool(seen[-1].all())
+    remember = teacher.remember
+    teacher.remember = lambda f: remember(f).detach() + 0.0 * f[: teacher.memory]
+    assert float((whole - found()).norm()) > 0.1 * float(whole.norm())
+
+
+@pytest.mark.parametrize("memory", [100, 2])
+@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
+def test_a_memory_beside_every_plan_and_way(make_student, hvp, memory):
+    """Recomputed states and those of a comparison beside have the kept ones' memory."""
+    spec = TeacherSpec("lstm", slots=3, init_scale=0.5, hidden=4)
+
+    def found(**options):
+        student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
+        episode, teacher = build(student, teacher_spec=spec, spec=TrainingSpec(**options))
+        return exact(episode, teacher, no_step)
+
+    expected = found().estimates[0]
+    student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
+    point = build(student)[0].engine.plan.point_bytes
+    outcome = found(hvp=hvp, memory=f"{memory * point}B", spill="none")
+    torch.testing.assert_close(outcome.estimates[0], expected, rtol=1e-5, atol=1e-9)
+    if hvp == "exact":
+        assert torch.equal(outcome.estimates[0], expected)
+    else:
+        assert outcome.way_back.tail_error < 1e-5
+
+
 class ConstantOffset(torch.nn.Module):
     """A teacher that leaves b alone."""
+
+    memory = 0
 
     def __init__(self, inner):
         super().__init__()
@@ -302,7 +359,8 @@ def test_a_step_back_that_float16_repeats_is_made_once(make_student, optimiser, 
         life.show(state[0])
         cotangent = torch.randn(state.shape, generator=torch.Generator().manual_seed(4))
         back = step_vjp(
-            life, teacher, Exact(life, loss), state, None, features, 0, cotangent
+            life, teacher, Exact(life, loss), state, None, features, 0, cotangent,
+            torch.zeros(0),
         )
         return [back.direction, *cotangent]
 

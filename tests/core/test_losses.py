@@ -17,7 +17,6 @@ from l2t_core.loss_forms import (
     bands,
     coefficient_shapes,
     neutral_coefficients,
-    square_parts,
 )
 from l2t_core.losses import pull_beside_cross_entropy, step_loss, taught_at, taught_loss
 from l2t_core.specs import LossSpec
@@ -188,6 +187,34 @@ def test_the_network_form_is_the_shared_one_and_a_small_network(batch):
     torch.testing.assert_close(renamed, loss)
 
 
+def test_the_pairwise_form_is_the_shared_one_and_l2t_dlns_network(batch):
+    """Written out pair by pair; and the same whatever the classes are called."""
+    log_probs, targets = batch[1].detach(), batch[2]
+    spec = LossSpec("pairwise", "softplus")
+    generator = torch.Generator().manual_seed(2)
+    phi = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in coefficient_shapes(spec, 5).items()
+    }
+    # The authors' four hidden layers of 40; their fourth input is always nothing.
+    network = [phi[name] for name in phi if name not in "ds"]
+    assert sum(weight.numel() for weight in network) == 5_000 - 40
+    loss = taught_loss(spec, log_probs, targets, phi)
+    for row, target, found in zip(log_probs, targets, loss, strict=True):
+        q = torch.sigmoid(row - row.mean())
+        values = []
+        for other in set(range(5)) - {int(target)}:
+            hidden = torch.stack([q[target], q[other], torch.ones_like(q[0])])
+            for weight in network[:-1]:
+                hidden = torch.log(1.0 + torch.exp(hidden @ weight)) - math.log(2.0)
+            values.append(hidden @ network[-1])
+        z = torch.stack(values).mean() - phi["d"] * row[target] - phi["s"] * row.mean()
+        torch.testing.assert_close(found, torch.log1p(torch.exp(z)))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    renamed = taught_loss(spec, log_probs[:, order], order.argsort()[targets], phi)
+    torch.testing.assert_close(renamed, loss)
+
+
 def test_neutral_sigmoid_scales_cross_entropys_gradient(batch):
     """At W = I, b = 0 the gradient is cross-entropy's times p_y / (1 + p_y)^2."""
     logits, log_probs, targets = batch
@@ -233,9 +260,9 @@ def test_unknown_names_are_user_errors(batch):
         taught_loss(spec, log_probs, targets, doubled(neutral_coefficients(spec, 5)))
 
 
-@pytest.mark.parametrize("form", ["diagonal", "lowrank", "banded", "shared", "network"])
+@pytest.mark.parametrize("form", FORMS.names())
 @pytest.mark.parametrize("constant", [False, True], ids=["phi learns", "phi is constant"])
-def test_structured_forms_are_twice_differentiable(form, constant):
+def test_every_form_is_twice_differentiable(form, constant):
     """In the logits and in phi together, as the hypergradient needs them."""
     spec = LossSpec(form, "softplus", rank=2)
     generator = torch.Generator().manual_seed(3)
@@ -254,11 +281,11 @@ def test_structured_forms_are_twice_differentiable(form, constant):
 
 
 @pytest.mark.parametrize("form", FORMS.names())
-@pytest.mark.parametrize("low", filter(knows_autocast, [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize("low", [d for d in (torch.bfloat16, torch.float16) if knows_autocast(d)])
 def test_autocast_does_not_touch_the_loss(form, low):
     """fairseq's --amp and torch's loops compute the loss inside autocast, from float32."""
     spec = LossSpec(form, "identity", rank=2)
-    classes = 50 if square_parts(neutral_coefficients(spec, 5), 5) else 20_000
+    classes = 50 if FORMS.get(form).for_pairs else 20_000
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, classes, generator=generator)
     targets = torch.randint(classes, (4,), generator=generator)

@@ -14,7 +14,7 @@ from l2t_core.loss_forms import FORMS, neutral_coefficients
 from l2t_core.losses import taught_loss
 from l2t_core.schedules import learning_rate
 from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
-from l2t_core.teachers import build_teacher
+from l2t_core.teachers import TEACHERS, build_teacher
 from l2t_core.training import nothing_usable
 from l2t_core.update import (
     FLAT,
@@ -166,7 +166,7 @@ def far_below_zero(name, form, sigma="identity"):
 
 
 @pytest.mark.parametrize("form", FORMS.names())
-@pytest.mark.parametrize("name", ["attention", "affine", "static"])
+@pytest.mark.parametrize("name", TEACHERS.names())
 def test_after_an_update_no_loss_rewards_certainty_without_bound(name, form):
     torch.manual_seed(0)
     teacher, loss, gradient = far_below_zero(name, form)
@@ -174,7 +174,7 @@ def test_after_an_update_no_loss_rewards_certainty_without_bound(name, form):
     # What no student has met: whatever the state, each target's loss rises as any class's
     # probability goes to nothing.
     for scale in (0.0, 1.0, 100.0, 100.0, 100.0):
-        phi = teacher(scale * torch.randn(4))
+        phi = teacher(scale * torch.randn(4 + teacher.memory))
         for improbable in range(7):
             far = torch.zeros(7)
             far[improbable] = -1e4
@@ -188,7 +188,7 @@ def test_after_an_update_no_loss_rewards_certainty_without_bound(name, form):
             assert bool((values[0] >= values[1] - 1e-2).all())  # float32 at 1e4
 
 
-@pytest.mark.parametrize("name", ["attention", "affine", "static"])
+@pytest.mark.parametrize("name", TEACHERS.names())
 def test_a_step_that_stays_on_the_safe_side_is_adams(name):
     torch.manual_seed(0)
     loss = LossSpec("shared", "identity")
