@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli import console
-from l2t_cli.console import LogFormat
 from l2t_cli.errors import Interrupted
-from l2t_cli.fields import FIELDS, Field
 from l2t_cli.options import ChosenFormat, help_alone, output_folder
-from l2t_cli.progress import bar
+from l2t_cli.recipe_reading.fields import FIELDS, Field
+from l2t_cli.screen import console
+from l2t_cli.screen.console import LogFormat
+from l2t_cli.screen.progress import bar
 from l2t_core.errors import UserError, suggestion
 
 app = typer.Typer(help="Prepare data sets.")

@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from l2t_cli import application as applying
-from l2t_cli import apply_teacher, console, data, train_teacher
-from l2t_cli.application_result import (
+from l2t_cli import data, train_teacher
+from l2t_cli.applying import application as applying
+from l2t_cli.applying import command as apply_teacher
+from l2t_cli.applying.result import (
     CROSS_ENTROPY,
     NOT_TUNED,
     TAUGHT,
     ApplicationResult,
     mean_and_deviation,
 )
-from l2t_cli.console import LogFormat
 from l2t_cli.options import ChosenFormat, output_folder
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core.comparison import mean
-from l2t_core.files import atomic_write
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_cli.screen import console
+from l2t_cli.screen.console import LogFormat
+from l2t_core.comparing.statistics import mean
+from l2t_core.runs.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def write_summary(
     finished: list[tuple[Part, ApplicationResult]], out: Path
 ) -> list[dict[str, Any]]:
     """Write ``demo.json`` and ``demo.png``; return what the first holds."""
-    from l2t_cli.plots import plot_comparison
+    from l2t_cli.screen.plots import plot_comparison
 
     panels: list[dict[str, Any]] = [
         {

@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 
-from l2t_cli import console
-from l2t_cli.fields import import_quietly
+from l2t_cli.recipe_reading.fields import import_quietly
+from l2t_cli.screen import console
 from l2t_core.errors import UserError
 
 DISTRIBUTIONS = (

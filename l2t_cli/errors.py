@@ -72,7 +72,7 @@ def _is_left_to_the_first(error: BaseException) -> bool:
 def _tell_mistake(error: BaseException, message: str) -> None:
     """Say what the user can mend, once for all processes that meet it."""
     if _is_left_to_the_first(error):
-        from l2t_core.processes import wait_until_told
+        from l2t_core.runs.processes import wait_until_told
 
         try:
             if wait_until_told():
@@ -81,7 +81,7 @@ def _tell_mistake(error: BaseException, message: str) -> None:
             return
     say(f"l2t: error: {message}")
     if _have_met():
-        from l2t_core.processes import tell_the_others
+        from l2t_core.runs.processes import tell_the_others
 
         tell_the_others()
 
@@ -98,7 +98,7 @@ def exit_code_of(error: BaseException) -> int | None:
         say(f"l2t: interrupted: {error}")
         return INTERRUPTED
     if isinstance(error, PeerLost):
-        from l2t_core.processes import is_first_to_tell_a_loss
+        from l2t_core.runs.processes import is_first_to_tell_a_loss
 
         if is_first_to_tell_a_loss():  # torchrun ends all survivors at once
             say(f"l2t: error: {error}")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from l2t_cli import console
 from l2t_cli.options import Force
+from l2t_cli.screen import console
 from l2t_core.errors import UserError
 
 

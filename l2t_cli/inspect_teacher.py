@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli import console
 from l2t_cli.options import TeacherFile
+from l2t_cli.screen import console
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MATRIX_CLASSES = 10  # as many columns as a terminal of 80 characters has room for
@@ -22,8 +22,8 @@ def command(
     """Show a teacher file's header and a summary of the coefficients it writes."""
     import dataclasses
 
-    from l2t_core.loss_forms import FORMS, square_parts
-    from l2t_core.teacher_file import load_header, load_teacher
+    from l2t_core.losses.forms import FORMS, square_parts
+    from l2t_core.teachers.file import load_header, load_teacher
 
     if as_json:
         print(json.dumps(dataclasses.asdict(load_header(teacher)), indent=2, sort_keys=True))
@@ -70,7 +70,7 @@ def _count(network: Any) -> str:
 
 
 def _header_rows(header: Any) -> list[tuple[str, str]]:
-    from l2t_core.teacher_file import size_of
+    from l2t_core.teachers.file import size_of
 
     teacher, loss, record = header.teacher, header.loss, header.record
     smoothed = f" smoothed by {loss.warmup_smoothing:g}" if loss.warmup_smoothing else ""
@@ -117,7 +117,7 @@ def _coefficients(network: Any, header: Any) -> list[Any]:
     """Return φ at each of :data:`POINTS` of a life."""
     import torch
 
-    from l2t_core.student_state import StudentState
+    from l2t_core.students.state import StudentState
 
     steps = header.total_steps
     state = StudentState(steps, header.num_classes, header.teacher.features)
@@ -157,8 +157,8 @@ def _band_rows(phi: Any, num_classes: int) -> list[list[str]]:
 
 
 def _pull_rows(written: list[Any], header: Any) -> list[list[str]]:
-    from l2t_core.loss_forms import FORMS
-    from l2t_core.losses import pull_beside_cross_entropy
+    from l2t_core.losses.forms import FORMS
+    from l2t_core.losses.taught import pull_beside_cross_entropy
 
     # Without a part of phi for each class, one target stands for all.
     most = 64 if FORMS.get(header.loss.form).per_class else 1

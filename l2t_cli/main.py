@@ -15,21 +15,13 @@ from typing import Annotated
 
 import typer
 
-from l2t_cli import (
-    apply_teacher,
-    compare,
-    data,
-    demo,
-    doctor,
-    export,
-    inspect_teacher,
-    recipe_commands,
-    train_teacher,
-    transfer,
-    user_dir,
-)
+from l2t_cli import data, demo, doctor, export, inspect_teacher, train_teacher, user_dir
+from l2t_cli.applying import command as apply_teacher
+from l2t_cli.comparing import command as compare
+from l2t_cli.comparing import transfer
 from l2t_cli.errors import INTERRUPTED, Terminated, exit_code_of, say
 from l2t_cli.options import help_alone
+from l2t_cli.recipe_reading import command as recipe_commands
 
 app = typer.Typer(
     name="l2t",

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli.console import LogFormat
-from l2t_cli.recipe_files import shipped_recipes
+from l2t_cli.recipe_reading.files import shipped_recipes
+from l2t_cli.screen.console import LogFormat
 
 
 def complete_recipe(incomplete: str) -> list[str]:

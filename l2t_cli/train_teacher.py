@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli import console
-from l2t_cli.console import LogFormat
 from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
-from l2t_cli.progress import ScalarLog, TeacherView
-from l2t_cli.recipe_loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
-from l2t_cli.recipe_values import load, refuse_impossible
+from l2t_cli.recipe_reading.loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
+from l2t_cli.recipe_reading.values import load, refuse_impossible
+from l2t_cli.screen import console
+from l2t_cli.screen.console import LogFormat
+from l2t_cli.screen.progress import ScalarLog, TeacherView
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import PeerLost, UserError
 
@@ -76,8 +76,8 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     """
     import yaml
 
-    from l2t_core.engine import Engine, describe_plan
-    from l2t_core.life import Life
+    from l2t_core.hypergradients.engine import Engine, describe_plan
+    from l2t_core.students.life import Life
 
     student = _student(recipe)
     life, place = Life(student, recipe.training.precision), folder.absolute()
@@ -122,8 +122,8 @@ def run(
         UserError: if the recipe, its data or the folder cannot be used.
         Interrupted: after Ctrl-C; what was finished is kept.
     """
-    from l2t_core.processes import join_processes
-    from l2t_core.training import nothing_usable, train_teacher
+    from l2t_core.runs.processes import join_processes
+    from l2t_core.training.episodes import nothing_usable, train_teacher
 
     processes = join_processes(_end)
     # The first process alone reports; a mistake that all make is told once.
@@ -187,7 +187,7 @@ def _open(
     recipe: Recipe, content: dict[str, str], folder: Path, resume: bool, processes: Any
 ) -> Any:
     """Return the run's folder; the first process opens it for all."""
-    from l2t_core.run_folder import RunFolder, open_run
+    from l2t_core.runs.folder import RunFolder, open_run
 
     config = {
         "recipe": recipe.name, **recipe.config(), COMPARE: asdict(recipe.compare),
@@ -254,7 +254,7 @@ def _scalars(folder: Path | None) -> ScalarLog:
 
 def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format: LogFormat) -> None:
     """Write the plot and say what came out."""
-    from l2t_cli.plots import plot_dev_measure
+    from l2t_cli.screen.plots import plot_dev_measure
 
     picture = folder / PICTURE
     plot_dev_measure(result.history, result.best_episode, measure, recipe.name, picture)

@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from l2t_core.errors import UserError
-from l2t_fairseq.command import FairseqCommand, value_of
-from l2t_fairseq.own_plugin import Plugin, examine
+from l2t_fairseq.commands.own_plugin import Plugin, examine
+from l2t_fairseq.commands.train import FairseqCommand, value_of
 
 
 def plugin_folder() -> Path:

@@ -55,7 +55,10 @@ def test_every_module_imports_without_fairseq_where_it_should(package):
     """Core and vision import whole; the fairseq plugin as a package, as the CLI needs it."""
     modules = [package]
     if package != "l2t_fairseq":
-        modules += [f"{package}.{p.stem}" for p in sorted(PACKAGES[package].glob("[a-z]*.py"))]
+        modules += [
+            f"{package}.{'.'.join(p.relative_to(PACKAGES[package]).with_suffix('').parts)}"
+            for p in sorted(PACKAGES[package].rglob("[a-z]*.py"))
+        ]
     block = (
         "import sys, importlib; sys.modules['fairseq'] = None; sys.modules['fairseq_cli'] = None\n"
         f"[importlib.import_module(m) for m in {modules!r}]\n"

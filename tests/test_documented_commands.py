@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from checkout import ROOT  # type: ignore[import-not-found]
 
-from l2t_cli import compare_plan
-from l2t_cli.recipe_files import shipped_recipes
-from l2t_cli.recipe_loading import load_recipe
-from l2t_cli.recipe_values import problems
+from l2t_cli.comparing import plan as compare_plan
+from l2t_cli.recipe_reading.files import shipped_recipes
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_cli.recipe_reading.values import problems
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {name.rsplit("/", 1)[-1] for name in shipped_recipes()}

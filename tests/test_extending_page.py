@@ -29,12 +29,12 @@ def test_the_registries_are_where_the_page_says():
     table = PAGE.read_text("utf-8").split("| part | registry | an entry |\n", 1)[1]
     named = set(re.findall(r"`([A-Z]+)`", table))
     found = {}
-    for file in (ROOT / "plugins").glob("l2t_*/*.py"):
+    for file in (ROOT / "plugins").glob("l2t_*/**/*.py"):
         for name in re.findall(r"^([A-Z_]+): Registry", file.read_text("utf-8"), re.MULTILINE):
-            found.setdefault(name, []).append(f"{file.parent.name}/{file.name}")
+            found.setdefault(name, []).append(file.relative_to(ROOT / "plugins").as_posix())
     for name in named - {"FIELDS"}:
         assert name in found, name
-    for name, place in re.findall(r"`([A-Z]+)`, `(l2t_core/\w+\.py)`", table):
+    for name, place in re.findall(r"`([A-Z]+)`, `(l2t_core/[\w/]+\.py)`", table):
         assert place in found[name]
         module = importlib.import_module(place.removesuffix(".py").replace("/", "."))
         assert isinstance(getattr(module, name), Registry)
@@ -42,7 +42,7 @@ def test_the_registries_are_where_the_page_says():
 
 def test_what_an_update_goes_through_is_where_the_page_says():
     text = PAGE.read_text("utf-8")
-    rows = re.findall(r"^\| .* \| (`.*`), `(l2t_\w+/\w+\.py)` \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| .* \| (`.*`), `(l2t_\w+/[\w/]+\.py)` \|$", text, re.MULTILINE)
     assert len(rows) >= 13
     for names, place in rows:
         file = ROOT / place if place.startswith("l2t_cli/") else ROOT / "plugins" / place

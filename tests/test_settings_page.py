@@ -7,7 +7,7 @@ import pytest
 import yaml
 from checkout import ROOT  # type: ignore[import-not-found]
 
-from l2t_core.compare_specs import GRIDS, CompareSpec
+from l2t_core.comparing.specs import GRIDS, CompareSpec
 from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_fairseq.recipe import NmtSpec
 from l2t_vision.recipe import ImageSpec

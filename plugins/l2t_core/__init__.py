@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # Lazily, so that the command line can use the error type without paying for torch's import.
     if name == "TaughtLoss":
-        from l2t_core.taught_loss import TaughtLoss
+        from l2t_core.teachers.taught_loss import TaughtLoss
 
         return TaughtLoss
     if name == "UserError":

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_file
+from l2t_core.runs.files import atomic_file
 from l2t_fairseq.compat import ADD_SAFE_GLOBALS, quiet_fairseq, register_safe_globals
 
 # What a trained student is without the way it was trained: fairseq's own names.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from l2t_core.devices import device_problems
 from l2t_core.errors import Limit, UserError, out_of_range, unknown_choice
+from l2t_core.students.devices import device_problems
 from l2t_core.user_code import import_problems
-from l2t_fairseq.candidates import candidate_problems
+from l2t_fairseq.commands.shell_script import split_flags
+from l2t_fairseq.measures.candidates import candidate_problems
+from l2t_fairseq.measures.sentence_scores import check_measure_name
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sentence_scores import check_measure_name
-from l2t_fairseq.shell_script import split_flags
 
 ESTIMATORS = ("mrt", "reinforce")
 

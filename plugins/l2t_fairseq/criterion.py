@@ -21,14 +21,14 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
-from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
-from l2t_core.files import file_digest
-from l2t_core.losses import cross_entropy
-from l2t_core.student_state import DevStatistics, TrainStatistics
-from l2t_core.teacher_file import check_fits
+from l2t_core.losses.taught import cross_entropy
+from l2t_core.runs.files import file_digest
+from l2t_core.students.state import DevStatistics, TrainStatistics
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
-from l2t_fairseq.predictions import predictions
+from l2t_fairseq.measures.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, is_first, refuse_differences
 from l2t_fairseq.reporting import (
     announced_update,

@@ -21,12 +21,14 @@ from omegaconf import II
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_core.losses import cross_entropy
-from l2t_core.measures import distinct_mask, mrt_expectations
-from l2t_fairseq.candidates import CANDIDATES, refuse_wide_beam
+from l2t_core.losses.taught import cross_entropy
+from l2t_core.students.measures import distinct_mask, mrt_expectations
 from l2t_fairseq.checks import problems
-from l2t_fairseq.data_folder import open_data
-from l2t_fairseq.predictions import predictions, unwrapped
+from l2t_fairseq.corpora.folder import open_data
+from l2t_fairseq.measures.candidates import CANDIDATES, refuse_wide_beam
+from l2t_fairseq.measures.predictions import predictions, unwrapped
+from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, greedy, length_limit
+from l2t_fairseq.measures.sentence_scores import LIKELIHOOD, build_measure
 from l2t_fairseq.ranks import end_with
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.reporting import (
@@ -37,8 +39,6 @@ from l2t_fairseq.reporting import (
     refuse_other_task,
     summed,
 )
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, greedy, length_limit
-from l2t_fairseq.sentence_scores import LIKELIHOOD, build_measure
 
 # What is logged: the measure, and how many sentences it was taken of.
 MEASURE, MEASURED = "l2t_measure", "l2t_measured"

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Protocol
 
-from l2t_core.files import file_digest
+from l2t_core.runs.files import file_digest
 
 
 class Dictionary(Protocol):

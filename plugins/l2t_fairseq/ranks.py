@@ -14,9 +14,9 @@ import sys
 import torch
 from fairseq.distributed import utils as distributed
 
-from l2t_core.applied import AppliedTeacher
 from l2t_core.errors import UserError
-from l2t_core.processes import tell_the_others, wait_until_told
+from l2t_core.runs.processes import tell_the_others, wait_until_told
+from l2t_core.teachers.applied import AppliedTeacher
 
 
 def is_first() -> bool:

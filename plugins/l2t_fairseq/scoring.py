@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
+from l2t_core.runs.files import atomic_write
 from l2t_fairseq.checkpoints import refuse_cut_short
-from l2t_fairseq.child_failure import reason_in
-from l2t_fairseq.data_folder import open_data
-from l2t_fairseq.prepare import read_lines
-from l2t_fairseq.sentence_scores import build_measure
-from l2t_fairseq.text_form import TextForm
+from l2t_fairseq.commands.failure import reason_in
+from l2t_fairseq.corpora.folder import open_data
+from l2t_fairseq.corpora.prepare import read_lines
+from l2t_fairseq.corpora.text_form import TextForm
+from l2t_fairseq.measures.sentence_scores import build_measure
 
 # Symbols as the dictionary has them, the text that fairseq makes of them, and the targets.
 SYMBOLS, TEXT, TARGETS = (
@@ -53,14 +53,14 @@ def score_checkpoint(
 ) -> ScoredOutput:
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
-    ``data`` is a prepared folder or fairseq's own (:func:`~l2t_fairseq.data_folder.open_data`).
+    ``data`` is a prepared folder or fairseq's own (:func:`~l2t_fairseq.corpora.folder.open_data`).
     ``generate_flags`` are fairseq-generate's (``--beam``, ``5``). Its symbols become
     text as the candidates of teacher training do, unless the flags join the subwords themselves
     (``--remove-bpe``, ``--bpe``); ``--tokenizer moses`` undoes that tokeniser. The reference is
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
     side with its subwords joined; the signature says so (``ref:data-bin``). ``measure`` is named
-    as a teacher's (:mod:`~l2t_fairseq.sentence_scores`) and taken of the whole split. ``user_dir``
-    is the plugin's folder or one that imports it (None: the plugin's). Writes
+    as a teacher's (:mod:`~l2t_fairseq.measures.sentence_scores`) and taken of the whole split.
+    ``user_dir`` is the plugin's folder or one that imports it (None: the plugin's). Writes
     ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
 
     Raises:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 
-from l2t_core.devices import device_problems
 from l2t_core.errors import Limit, NoEffect, out_of_range, unknown_choice
-from l2t_core.life import PRECISIONS
-from l2t_core.optimisers import OPTIMISERS
-from l2t_core.optimisers import problems as optimiser_problems
 from l2t_core.registry import Registry, unknown_names
-from l2t_core.schedules import SCHEDULES
+from l2t_core.students.devices import device_problems
+from l2t_core.students.life import PRECISIONS
+from l2t_core.students.optimisers import OPTIMISERS
+from l2t_core.students.optimisers import problems as optimiser_problems
+from l2t_core.students.schedules import SCHEDULES
 from l2t_core.user_code import import_problems, is_import_path
-from l2t_vision.augmentation import AUGMENTATIONS
-from l2t_vision.corruption import NOISES
-from l2t_vision.data import LOADERS
+from l2t_vision.data.augmentation import AUGMENTATIONS
+from l2t_vision.data.corruption import NOISES
+from l2t_vision.data.sets import LOADERS
 from l2t_vision.measures import MEASURES
-from l2t_vision.models import MODELS, SCALABLE
+from l2t_vision.models.architectures import MODELS, SCALABLE
 from l2t_vision.recipe import ImageSpec
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2t_core import __version__
 from l2t_core.user_code import is_import_path, source_of
-from l2t_vision.data import ImageData
+from l2t_vision.data.sets import ImageData
 from l2t_vision.recipe import ImageSpec
 
 # Where the data lie is not what they are; where they are computed on changes roundings only.

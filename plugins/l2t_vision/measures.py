@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from l2t_core.measures import (
+from l2t_core.registry import Registry
+from l2t_core.students.measures import (
     expected_accuracy,
     log_likelihood,
     margin_surrogate,
     smoothed_accuracy,
 )
-from l2t_core.own_functions import own_function, try_out
-from l2t_core.registry import Registry
+from l2t_core.students.own_functions import own_function, try_out
 from l2t_core.user_code import is_import_path
 
 Measure = Callable[[Tensor, Tensor], Tensor]

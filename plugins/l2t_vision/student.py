@@ -7,31 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from l2t_core.devices import find_device
 from l2t_core.errors import UserError
-from l2t_core.flat import refill
-from l2t_core.optimisers import build_optimiser
-from l2t_core.schedules import learning_rate
-from l2t_core.student_state import (
+from l2t_core.students.devices import find_device
+from l2t_core.students.flat import refill
+from l2t_core.students.optimisers import build_optimiser
+from l2t_core.students.schedules import learning_rate
+from l2t_core.students.state import (
     IMAGE_FEATURES,
     DevStatistics,
     dev_statistics,
     mean_prediction,
 )
 from l2t_core.user_code import imported, is_import_path
-from l2t_vision.augmentation import (
+from l2t_vision.checks import problems
+from l2t_vision.data.augmentation import (
     AUGMENTATIONS,
     augmented,
     check_repeatable,
     own_augmented,
     seeded,
 )
-from l2t_vision.checks import problems
-from l2t_vision.data import ImageData, load_data
-from l2t_vision.data_notes import notes
+from l2t_vision.data.notes import notes
+from l2t_vision.data.sets import ImageData, load_data
 from l2t_vision.identity import content
 from l2t_vision.measures import build_measure
-from l2t_vision.models import build_model, check_own, evaluated
+from l2t_vision.models.architectures import build_model, check_own, evaluated
 from l2t_vision.recipe import ImageSpec
 
 # Numbers that come in at once where no gradient is needed: 2,000 images of MNIST, 510 of CIFAR.
@@ -45,7 +45,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ImageStudent:
-    """A classifier on an image data set; implements :class:`l2t_core.student.Student`.
+    """A classifier on an image data set; implements :class:`l2t_core.students.protocol.Student`.
 
     It lives where ``data`` does: its module and all batches are on the data's device.
     """

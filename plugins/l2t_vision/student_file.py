@@ -17,9 +17,9 @@ def student_content(student: ImageStudent) -> dict[str, Any]:
     """Return what ``torch.load(weights_only=True)`` can read back, all of it on the CPU.
 
     ``model`` holds arguments of :class:`~l2t_vision.recipe.ImageSpec`, ``shape`` (C, H, W) and
-    ``num_classes`` the rest of what :func:`~l2t_vision.models.build_model` takes, ``state`` the
-    module's state_dict. ``mean`` and ``deviation`` [C, 1, 1] standardise images [N, C, H, W] of
-    the data's own pixel values.
+    ``num_classes`` the rest of what :func:`~l2t_vision.models.architectures.build_model` takes,
+    ``state`` the module's state_dict. ``mean`` and ``deviation`` [C, 1, 1] standardise images [N,
+    C, H, W] of the data's own pixel values.
     """
     spec, data = student.spec, student.data
     own = is_import_path(spec.model)

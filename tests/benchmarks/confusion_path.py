@@ -15,13 +15,13 @@ from typing import Annotated
 import torch
 import typer
 
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import exact
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
 
 LOSS, TEACHER = LossSpec("confusion"), TeacherSpec("static")
 

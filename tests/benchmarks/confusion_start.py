@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 import typer
 
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core import training
-from l2t_core.apply import train_student
-from l2t_core.run_folder import open_run
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.teachers import Teacher, build_teacher
+from l2t_core.students.train import train_student
+from l2t_core.teachers.architectures import Teacher, build_teacher
+from l2t_core.training import episodes as training
 
 LOSS, TEACHER = LossSpec("confusion"), TeacherSpec("static", init_scale=0.0)
 

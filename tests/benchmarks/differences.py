@@ -16,10 +16,10 @@ import typer
 from hypergradient_methods import make_teacher
 from hypergradient_students import SEED, TASKS, SyntheticStudent
 
-from l2t_core.differentiation import Outcome, exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import Outcome, exact
 from l2t_core.specs import TrainingSpec
+from l2t_core.students.life import Life
 
 WAYS = ("finite-difference", "one-sided-difference")
 

@@ -26,9 +26,9 @@ warnings.simplefilter("ignore")
 
 import l2t_fairseq  # noqa: E402
 from l2t_core.specs import LossSpec, TeacherSpec  # noqa: E402
-from l2t_core.student_state import NMT_FEATURES, feature_count  # noqa: E402
-from l2t_core.teacher_file import TeacherHeader, save_teacher  # noqa: E402
-from l2t_core.teachers import build_teacher  # noqa: E402
+from l2t_core.students.state import NMT_FEATURES, feature_count  # noqa: E402
+from l2t_core.teachers.architectures import build_teacher  # noqa: E402
+from l2t_core.teachers.file import TeacherHeader, save_teacher  # noqa: E402
 
 l2t_fairseq.register()
 

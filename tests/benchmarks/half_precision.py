@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core.life import Life
-from l2t_core.loss_forms import neutral_coefficients
-from l2t_core.losses import step_loss
-from l2t_core.second_derivatives import Exact
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_core.hypergradients.second_derivatives import Exact
+from l2t_core.losses.forms import neutral_coefficients
+from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec
+from l2t_core.students.life import Life
 
 LOSS = LossSpec()
 

@@ -22,13 +22,13 @@ from hypergradient_students import SEED, SyntheticStudent
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
-from l2t_core.losses import step_loss
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import exact
+from l2t_core.losses.taught import step_loss
 from l2t_core.specs import OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import Teacher, build_teacher
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import Teacher, build_teacher
 
 # Under Adam's root where a gradient is exactly zero, as that of an unseen word is: without it
 # its derivative is NaN. Next to nothing beside Adam's eps.

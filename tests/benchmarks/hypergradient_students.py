@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2t_core.flat import refill
-from l2t_core.measures import log_likelihood
-from l2t_core.optimisers import build_optimiser
 from l2t_core.specs import LossSpec, OptimiserSpec
-from l2t_core.student_state import DevStatistics
-from l2t_vision.models import build_model
+from l2t_core.students.flat import refill
+from l2t_core.students.measures import log_likelihood
+from l2t_core.students.optimisers import build_optimiser
+from l2t_core.students.state import DevStatistics
+from l2t_vision.models.architectures import build_model
 from l2t_vision.recipe import ImageSpec
 
 SEED = 7

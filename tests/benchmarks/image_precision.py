@@ -13,10 +13,10 @@ import time
 
 import torch
 
-from l2t_core.life import PRECISIONS, Life
+from l2t_core.losses.steps import FixedLoss
 from l2t_core.specs import OptimiserSpec
-from l2t_core.step_losses import FixedLoss
-from l2t_vision.data import ImageData
+from l2t_core.students.life import PRECISIONS, Life
+from l2t_vision.data.sets import ImageData
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent
 

@@ -22,9 +22,9 @@ import typer
 from stability import UNSEEN
 from stability_tasks import TASKS
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.apply import train_student
-from l2t_core.teacher_file import load_teacher
+from l2t_core.students.train import train_student
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.file import load_teacher
 
 
 def main(

@@ -32,17 +32,17 @@ import torch
 import typer
 from stability_tasks import TASKS
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.apply import train_student
-from l2t_core.comparison import compare_paired
+from l2t_core.comparing.statistics import compare_paired
 from l2t_core.errors import UserError
-from l2t_core.files import atomic_write
-from l2t_core.run_folder import open_run
+from l2t_core.runs.files import atomic_write
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teacher_file import load_teacher
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
+from l2t_core.students.state import feature_count
+from l2t_core.students.train import train_student
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import load_teacher
+from l2t_core.training.episodes import train_teacher
 
 UNSEEN = (101, 102, 103, 104, 105)
 TUNING = (51, 52)

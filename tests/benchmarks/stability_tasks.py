@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
-from l2t_core.student import Student
+from l2t_core.students.protocol import Student
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student as build_image_student
 
@@ -59,9 +59,9 @@ def _demo(
     def build(data: Path, schedule: str, rate: float, measure: str) -> Student:
         import yaml
 
-        from l2t_cli.recipe_files import shipped_recipes
+        from l2t_cli.recipe_reading.files import shipped_recipes
         from l2t_fairseq.recipe import NmtSpec
-        from l2t_fairseq.student import build_student
+        from l2t_fairseq.students.student import build_student
 
         recipe = shipped_recipes()["nmt/demo-de-en"]
         described = yaml.safe_load(recipe.read_text("utf-8"))["nmt"]

@@ -51,8 +51,8 @@ def write_teacher(
 ) -> Path:
     """Write a static teacher of students with so many classes and 24 steps, dev seen every 8."""
     from l2t_core.specs import LossSpec, TeacherSpec
-    from l2t_core.teacher_file import TeacherHeader, save_teacher
-    from l2t_core.teachers import build_teacher
+    from l2t_core.teachers.architectures import build_teacher
+    from l2t_core.teachers.file import TeacherHeader, save_teacher
 
     spec, loss = TeacherSpec("static", features=["progress"]), LossSpec(form)
     fits = {**fingerprint, "num_classes": classes}

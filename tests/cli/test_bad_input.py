@@ -8,8 +8,8 @@ import pytest
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 
 from l2t_cli.errors import exit_code_of
-from l2t_cli.recipe_loading import load_recipe
-from l2t_cli.recipe_values import problems, without_idle
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_cli.recipe_reading.values import problems, without_idle
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import yaml
 from checkout import ROOT, end_of, run_python, start_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
-from l2t_cli.console import _console
 from l2t_cli.doctor import DISTRIBUTIONS
-from l2t_cli.fields import FIELDS, import_quietly
 from l2t_cli.main import app
+from l2t_cli.recipe_reading.fields import FIELDS, import_quietly
+from l2t_cli.screen.console import _console
 from l2t_core.errors import UserError
 
 # Told by --help alone.

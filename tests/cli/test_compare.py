@@ -23,11 +23,11 @@ from checkout import LIMIT, ROOT, check_interrupted, start_python  # type: ignor
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
-from l2t_cli import console, plots
-from l2t_cli.compare import Comparison, load_for_comparison
-from l2t_cli.compare_image import ImageTrials
-from l2t_cli.compare_plan import Arm, Tuning, arms
-from l2t_cli.compare_report import (
+from l2t_cli.applying.teacher_copies import TeacherCopies
+from l2t_cli.comparing.command import Comparison, load_for_comparison
+from l2t_cli.comparing.image import ImageTrials
+from l2t_cli.comparing.plan import Arm, Tuning, arms
+from l2t_cli.comparing.report import (
     markdown,
     show,
     summarise,
@@ -35,17 +35,17 @@ from l2t_cli.compare_report import (
     teacher_cost,
     verdict,
 )
-from l2t_cli.compare_trials import Result, Trial, TrialStore
-from l2t_cli.console import LogFormat
-from l2t_cli.fields import FIELDS
-from l2t_cli.teacher_copies import TeacherCopies
+from l2t_cli.comparing.trials import Result, Trial, TrialStore
+from l2t_cli.recipe_reading.fields import FIELDS
+from l2t_cli.screen import console, plots
+from l2t_cli.screen.console import LogFormat
 from l2t_cli.train_teacher import run as train
-from l2t_core.apply import train_student
-from l2t_core.comparison import PairedComparison, Point
+from l2t_core.comparing.statistics import PairedComparison, Point
 from l2t_core.errors import UserError
-from l2t_core.files import SNAPSHOT, claimed
-from l2t_core.fixed_losses import BASELINES
-from l2t_core.step_losses import FixedLoss
+from l2t_core.losses.fixed import BASELINES
+from l2t_core.losses.steps import FixedLoss
+from l2t_core.runs.files import SNAPSHOT, claimed
+from l2t_core.students.train import train_student
 from l2t_vision.student import ImageStudent
 
 COMPARE = """\
@@ -321,7 +321,7 @@ def ended(pids: list[int]) -> bool:
 TERMINATED = """\
 import json, multiprocessing, signal, sys
 from pathlib import Path
-from l2t_cli.compare_trials import TrialStore
+from l2t_cli.comparing.trials import TrialStore
 from l2t_cli.main import main
 save = TrialStore.save
 def met(self, trial, result):
@@ -796,7 +796,7 @@ def test_a_student_without_a_last_linear_layer_has_no_large_margin(
 ) -> None:
     from torch import nn
 
-    from l2t_vision.models import MODELS
+    from l2t_vision.models.architectures import MODELS
 
     monkeypatch.setitem(
         MODELS._entries, "odd",

@@ -11,13 +11,13 @@ from in_process import Run, write_teacher  # type: ignore[import-not-found]
 
 pytest.importorskip("fairseq")
 
-from l2t_cli.apply_fairseq import FairseqApplication
-from l2t_cli.compare import load_for_comparison
-from l2t_cli.compare_fairseq import FairseqTrials, _curve
-from l2t_cli.compare_trials import Trial, TrialStore
+from l2t_cli.applying.fairseq import FairseqApplication
+from l2t_cli.comparing.command import load_for_comparison
+from l2t_cli.comparing.fairseq import FairseqTrials, _curve
+from l2t_cli.comparing.trials import Trial, TrialStore
 from l2t_cli.user_dir import plugin_folder
 from l2t_core.errors import UserError
-from l2t_fairseq.command import FairseqCommand, value_of
+from l2t_fairseq.commands.train import FairseqCommand, value_of
 
 RECIPE = """\
 field: nmt
@@ -209,7 +209,7 @@ def test_only_numbers_that_were_lost_are_a_divergence(
         log.write_text("")
         raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
 
-    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", failing)
+    monkeypatch.setattr("l2t_cli.applying.fairseq_process.run_logged", failing)
     made, place = trials(tmp_path), tmp_path / "Nancy" / "NaN"
     if diverged:
         assert made.run(trial("cross_entropy"), place).diverged
@@ -224,7 +224,7 @@ def test_a_trial_that_another_flag_ended_tells_its_updates(
     def training(words: object, environment: object, log: Path, on_progress: object) -> None:
         log.write_text("x | INFO | train | epoch 002 | loss 6.5 | num_updates 4 | lr 0.1\n")
 
-    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.applying.fairseq_process.run_logged", training)
     monkeypatch.setattr(FairseqTrials, "_score", lambda *_: (20.0, "nrefs:1"))
     made = trials(tmp_path, "--max-epoch 2")
     assert made.steps == 6 and made.run(trial("cross_entropy"), tmp_path / "run").steps == 4
@@ -249,7 +249,7 @@ def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:
 
 
 def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
-    from l2t_fairseq.prepare import prepare_corpus
+    from l2t_fairseq.corpora.prepare import prepare_corpus
 
     words = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four"}
     lines = [[a, b, c] for a in words for b in words for c in words]

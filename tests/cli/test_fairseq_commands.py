@@ -54,9 +54,9 @@ def make_teacher(path: Path, data_bin: Path, drop: int = 0) -> Path:
     from fairseq.data import Dictionary
 
     from l2t_core.specs import LossSpec, TeacherSpec
-    from l2t_core.student_state import NMT_FEATURES, feature_count
-    from l2t_core.teacher_file import TeacherHeader, save_teacher
-    from l2t_core.teachers import build_teacher
+    from l2t_core.students.state import NMT_FEATURES, feature_count
+    from l2t_core.teachers.architectures import build_teacher
+    from l2t_core.teachers.file import TeacherHeader, save_teacher
     from l2t_fairseq.fingerprint import dictionary_fingerprint
 
     dictionary = Dictionary.load(str(data_bin / "dict.en.txt"))
@@ -200,8 +200,8 @@ def test_a_user_dir_that_brings_the_plugin_with_it(
 
 
 def test_a_command_that_leaves_no_checkpoint_has_nothing_to_score(data_bin: Path) -> None:
-    from l2t_cli.fairseq_scoring import TestSet
-    from l2t_fairseq.command import parse_command
+    from l2t_cli.applying.fairseq_scoring import TestSet
+    from l2t_fairseq.commands.train import parse_command
 
     command = f"fairseq-train {data_bin} {TRAIN} --no-last-checkpoints"
     assert TestSet.of(parse_command(shlex.split(command)))  # the best on dev is there
@@ -245,8 +245,8 @@ def test_a_command_that_loses_its_numbers_is_a_diverged_student(
             reason = "FloatingPointError: Minimum loss scale reached (0.0001)"
             raise UserError(f"fairseq-train failed ({reason}); its full output is in {log}")
 
-    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
-    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    monkeypatch.setattr("l2t_cli.applying.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.applying.fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     line = l2t("apply-teacher", teacher, "--seeds", "2", *command).error()
@@ -268,8 +268,8 @@ def test_a_student_that_ends_before_max_update_is_told(
         last = made[words[words.index("--seed") + 1]]
         log.write_text("".join(f"epoch 001 | num_updates={n} | x\n" for n in (3, last)))
 
-    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
-    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    monkeypatch.setattr("l2t_cli.applying.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.applying.fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     command = ["--out", "out", "--", "fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     assert "warning" not in l2t("apply-teacher", teacher, *command).out
@@ -292,8 +292,8 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
         log.touch()
         teacher.write_bytes(b"")
 
-    monkeypatch.setattr("l2t_cli.fairseq_process.run_logged", training)
-    monkeypatch.setattr("l2t_cli.apply_fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
+    monkeypatch.setattr("l2t_cli.applying.fairseq_process.run_logged", training)
+    monkeypatch.setattr("l2t_cli.applying.fairseq.TestSet.score", lambda *_: (20.0, "nrefs:1"))
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN)]
     Path("train.sh").write_text(shlex.join(command) + "\n")
     target = ["train.sh"] if script else ["--", *command]
@@ -306,7 +306,7 @@ def test_all_commands_have_the_teacher_that_there_was_at_the_start(
 
 def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", "2.6")
-    from l2t_fairseq.child_failure import reason
+    from l2t_fairseq.commands.failure import reason
 
     torch.save({"args": argparse.Namespace(lr=1.0)}, tmp_path / "checkpoint_last.pt")
     read = "import sys, torch; torch.load(sys.argv[1])"
@@ -335,7 +335,7 @@ def test_a_start_that_stock_fairseq_cannot_read_is_told_with_the_mend(tmp_path: 
     ],
 )
 def test_why_a_child_failed(output: str, code: int, expected: str) -> None:
-    from l2t_fairseq.child_failure import reason
+    from l2t_fairseq.commands.failure import reason
 
     assert reason(output, code).startswith(expected)
 
@@ -375,8 +375,8 @@ def test_flags_that_cannot_generate_are_refused_first(
 def test_a_missing_test_set_is_wanted_in_the_first_folder(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    from l2t_cli.fairseq_scoring import TestSet
-    from l2t_fairseq.command import parse_command
+    from l2t_cli.applying.fairseq_scoring import TestSet
+    from l2t_fairseq.commands.train import parse_command
 
     first = shutil.copytree(data_bin, tmp_path / "first")
     for file in first.glob("test.*"):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2t_cli import fairseq_process
-from l2t_cli.fairseq_process import run_logged, train_to_end
+from l2t_cli.applying import fairseq_process
+from l2t_cli.applying.fairseq_process import run_logged, train_to_end
 from l2t_core.errors import UserError
-from l2t_core.files import lock
+from l2t_core.runs.files import lock
 from l2t_fairseq.checkpoints import refuse_cut_short
-from l2t_fairseq.command import FairseqCommand
+from l2t_fairseq.commands.train import FairseqCommand
 
 
 def say_nothing(updates: int, note: str) -> None:

@@ -10,9 +10,9 @@ import pytest
 from in_process import Run  # type: ignore[import-not-found]
 from PIL import Image
 
-from l2t_cli.recipe_files import read_yaml, shipped_recipes
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core.step_losses import LastLayer
+from l2t_cli.recipe_reading.files import read_yaml, shipped_recipes
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_core.losses.steps import LastLayer
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
@@ -38,7 +38,7 @@ GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 def test_each_recipe_validates_and_has_the_model_that_it_promises(
     l2t: Run, name: str, shape: tuple[int, int, int], classes: int, parameters: int
 ) -> None:
-    from l2t_vision.models import build_model
+    from l2t_vision.models.architectures import build_model
 
     outcome = l2t("recipes", "validate", name)
     assert outcome.code == 0 and outcome.out == f"image/{name}: ok\n" and not outcome.err

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from in_process import Run  # type: ignore[import-not-found]
 
-from l2t_cli.recipe_files import shipped_recipes
-from l2t_cli.recipe_loading import load_recipe
+from l2t_cli.recipe_reading.files import shipped_recipes
+from l2t_cli.recipe_reading.loading import load_recipe
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from l2t_cli import console
-from l2t_cli.application_result import ApplicationResult, Score
+from l2t_cli.applying.result import ApplicationResult, Score
 from l2t_cli.demo import PARTS, show_summary
+from l2t_cli.screen import console
 
 Drawn = Callable[[], list[str]]
 

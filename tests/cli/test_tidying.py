@@ -12,8 +12,8 @@ from l2t_cli.errors import exit_code_of
 from l2t_cli.tidying import FreshFolder
 from l2t_cli.train_teacher import _tidy
 from l2t_core.errors import PeerLost, ToldByTheFirst, UserError
-from l2t_core.processes import Processes
-from l2t_core.run_folder import open_run
+from l2t_core.runs.folder import open_run
+from l2t_core.runs.processes import Processes
 
 
 def written(folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_only_the_first_process_takes_a_run_back(tmp_path: Path, rank: int, left
 def test_one_survivor_tells_of_a_lost_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: bool
 ) -> None:
-    monkeypatch.setattr("l2t_core.processes.is_first_to_tell_a_loss", lambda: first)
+    monkeypatch.setattr("l2t_core.runs.processes.is_first_to_tell_a_loss", lambda: first)
     assert exit_code_of(PeerLost("process 0 of 3 lost another one")) == 3
     said = "l2t: error: process 0 of 3 lost another one\n"
     assert capsys.readouterr().err == (said if first else "")
@@ -143,7 +143,7 @@ def test_a_mistake_of_all_is_left_to_the_first(
             raise found
         return found
 
-    monkeypatch.setattr("l2t_core.processes.wait_until_told", wait)
+    monkeypatch.setattr("l2t_core.runs.processes.wait_until_told", wait)
     error = ToldByTheFirst("no such file") if where == "since" else UserError("no such file")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code_of(error) == 2

@@ -11,7 +11,7 @@ import torch
 from checkout import end_of, start_python  # type: ignore[import-not-found]
 from in_process import Run  # type: ignore[import-not-found]
 
-from l2t_core.teacher_file import load_teacher
+from l2t_core.teachers.file import load_teacher
 
 SIZE = [
     "training.students=2", "training.episodes=12", "training.finalists=2",
@@ -22,7 +22,7 @@ PROLOGUE = """\
 import os, signal, sys, time
 from l2t_cli import errors
 from l2t_cli.main import main
-from l2t_core.training import TeacherTraining
+from l2t_core.training.episodes import TeacherTraining
 rank = int(os.environ["RANK"])
 save, on_step = TeacherTraining._save, TeacherTraining._on_step
 """

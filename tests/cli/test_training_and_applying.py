@@ -18,20 +18,20 @@ from in_process import Run, write_teacher  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from scipy import stats
 
-from l2t_cli import console, plots
-from l2t_cli.application_result import NOT_TUNED, ApplicationResult, Score, report
-from l2t_cli.apply_image import ImageApplication
-from l2t_cli.console import LogFormat
+from l2t_cli.applying.image import ImageApplication
+from l2t_cli.applying.result import NOT_TUNED, ApplicationResult, Score, report
 from l2t_cli.inspect_teacher import PROBABILITIES
-from l2t_cli.progress import TeacherView
-from l2t_cli.recipe_loading import load_recipe
-from l2t_core.applied import AppliedTeacher
-from l2t_core.run_folder import load_tensors_and_record, save_tensors_and_record
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_cli.screen import console, plots
+from l2t_cli.screen.console import LogFormat
+from l2t_cli.screen.progress import TeacherView
+from l2t_core.runs.folder import load_tensors_and_record, save_tensors_and_record
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.student_state import TrainStatistics
-from l2t_core.teacher_file import TeacherHeader, load_teacher, save_teacher
-from l2t_core.teachers import build_teacher
-from l2t_vision.data import load_data
+from l2t_core.students.state import TrainStatistics
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import TeacherHeader, load_teacher, save_teacher
+from l2t_vision.data.sets import load_data
 from l2t_vision.student import ImageStudent
 
 
@@ -232,7 +232,7 @@ def test_anothers_state_is_one_plain_line(l2t: Run, digits: Path, trained: Path)
 INTERRUPTED = """\
 import signal, sys
 from l2t_cli.main import main
-from l2t_core.training import TeacherTraining
+from l2t_core.training.episodes import TeacherTraining
 inner = TeacherTraining._on_step
 def met(self, episode, number, students, on_event):
     on_step = inner(self, episode, number, students, on_event)

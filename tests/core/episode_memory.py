@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from toy_students import ToyStudent  # type: ignore[import-not-found]
 
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import exact
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
 
 
 class Large(nn.Module):

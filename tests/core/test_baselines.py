@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2t_core.baselines import (
+from l2t_core.comparing.specs import GRIDS, CompareSection
+from l2t_core.errors import UserError
+from l2t_core.losses.baselines import (
     Moment,
     annealing,
     focal,
@@ -21,12 +23,10 @@ from l2t_core.baselines import (
     logit_adjusted,
     margin_cosine,
 )
-from l2t_core.compare_specs import GRIDS, CompareSection
-from l2t_core.errors import UserError
-from l2t_core.fixed_losses import BASELINES, complete_settings
-from l2t_core.losses import cross_entropy
-from l2t_core.step_losses import FixedLoss, LastLayer, Recorded, fixed_loss
-from l2t_core.student_state import DevStatistics, TrainStatistics
+from l2t_core.losses.fixed import BASELINES, complete_settings
+from l2t_core.losses.steps import FixedLoss, LastLayer, Recorded, fixed_loss
+from l2t_core.losses.taught import cross_entropy
+from l2t_core.students.state import DevStatistics, TrainStatistics
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from l2t_core.batch_norm import TwiceDifferentiable
+from l2t_core.hypergradients.batch_norm import TwiceDifferentiable
 
 SHAPES = [(6, 3), (4, 3, 5), (3, 2, 2, 3)]
 

@@ -6,8 +6,9 @@ from functools import cache
 
 import pytest
 
-from l2t_core import checkpointing
-from l2t_core.checkpointing import (
+from l2t_core.errors import UserError
+from l2t_core.hypergradients import checkpointing
+from l2t_core.hypergradients.checkpointing import (
     Recompute,
     Reverse,
     first_kept,
@@ -17,7 +18,6 @@ from l2t_core.checkpointing import (
     split,
     way_back,
 )
-from l2t_core.errors import UserError
 
 MIB = 2**20
 

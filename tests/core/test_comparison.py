@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from l2t_core.comparison import (
+from l2t_core.comparing.statistics import (
     Point,
     at_edge,
     best,

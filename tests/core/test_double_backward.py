@@ -7,8 +7,12 @@ import torch
 from torch import nn
 from toy_students import OpaqueLayer, _Opaque
 
-from l2t_core.double_backward import probe, refuse_untrue_gradients, twice_differentiable
 from l2t_core.errors import UserError
+from l2t_core.hypergradients.double_backward import (
+    probe,
+    refuse_untrue_gradients,
+    twice_differentiable,
+)
 
 
 def test_a_gradient_that_autograd_does_not_see_through_is_named():

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from l2t_core.download import download
 from l2t_core.errors import UserError
-from l2t_core.files import open_locked
+from l2t_core.runs.download import download
+from l2t_core.runs.files import open_locked
 
 CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

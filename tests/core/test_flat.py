@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from l2t_core.errors import UserError
-from l2t_core.flat import FlatParameters
-from l2t_core.life import Life
 from l2t_core.specs import OptimiserSpec
+from l2t_core.students.flat import FlatParameters
+from l2t_core.students.life import Life
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 import torch.multiprocessing as mp
 from checkout import reserved_port  # type: ignore[import-not-found]
 
-from l2t_core import heartbeat
-from l2t_core.heartbeat import MOST_MISSED, Heartbeat
-from l2t_core.processes import join_processes
+from l2t_core.runs import heartbeat
+from l2t_core.runs.heartbeat import MOST_MISSED, Heartbeat
+from l2t_core.runs.processes import join_processes
 
 ENDED = 7
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from toy_students import STUDENTS, ToyStudent, knows_autocast
 
-from l2t_core import second_derivatives
-from l2t_core.diagnostics import Beside
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.flat import pieces_of
-from l2t_core.life import Life
-from l2t_core.loss_forms import FORMS, neutral_coefficients
-from l2t_core.lstm import TwiceDifferentiable
-from l2t_core.second_derivatives import Exact, OneSidedDifference
+from l2t_core.hypergradients import second_derivatives
+from l2t_core.hypergradients.diagnostics import Beside
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.lstm import TwiceDifferentiable
+from l2t_core.hypergradients.second_derivatives import Exact, OneSidedDifference
+from l2t_core.hypergradients.unroll import run_forward, step_vjp
+from l2t_core.hypergradients.ways import exact
+from l2t_core.losses.forms import FORMS, neutral_coefficients
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
-from l2t_core.unroll import run_forward, step_vjp
-from l2t_core.update import advice
+from l2t_core.students.flat import pieces_of
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.training.update import advice
 
 OPTIMISERS = [
     OptimiserSpec("sgd", 0.3, weight_decay=0.01),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from l2t_core.lstm import TwiceDifferentiable, _Layer, _Steps
+from l2t_core.hypergradients.lstm import TwiceDifferentiable, _Layer, _Steps
 
 WIDTH, INPUTS = 2, 3
 KINDS = {

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from l2t_core.measures import (
+from l2t_core.students.measures import (
     corpus_bleu,
     distinct_mask,
     expected_accuracy,

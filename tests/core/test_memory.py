@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkout import run_python  # type: ignore[import-not-found]
 
-from l2t_core.checkpointing import WORKING_STATES, make_plan
 from l2t_core.errors import UserError
-from l2t_core.flat import FlatParameters
-from l2t_core.trajectory import Slots
+from l2t_core.hypergradients.checkpointing import WORKING_STATES, make_plan
+from l2t_core.hypergradients.trajectory import Slots
+from l2t_core.students.flat import FlatParameters
 
 SCRIPT = Path(__file__).parent / "episode_memory.py"
 

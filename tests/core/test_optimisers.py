@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
-from l2t_core.optimisers import build_optimiser, clip_by_norm, pull_back_clip
-from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
+from l2t_core.students.optimisers import build_optimiser, clip_by_norm, pull_back_clip
+from l2t_core.students.schedules import learning_rate
 
 SPECS = [
     OptimiserSpec("sgd", 0.1, weight_decay=0.02),

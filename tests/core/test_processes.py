@@ -23,25 +23,25 @@ from torch import nn
 from toy_students import STUDENTS, ToyStudent  # type: ignore[import-not-found]
 
 from l2t_core import TaughtLoss
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
 from l2t_core.errors import PeerLost, UserError
-from l2t_core.life import Life, shard_rows
-from l2t_core.processes import (
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.second_derivatives import SECOND
+from l2t_core.hypergradients.ways import exact
+from l2t_core.runs.folder import RunFolder
+from l2t_core.runs.processes import (
     ALONE,
     is_first_to_tell_a_loss,
     join_processes,
     tell_the_others,
     wait_until_told,
 )
-from l2t_core.run_folder import RunFolder
-from l2t_core.second_derivatives import SECOND
-from l2t_core.settings import check_processes
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teacher_file import TeacherHeader, save_teacher
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
+from l2t_core.students.life import Life, shard_rows
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import TeacherHeader, save_teacher
+from l2t_core.training.episodes import train_teacher
+from l2t_core.training.settings import check_processes
 
 LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
 CASES = [
@@ -274,7 +274,7 @@ def test_how_long_the_others_wait(monkeypatch):
     """Until they know: not less where the first is slow, no longer where it has ended."""
     answers = iter([False, False, False, True])
     store = types.SimpleNamespace(check=lambda keys: next(answers))
-    monkeypatch.setattr("l2t_core.processes._store", lambda: store)
+    monkeypatch.setattr("l2t_core.runs.processes._store", lambda: store)
     assert wait_until_told() and next(answers, "all asked") == "all asked"
 
     def gone(keys):
@@ -282,10 +282,10 @@ def test_how_long_the_others_wait(monkeypatch):
 
     store.check = gone
     assert wait_until_told()
-    monkeypatch.setattr("l2t_core.processes._TELLING", 0.1)
+    monkeypatch.setattr("l2t_core.runs.processes._TELLING", 0.1)
     store.check = lambda keys: False
     assert not wait_until_told()
-    monkeypatch.setattr("l2t_core.processes._store", lambda: None)  # they have not met
+    monkeypatch.setattr("l2t_core.runs.processes._store", lambda: None)  # they have not met
     assert not wait_until_told()
 
 
@@ -319,14 +319,14 @@ def test_one_of_the_survivors_tells_of_a_loss(tmp_path, monkeypatch):
         raise RuntimeError("Connection reset by peer")
 
     store = types.SimpleNamespace(add=gone)
-    monkeypatch.setattr("l2t_core.processes._store", lambda: store)
+    monkeypatch.setattr("l2t_core.runs.processes._store", lambda: store)
     assert is_first_to_tell_a_loss()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for(monkeypatch, rank):
     """Started by hand, nobody else would tell: the first hosts the meeting, the others go there."""
-    monkeypatch.setattr("l2t_core.processes._MEETING", timedelta(seconds=2))
+    monkeypatch.setattr("l2t_core.runs.processes._MEETING", timedelta(seconds=2))
     with reserved_port() as port:
         for name, value in {
             "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -338,7 +338,7 @@ def test_a_process_that_never_comes_is_not_waited_for(monkeypatch, rank):
 
 ALONE_AT_THE_MEETING = """
 import signal, sys
-from l2t_core.processes import join_processes
+from l2t_core.runs.processes import join_processes
 def told(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGINT, told), signal.signal(signal.SIGTERM, told)
 join_processes()
@@ -378,7 +378,7 @@ def test_what_cannot_be_shared_is_refused():
         check_processes(TrainingSpec(students=3), 4)
     check_processes(TrainingSpec(students=3, parallel="data"), 4)
     check_processes(TrainingSpec(students=4, differentiation="windows", window=2), 4)
-    from l2t_core.processes import Processes
+    from l2t_core.runs.processes import Processes
 
     student = ToyStudent(STUDENTS["conv_bn"], OptimiserSpec("sgd", 0.1))
     with pytest.raises(UserError, match=r"layer 'layers\.1' \(batch norm\)"):
@@ -399,7 +399,7 @@ def test_processes_share_gpus_that_are_too_few(monkeypatch, local, gpus, takes, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     dist = torch.distributed
-    monkeypatch.setattr("l2t_core.processes._form_group", seen.append)
+    monkeypatch.setattr("l2t_core.runs.processes._form_group", seen.append)
     monkeypatch.setattr(dist, "get_rank", lambda: local)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     assert join_processes().rank == local

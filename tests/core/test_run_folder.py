@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from l2t_core import run_folder
 from l2t_core.errors import UserError
-from l2t_core.files import claim
-from l2t_core.run_folder import load_tensors_and_record, open_run, save_tensors_and_record
+from l2t_core.runs import folder as run_folder
+from l2t_core.runs.files import claim
+from l2t_core.runs.folder import load_tensors_and_record, open_run, save_tensors_and_record
 
 
 def test_of_two_long_commands_the_place_where_they_differ_is_shown(tmp_path):

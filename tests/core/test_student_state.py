@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
-from l2t_core.student_state import (
+from l2t_core.students.state import (
     FEATURES,
     DevStatistics,
     StudentState,

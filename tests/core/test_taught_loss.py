@@ -11,11 +11,11 @@ from torch import nn
 
 from l2t_core import TaughtLoss
 from l2t_core.errors import UserError
-from l2t_core.loss_forms import FORMS
+from l2t_core.losses.forms import FORMS
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.student_state import StudentState, train_statistics
-from l2t_core.teacher_file import TeacherHeader, load_teacher, save_teacher
-from l2t_core.teachers import build_teacher
+from l2t_core.students.state import StudentState, train_statistics
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import TeacherHeader, load_teacher, save_teacher
 
 
 @pytest.fixture(params=["attention", "lstm"])

@@ -14,14 +14,14 @@ import torch
 
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.teacher_file import (
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import (
     TeacherHeader,
     check_fits,
     load_header,
     load_teacher,
     save_teacher,
 )
-from l2t_core.teachers import build_teacher
 
 
 @pytest.fixture

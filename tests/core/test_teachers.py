@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from l2t_core.loss_forms import FORMS, neutral_coefficients
-from l2t_core.losses import taught_loss
+from l2t_core.losses.forms import FORMS, neutral_coefficients
+from l2t_core.losses.taught import taught_loss
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.teachers import TEACHERS, build_teacher
+from l2t_core.teachers.architectures import TEACHERS, build_teacher
 
 
 def test_affine_teacher_is_the_demos_form() -> None:

@@ -13,15 +13,15 @@ import pytest
 import torch
 from toy_students import OpaqueNet, ToyStudent
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.apply import train_student
 from l2t_core.errors import NoEffect, UserError
-from l2t_core.run_folder import open_run
-from l2t_core.settings import problems
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.teacher_file import load_header, load_teacher
-from l2t_core.teachers import TEACHERS, Teacher
-from l2t_core.training import TeacherTraining, train_teacher
+from l2t_core.students.train import train_student
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.architectures import TEACHERS, Teacher
+from l2t_core.teachers.file import load_header, load_teacher
+from l2t_core.training.episodes import TeacherTraining, train_teacher
+from l2t_core.training.settings import problems
 
 LOSS = LossSpec("dense", "softplus")
 TEACHER = TeacherSpec(slots=3, init_scale=0.1)

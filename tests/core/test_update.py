@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from l2t_core import update
-from l2t_core.loss_forms import FORMS, neutral_coefficients
-from l2t_core.losses import taught_loss
-from l2t_core.schedules import learning_rate
+from l2t_core.losses.forms import FORMS, neutral_coefficients
+from l2t_core.losses.taught import taught_loss
 from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
-from l2t_core.teachers import TEACHERS, build_teacher
-from l2t_core.training import nothing_usable
-from l2t_core.update import (
+from l2t_core.students.schedules import learning_rate
+from l2t_core.teachers.architectures import TEACHERS, build_teacher
+from l2t_core.training import update
+from l2t_core.training.episodes import nothing_usable
+from l2t_core.training.update import (
     FLAT,
     FLAT_REMEDY,
     advice,

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from l2t_core.differentiation import DIFFERENTIATIONS, exact, spans
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.unroll import run_forward
+from l2t_core.hypergradients.ways import DIFFERENTIATIONS, exact, spans
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
-from l2t_core.unroll import run_forward
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
 
 LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
 # A static teacher does not read s_t, so that the whole derivative is the one that is wanted.

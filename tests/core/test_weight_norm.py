@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from l2t_core.double_backward import twice_differentiable
+from l2t_core.hypergradients.double_backward import twice_differentiable
 
 KINDS = {
     "hook": lambda: nn.utils.weight_norm(nn.Linear(3, 2)),

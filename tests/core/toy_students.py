@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2t_core.flat import refill
-from l2t_core.measures import log_likelihood
-from l2t_core.optimisers import build_optimiser
-from l2t_core.schedules import learning_rate
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
-from l2t_core.student_state import DevStatistics, dev_statistics
+from l2t_core.students.flat import refill
+from l2t_core.students.measures import log_likelihood
+from l2t_core.students.optimisers import build_optimiser
+from l2t_core.students.schedules import learning_rate
+from l2t_core.students.state import DevStatistics, dev_statistics
 
 
 class Mlp(nn.Module):

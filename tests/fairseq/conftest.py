@@ -14,7 +14,7 @@ from toy_runs import Runs, train_all
 def prepared_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a prepared data folder (raw text, sentencepiece, data-bin) of the toy corpus."""
     pytest.importorskip("fairseq")
-    from l2t_fairseq.prepare import prepare_corpus
+    from l2t_fairseq.corpora.prepare import prepare_corpus
 
     folder = tmp_path_factory.mktemp("prepared") / "toy"
     prepare_corpus(toy_corpus(), folder, name="toy", vocabulary_size=32)
@@ -53,9 +53,9 @@ def write_teacher() -> Callable[..., Path]:
     import torch
 
     from l2t_core.specs import LossSpec, TeacherSpec
-    from l2t_core.student_state import NMT_FEATURES
-    from l2t_core.teacher_file import TeacherHeader, save_teacher
-    from l2t_core.teachers import build_teacher
+    from l2t_core.students.state import NMT_FEATURES
+    from l2t_core.teachers.architectures import build_teacher
+    from l2t_core.teachers.file import TeacherHeader, save_teacher
     from l2t_fairseq.fingerprint import data_fingerprint
 
     def write(

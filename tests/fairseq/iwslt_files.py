@@ -6,7 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from l2t_fairseq.iwslt14 import LANGUAGES, TESTS, TRAIN
+from l2t_fairseq.corpora.iwslt14 import LANGUAGES, TESTS, TRAIN
 
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five"}
 SEGMENTS = 4

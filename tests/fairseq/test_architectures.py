@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2t_core.double_backward import probe, twice_differentiable
 from l2t_core.errors import UserError
-from l2t_core.losses import step_loss
+from l2t_core.hypergradients.double_backward import probe, twice_differentiable
+from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec
 
 pytest.importorskip("fairseq")
 from fairseq import utils
 
-from l2t_fairseq import sampling
+from l2t_fairseq.measures import sampling
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.student import NmtStudent, build_student
+from l2t_fairseq.students.student import NmtStudent, build_student
 
 EMBEDDED = "--encoder-embed-dim 8 --decoder-embed-dim 8 "
 LAYERS = EMBEDDED + (
@@ -209,7 +209,7 @@ def test_a_layer_without_second_derivative_is_named_with_the_way_out(prepared_to
 
 def test_apex_layer_norm_becomes_torchs():
     """fairseq takes apex's beside a GPU; autograd does not see through its kernels."""
-    from l2t_fairseq.second_order import mend_second_derivatives
+    from l2t_fairseq.students.second_order import mend_second_derivatives
 
     class FusedLayerNorm(torch.nn.LayerNorm):
         def forward(self, x):

@@ -12,7 +12,7 @@ from toy_fairseq import USER_DIR, run_module
 from toy_runs import STEPS, Result, Runs, hydra_run, same_parameters
 
 from l2t_fairseq.checkpoints import export_checkpoint
-from l2t_fairseq.command import FairseqCommand, with_value
+from l2t_fairseq.commands.train import FairseqCommand, with_value
 
 pytest.importorskip("fairseq")
 
@@ -193,7 +193,7 @@ def test_logs_hold_a_summary_of_the_coefficients(runs: Runs) -> None:
     updates = [entry for entry in runs.logged("real") if "loss" in entry]
     names = {"loss", "nll_loss", "ppl", "l2t_accuracy", "l2t_W", "l2t_W_std", "l2t_b", "l2t_b_std"}
     assert all(names <= entry.keys() for entry in updates)
-    from l2t_core.applied import AppliedTeacher
+    from l2t_core.teachers.applied import AppliedTeacher
 
     state = runs.checkpoint("real", "checkpoint_2_10.pt")["extra_state"]["train_iterator"]["l2t"]
     applied = AppliedTeacher.from_file(runs.teachers["real"], STEPS)

@@ -12,8 +12,9 @@ from checkout import ROOT  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
-from l2t_core.teacher_file import TeacherHeader
-from l2t_fairseq.command import (
+from l2t_core.teachers.file import TeacherHeader
+from l2t_fairseq.commands.taught import resumable, teach_command
+from l2t_fairseq.commands.train import (
     FairseqCommand,
     has_flag,
     looks_like_training,
@@ -24,7 +25,6 @@ from l2t_fairseq.command import (
     value_of,
     with_value,
 )
-from l2t_fairseq.taught_command import resumable, teach_command
 
 TEACHER, USER_DIR = Path("t.safetensors"), Path("/plugins/l2t_fairseq")
 HEADER = TeacherHeader(TeacherSpec(features=["progress", "dev_nll"]), LossSpec(), 100, 200, 10, {})
@@ -320,7 +320,7 @@ def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
 
 def test_commands_are_understood_without_fairseq_and_torch() -> None:
     code = (
-        "import sys; import l2t_fairseq.taught_command, l2t_fairseq.own_plugin; "
+        "import sys; import l2t_fairseq.commands.taught, l2t_fairseq.commands.own_plugin; "
         "sys.exit(bool({'fairseq', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ import torch
 from toy_trainer import Bench, taught_bench
 
 from l2t_core.errors import UserError
-from l2t_core.losses import step_loss
+from l2t_core.losses.taught import step_loss
 
 pytest.importorskip("fairseq")
 

@@ -13,7 +13,7 @@ import pytest
 from babel import Locale
 from checkout import LIMIT, ROOT  # type: ignore[import-not-found]
 
-from l2t_fairseq.demo_corpus import Pair, make_demo_corpus
+from l2t_fairseq.corpora.demo import Pair, make_demo_corpus
 
 NUMBER = r"\d[\d.,]*\d|\d"
 
@@ -49,7 +49,7 @@ def test_neither_time_zone_nor_locale_nor_hash_seed_matters(
     corpus: dict[str, list[Pair]],
 ) -> None:
     code = (
-        "import json; from l2t_fairseq.demo_corpus import make_demo_corpus; "
+        "import json; from l2t_fairseq.corpora.demo import make_demo_corpus; "
         "print(json.dumps(make_demo_corpus(pairs=2000, held_out=500)))"
     )
     setting = {"TZ": "Asia/Tokyo", "LC_ALL": "fr_FR.UTF-8", "PYTHONHASHSEED": "7"}

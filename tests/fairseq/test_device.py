@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2t_core.differentiation import DIFFERENTIATIONS
-from l2t_core.engine import Engine, Episode
 from l2t_core.errors import UserError
-from l2t_core.life import Life
-from l2t_core.run_folder import open_run
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import DIFFERENTIATIONS
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teacher_file import load_teacher
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.teachers.file import load_teacher
+from l2t_core.training.episodes import train_teacher
 
 pytest.importorskip("fairseq")
 from elsewhere import ELSEWHERE, Mixed, elsewhere  # type: ignore[import-not-found]
 from test_student import FCONV, LSTM, RUN, TRANSFORMER, make_spec  # type: ignore[import-not-found]
 
-from l2t_fairseq import student as nmt_student
 from l2t_fairseq.checks import problems
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.student import build_student
+from l2t_fairseq.students import student as nmt_student
+from l2t_fairseq.students.student import build_student
 
 LOSS = LossSpec("lowrank", "softplus", rank=2, warmup_steps=1, ce_mix=0.1)
 TEACHER = TeacherSpec(slots=3, init_scale=0.3)

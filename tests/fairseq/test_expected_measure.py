@@ -13,17 +13,17 @@ from toy_fairseq import TINY_MODEL, TINY_RUN, run_module, toy_corpus
 pytest.importorskip("fairseq")
 from fairseq import utils
 
-from l2t_cli.fields import FIELDS
-from l2t_core.apply import train_student
+from l2t_cli.recipe_reading.fields import FIELDS
 from l2t_core.errors import NoEffect, UserError
-from l2t_core.measures import ranked_by_length
+from l2t_core.students.measures import ranked_by_length
+from l2t_core.students.train import train_student
 from l2t_fairseq.checks import problems
-from l2t_fairseq.prepare import prepare_corpus, read_lines
+from l2t_fairseq.corpora.prepare import prepare_corpus, read_lines
+from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, length_limit
+from l2t_fairseq.measures.sentence_scores import build_measure
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, length_limit
 from l2t_fairseq.scoring import SYMBOLS, read_output, score_checkpoint
-from l2t_fairseq.sentence_scores import build_measure
-from l2t_fairseq.student import build_student
+from l2t_fairseq.students.student import build_student
 
 FLAGS = " ".join(TINY_MODEL)
 RUN = " --optimizer adam --lr 0.02 --batch-size 8"

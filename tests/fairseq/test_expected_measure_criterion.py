@@ -17,7 +17,7 @@ from toy_trainer import Bench
 
 from l2t_core.errors import UserError
 from l2t_fairseq.checkpoints import export_checkpoint
-from l2t_fairseq.command import FairseqCommand, with_value
+from l2t_fairseq.commands.train import FairseqCommand, with_value
 from l2t_fairseq.recipe import NmtSpec
 
 pytest.importorskip("fairseq")
@@ -30,7 +30,7 @@ from fairseq import utils  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
 
 from l2t_fairseq.expected_measure import L2TExpectedMeasureCriterion  # noqa: E402
-from l2t_fairseq.sampling import length_limit  # noqa: E402
+from l2t_fairseq.measures.sampling import length_limit  # noqa: E402
 
 CRITERION = ["--user-dir", str(USER_DIR), "--criterion", "l2t_expected_measure"]
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
-from l2t_core.life import Life
-from l2t_core.run_folder import open_run
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import exact
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.training.episodes import train_teacher
 
 pytest.importorskip("fairseq")
 from fairseq import utils
 from test_student import LSTM, RUN, TRANSFORMER, make_spec  # type: ignore[import-not-found]
 
-from l2t_fairseq.student import build_student as build_translator
+from l2t_fairseq.students.student import build_student as build_translator
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student as build_classifier
 

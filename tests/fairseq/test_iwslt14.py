@@ -13,8 +13,8 @@ from checkout import LIMIT, end_of, start_python  # type: ignore[import-not-foun
 from iwslt_files import official_files, pack
 
 from l2t_core.errors import UserError
-from l2t_fairseq import iwslt14
-from l2t_fairseq.iwslt14 import (
+from l2t_fairseq.corpora import iwslt14
+from l2t_fairseq.corpora.iwslt14 import (
     TESTS,
     TRAIN,
     moses_tokeniser,
@@ -27,8 +27,8 @@ from l2t_fairseq.iwslt14 import (
     training_lines,
     usable,
 )
-from l2t_fairseq.prepare import PreparedCorpus, read_lines
-from l2t_fairseq.segmentation import subword_nmt_merges
+from l2t_fairseq.corpora.prepare import PreparedCorpus, read_lines
+from l2t_fairseq.corpora.segmentation import subword_nmt_merges
 
 
 def quiet(event: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
 # A process that dies as soon as it has started fairseq-preprocess.
 KILLED = """\
 import os, signal, subprocess
-from l2t_fairseq import prepare
+from l2t_fairseq.corpora import prepare
 def start(command, pass_fds, **options):
     subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=pass_fds)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,14 +15,14 @@ from toy_fairseq import run_module, toy_corpus
 
 pytest.importorskip("fairseq")
 
-from l2t_cli.compare import load_for_comparison
-from l2t_cli.compare_fairseq import FairseqTrials
-from l2t_cli.compare_trials import Trial
+from l2t_cli.comparing.command import load_for_comparison
+from l2t_cli.comparing.fairseq import FairseqTrials
+from l2t_cli.comparing.trials import Trial
 from l2t_cli.main import main
-from l2t_cli.recipe_files import shipped_recipes
-from l2t_cli.recipe_loading import load_recipe
-from l2t_fairseq import iwslt14
-from l2t_fairseq.fairseq_setup import FairseqSetup, parse_flags
+from l2t_cli.recipe_reading.files import shipped_recipes
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_fairseq.corpora import iwslt14
+from l2t_fairseq.students.setup import FairseqSetup, parse_flags
 
 RECIPES = [name for name in shipped_recipes() if name.startswith("nmt/")]
 SMALL = {
@@ -170,7 +170,7 @@ def test_a_teacher_is_trained_on_a_small_student(
 
 
 def test_flags_of_teaching_come_last_and_stay_there(folders: dict[str, Path]) -> None:
-    from l2t_fairseq.student import build_student
+    from l2t_fairseq.students.student import build_student
 
     data = data_of("nmt/iwslt14", folders)
     changes = [data, *FEW, f"nmt.teach={SMALL['lstm']} --lr 0.5 --warmup-updates 2"]
@@ -189,7 +189,7 @@ def test_taught_and_scored_on_tokenised_text(
     """IWSLT from teacher to score: BLEU of tokenised text, as the papers have it."""
     from sacrebleu.metrics import BLEU
 
-    from l2t_fairseq.prepare import read_lines
+    from l2t_fairseq.corpora.prepare import read_lines
 
     name, data = "iwslt14-de-en-lstm1", data_of("nmt/iwslt14", folders)
     train = load_recipe(name).student.train + f" {SMALL['lstm']} --max-update 8 --cpu"

@@ -14,7 +14,7 @@ from toy_processes import SGD, SHARED, nearly_same, same_state, state, together
 from toy_runs import same_parameters
 from toy_trainer import Bench, taught_bench
 
-from l2t_core.applied import AppliedTeacher
+from l2t_core.teachers.applied import AppliedTeacher
 
 pytest.importorskip("fairseq")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from toy_fairseq import TINY_MODEL, USER_DIR, run_module
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.apply import train_student
-from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand
-from l2t_fairseq.taught_command import teach_command
+from l2t_core.students.train import train_student
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.file import load_header
+from l2t_fairseq.commands.taught import teach_command
+from l2t_fairseq.commands.train import FairseqCommand
 
 pytest.importorskip("fairseq")
 
@@ -39,7 +39,7 @@ def test_both_lives_of_a_student_are_one(
     prepared_toy: Path, tmp_path: Path, write_teacher: Callable[..., Path], start: str
 ) -> None:
     from l2t_fairseq.recipe import NmtSpec
-    from l2t_fairseq.student import build_student
+    from l2t_fairseq.students.student import build_student
 
     data = prepared_toy / "data-bin"
     # Refreshed every 5 of 18 updates; fairseq validates at each epoch's end (4 updates), too.

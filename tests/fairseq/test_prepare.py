@@ -17,11 +17,11 @@ import pytest
 from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
-from l2t_core.files import open_locked
-from l2t_fairseq import multi30k, prepare
-from l2t_fairseq.data_folder import data_bin_of, open_data
-from l2t_fairseq.demo_corpus import make_demo_corpus
-from l2t_fairseq.prepare import Corpus, load_prepared, prepare_corpus, read_lines
+from l2t_core.runs.files import open_locked
+from l2t_fairseq.corpora import multi30k, prepare
+from l2t_fairseq.corpora.demo import make_demo_corpus
+from l2t_fairseq.corpora.folder import data_bin_of, open_data
+from l2t_fairseq.corpora.prepare import Corpus, load_prepared, prepare_corpus, read_lines
 
 
 def small_corpus() -> Corpus:

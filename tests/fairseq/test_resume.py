@@ -16,9 +16,9 @@ import torch
 from toy_fairseq import USER_DIR, run_module, start_module
 from toy_runs import STEPS, Runs, same_parameters
 
-from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand, has_flag, with_value
-from l2t_fairseq.taught_command import resumable, teach_command
+from l2t_core.teachers.file import load_header
+from l2t_fairseq.commands.taught import resumable, teach_command
+from l2t_fairseq.commands.train import FairseqCommand, has_flag, with_value
 
 pytest.importorskip("fairseq")
 

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import nn
 
 from l2t_core.errors import UserError
-from l2t_core.measures import distinct_mask, mrt_measure, reinforce_measure
+from l2t_core.students.measures import distinct_mask, mrt_measure, reinforce_measure
 
 pytest.importorskip("fairseq")
 from fairseq.data import Dictionary
@@ -22,9 +22,16 @@ from fairseq.models.lstm import base_architecture as lstm_architecture
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer.transformer_legacy import base_architecture
 
-from l2t_fairseq.candidates import CANDIDATES, candidate_problems
+from l2t_fairseq.measures.candidates import CANDIDATES, candidate_problems
+from l2t_fairseq.measures.sampling import (
+    Candidate,
+    candidate_log_probs,
+    draw,
+    encode,
+    greedy,
+    sample,
+)
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate, candidate_log_probs, draw, encode, greedy, sample
 
 LONGEST = 2
 WIDTHS = {

@@ -12,6 +12,7 @@ import torch
 from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
+from l2t_fairseq.measures.sentence_scores import build_measure
 from l2t_fairseq.scoring import (
     SYMBOLS,
     TARGETS,
@@ -24,7 +25,6 @@ from l2t_fairseq.scoring import (
     read_output,
     score_checkpoint,
 )
-from l2t_fairseq.sentence_scores import build_measure
 
 BLEU = build_measure("expected_bleu")
 

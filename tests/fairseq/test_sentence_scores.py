@@ -9,8 +9,8 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from l2t_core.errors import UserError
-from l2t_core.measures import corpus_bleu
-from l2t_fairseq.sentence_scores import build_measure, check_measure_name, measure_names
+from l2t_core.students.measures import corpus_bleu
+from l2t_fairseq.measures.sentence_scores import build_measure, check_measure_name, measure_names
 
 REFERENCES = ["The cat sat on the mat.", "It's 3.50 €, isn't it?", "Größe: 5 m² - \"ja\"", "a"]
 HYPOTHESES = [

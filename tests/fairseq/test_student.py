@@ -8,25 +8,25 @@ from dataclasses import fields
 import pytest
 import torch
 
-from l2t_core.apply import train_student
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
 from l2t_core.errors import UserError
-from l2t_core.life import Life
-from l2t_core.run_folder import open_run
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.unroll import run_forward
+from l2t_core.hypergradients.ways import exact
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
-from l2t_core.unroll import run_forward
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.students.train import train_student
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.training.episodes import train_teacher
 
 pytest.importorskip("fairseq")
 from fairseq import utils
 
-from l2t_fairseq.batches import pack, unpack
+from l2t_fairseq.measures.sampling import Candidate
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.sampling import Candidate
-from l2t_fairseq.student import build_student
+from l2t_fairseq.students.batches import pack, unpack
+from l2t_fairseq.students.student import build_student
 
 TRANSFORMER = (
     "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 "
@@ -313,7 +313,7 @@ def test_dev_sentences_that_the_model_cannot_hold_are_not_decoded(prepared_toy):
 def test_training_data_in_several_parts_is_learnt_from_whole(prepared_toy, tmp_path):
     import shutil
 
-    from l2t_fairseq.fairseq_setup import FairseqSetup
+    from l2t_fairseq.students.setup import FairseqSetup
 
     folder = tmp_path / "data-bin"
     shutil.copytree(prepared_toy / "data-bin", folder)
@@ -327,7 +327,7 @@ def test_training_data_in_several_parts_is_learnt_from_whole(prepared_toy, tmp_p
 def test_an_empty_dev_set_is_one_line(prepared_toy, tmp_path):
     import shutil
 
-    from l2t_fairseq.fairseq_setup import FairseqSetup
+    from l2t_fairseq.students.setup import FairseqSetup
 
     copy = tmp_path / "data-bin"
     shutil.copytree(prepared_toy / "data-bin", copy)

@@ -12,7 +12,7 @@ import torch
 from toy_fairseq import TINY_MODEL, USER_DIR, run_module
 from toy_runs import STEPS, Result, Runs, same_parameters
 
-from l2t_core.applied import AppliedTeacher
+from l2t_core.teachers.applied import AppliedTeacher
 
 pytest.importorskip("fairseq")
 

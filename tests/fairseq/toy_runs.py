@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from toy_fairseq import TINY_MODEL, TINY_RUN, USER_DIR, run_module
 
-from l2t_core.teacher_file import load_header
-from l2t_fairseq.command import FairseqCommand, has_flag, with_value
-from l2t_fairseq.taught_command import resumable, teach_command
+from l2t_core.teachers.file import load_header
+from l2t_fairseq.commands.taught import resumable, teach_command
+from l2t_fairseq.commands.train import FairseqCommand, has_flag, with_value
 
 STEPS = 20
 Result = subprocess.CompletedProcess[str]

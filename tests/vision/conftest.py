@@ -13,7 +13,7 @@ import torch
 from idx_files import idx  # type: ignore[import-not-found]
 
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
-from l2t_vision.data import ImageData
+from l2t_vision.data.sets import ImageData
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2t_core.apply import train_student
 from l2t_core.errors import UserError
-from l2t_vision.augmentation import AUGMENTATIONS, Augmentation, augmented
+from l2t_core.students.train import train_student
+from l2t_vision.data.augmentation import AUGMENTATIONS, Augmentation, augmented
 from l2t_vision.student import ImageStudent
 
 Make = Callable[..., ImageStudent]

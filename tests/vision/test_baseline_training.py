@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2t_core.apply import train_student
+from l2t_core.losses.steps import Recorded, fixed_loss
 from l2t_core.specs import OptimiserSpec
-from l2t_core.step_losses import Recorded, fixed_loss
+from l2t_core.students.train import train_student
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent, build_student
 

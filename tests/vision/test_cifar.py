@@ -15,10 +15,10 @@ import torch
 from cifar_files import archive, binary, python_pickle  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
-from l2t_vision.cifar import CIFAR10, CIFAR100, Cifar, load_cifar
-from l2t_vision.data import load_data
-from l2t_vision.pickles import read_pickle
-from l2t_vision.prepare import prepare_cifar
+from l2t_vision.data.cifar import CIFAR10, CIFAR100, Cifar, load_cifar
+from l2t_vision.data.pickles import read_pickle
+from l2t_vision.data.prepare import prepare_cifar
+from l2t_vision.data.sets import load_data
 from l2t_vision.recipe import ImageSpec
 
 IMAGES = np.random.default_rng(4).integers(0, 256, (60, 3, 32, 32)).astype(np.uint8)
@@ -256,7 +256,7 @@ def test_prepared_from_a_folder(
 def test_downloaded_as_the_binary_archive(
     tmp_path: Path, everything: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("l2t_vision.prepare.CIFAR_SITE", everything.as_uri())
+    monkeypatch.setattr("l2t_vision.data.prepare.CIFAR_SITE", everything.as_uri())
     kind, events = small_official(CIFAR10, everything), []
     out = prepare_cifar(kind, tmp_path / "out", None, events.append)
     assert [p.name for p in out.iterdir()] == ["cifar-10-binary.tar.gz"]
@@ -290,7 +290,7 @@ def test_whole_records_that_are_too_few_are_not_the_official_files(
 def test_good_files_are_not_put_behind_damaged_ones(
     tmp_path: Path, everything: Path, monkeypatch: pytest.MonkeyPatch, download: bool
 ) -> None:
-    monkeypatch.setattr("l2t_vision.prepare.CIFAR_SITE", everything.as_uri())
+    monkeypatch.setattr("l2t_vision.data.prepare.CIFAR_SITE", everything.as_uri())
     kind, out = small_official(CIFAR10, everything), write(tmp_path / "out", CIFAR10, False, "bare")
     (out / "data_batch_2.bin").write_bytes(b"cut")
     source = None if download else everything
@@ -321,7 +321,7 @@ def test_offline_the_line_names_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Port 9 of this machine: refused at once, no name to look up.
-    monkeypatch.setattr("l2t_vision.prepare.CIFAR_SITE", "http://127.0.0.1:9")
+    monkeypatch.setattr("l2t_vision.data.prepare.CIFAR_SITE", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot download http://127.*--from"):
         prepare_cifar(CIFAR100, tmp_path / "out", None, quiet)
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ import torch
 
 from l2t_core.errors import UserError
 from l2t_vision.checks import problems
-from l2t_vision.corruption import label_confusion, long_tail, noisy_labels
-from l2t_vision.data import ImageData, load_data
+from l2t_vision.data.corruption import label_confusion, long_tail, noisy_labels
+from l2t_vision.data.sets import ImageData, load_data
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student
 

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
-from l2t_vision.data import ImageData, load_data
+from l2t_vision.data.sets import ImageData, load_data
 from l2t_vision.identity import content, data_digest, signature
 from l2t_vision.recipe import ImageSpec
 

@@ -13,7 +13,7 @@ import torch
 from l2t_core.errors import NoEffect, UserError
 from l2t_core.specs import OptimiserSpec, ScheduleSpec
 from l2t_vision.checks import problems
-from l2t_vision.data import load_data
+from l2t_vision.data.sets import load_data
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student
 

@@ -13,8 +13,8 @@ from idx_files import idx  # type: ignore[import-not-found]
 from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
-from l2t_vision.data import ImageData, load_data, stratified_order
-from l2t_vision.idx import read_idx
+from l2t_vision.data.idx import read_idx
+from l2t_vision.data.sets import ImageData, load_data, stratified_order
 from l2t_vision.recipe import ImageSpec
 
 

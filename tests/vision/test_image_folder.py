@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from l2t_core.errors import UserError
-from l2t_vision import image_folder
-from l2t_vision.data import load_data
-from l2t_vision.data_notes import notes
-from l2t_vision.image_folder import load_image_folder
+from l2t_vision.data import image_folder
+from l2t_vision.data.image_folder import load_image_folder
+from l2t_vision.data.notes import notes
+from l2t_vision.data.sets import load_data
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from l2t_core.double_backward import probe
 from l2t_core.errors import UserError
-from l2t_vision.models import MODELS, SCALABLE, build_model
+from l2t_core.hypergradients.double_backward import probe
+from l2t_vision.models.architectures import MODELS, SCALABLE, build_model
+from l2t_vision.models.resnets import CifarResNet, WideResNet
 from l2t_vision.recipe import ImageSpec
-from l2t_vision.resnets import CifarResNet, WideResNet
 from l2t_vision.student import build_student
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2t_cli.recipe_loading import load_recipe
-from l2t_cli.recipe_values import problems
-from l2t_core.apply import train_student
+from l2t_cli.recipe_reading.loading import load_recipe
+from l2t_cli.recipe_reading.values import problems
 from l2t_core.errors import UserError
-from l2t_core.run_folder import open_run
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
-from l2t_core.teacher_file import load_teacher
-from l2t_core.training import train_teacher
+from l2t_core.students.train import train_student
+from l2t_core.teachers.file import load_teacher
+from l2t_core.training.episodes import train_teacher
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent, build_student
 

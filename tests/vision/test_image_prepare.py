@@ -15,10 +15,10 @@ from idx_files import idx  # type: ignore[import-not-found]
 from official_data import folder_of, needs  # type: ignore[import-not-found]
 
 from l2t_core.errors import UserError
-from l2t_vision import prepare
-from l2t_vision.data import load_data
-from l2t_vision.idx import IDX_FILES
-from l2t_vision.prepare import DATASETS, FASHION_MNIST, MNIST, prepare_idx
+from l2t_vision.data import prepare
+from l2t_vision.data.idx import IDX_FILES
+from l2t_vision.data.prepare import DATASETS, FASHION_MNIST, MNIST, prepare_idx
+from l2t_vision.data.sets import load_data
 from l2t_vision.recipe import ImageSpec
 
 

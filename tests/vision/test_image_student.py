@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2t_core.applied import AppliedTeacher
-from l2t_core.apply import train_student
-from l2t_core.differentiation import exact
-from l2t_core.engine import Engine, Episode
 from l2t_core.errors import UserError
-from l2t_core.life import Life
-from l2t_core.run_folder import open_run
+from l2t_core.hypergradients.engine import Engine, Episode
+from l2t_core.hypergradients.ways import exact
+from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, ScheduleSpec, TeacherSpec, TrainingSpec
-from l2t_core.student_state import feature_count
-from l2t_core.teachers import build_teacher
-from l2t_core.training import train_teacher
-from l2t_vision.data import load_data
-from l2t_vision.data_notes import copies, notes
+from l2t_core.students.life import Life
+from l2t_core.students.state import feature_count
+from l2t_core.students.train import train_student
+from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.architectures import build_teacher
+from l2t_core.training.episodes import train_teacher
+from l2t_vision.data.notes import copies, notes
+from l2t_vision.data.sets import load_data
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import ImageStudent, build_student
 

@@ -1,0 +1,1 @@
+"""``l2t apply-teacher``: students under a trained teacher, image and fairseq."""

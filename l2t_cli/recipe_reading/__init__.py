@@ -1,0 +1,1 @@
+"""Recipes: found, read, checked key by key; ``l2t recipes``."""

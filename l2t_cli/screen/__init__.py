@@ -1,0 +1,1 @@
+"""What people see of a long run: console, progress, pictures."""

@@ -1,0 +1,1 @@
+"""The specification and the statistics of a fair comparison."""

@@ -1,0 +1,1 @@
+"""What a student descends: the losses that phi writes, and the fixed ones beside them."""

@@ -1,0 +1,1 @@
+"""Folders, files and processes: what a run leaves and how it survives."""

@@ -1,0 +1,1 @@
+"""Who writes the loss: the networks, their files, and a trained one that follows a student."""

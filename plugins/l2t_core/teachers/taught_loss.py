@@ -1,0 +1,210 @@
+"""A trained teacher as a drop-in for ``nn.CrossEntropyLoss`` in anyone's loop."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from l2t_core.errors import UserError
+from l2t_core.losses.products import target_log_probs
+from l2t_core.students.state import (
+    DevStatistics,
+    TrainStatistics,
+    dev_statistics,
+    train_statistics,
+)
+from l2t_core.teachers.applied import AppliedTeacher
+
+
+class TaughtLoss(nn.Module):
+    """The loss that a trained teacher writes for this student, step by step.
+
+    ::
+
+        steps = len(loader) * epochs
+        criterion = TaughtLoss("teacher_best.safetensors", steps, optimizer)
+        loss = criterion(model(x), y)
+        loss.backward(); optimizer.step(); criterion.step()
+
+    and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
+    after each validation; where the first one is overdue, a warning says so once, with how often
+    the teacher is used to it. Without ``step`` the teacher would keep writing its first loss. The
+    module has no parameters; ``state_dict`` carries the student's state for a resume. In
+    evaluation mode and under ``torch.no_grad`` it is plain cross-entropy, and the teacher learns
+    nothing of it. Targets of ``ignore_index`` are left out and logits may be [K], [N, K] or
+    [N, K, d1, ...], as in ``nn.CrossEntropyLoss``. What that has besides is the teacher's business:
+    class weights, label smoothing, other reductions than the mean, and targets that are
+    probabilities are not taken. It may be called within autocast; compile the model, not this.
+
+    Where a process group is initialised (DistributedDataParallel) every process has to call
+    ``step`` at every step: the statistics of all are put together there, so that the teacher
+    writes the same loss for all. What any of them gave to ``observe_dev``, the first one that did,
+    is then seen by all, from the next step on.
+
+    Args:
+        teacher: path of a teacher file.
+        total_steps: T, the number of optimiser steps of this training.
+        optimizer: the student's, for teachers that look at its learning rate.
+        warmup_steps: steps on cross-entropy; None scales the teacher's own.
+        ignore_index: the target that is none.
+
+    Raises:
+        UserError: if the file cannot be used, ``total_steps`` is not positive, or the teacher looks
+            at the learning rate and there is no ``optimizer``.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        warmup_steps: int | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if total_steps < 1:
+            raise UserError(f"TaughtLoss: total_steps is {total_steps}; it must be at least 1")
+        # A list hides the teacher from the module tree: it must not become a parameter.
+        self._applied = [AppliedTeacher.from_file(teacher, total_steps, warmup_steps=warmup_steps)]
+        if optimizer is None and "log_learning_rate" in self.applied.state.feature_names:
+            raise UserError(
+                f"TaughtLoss: the teacher {teacher} looks at the learning rate; give the student's "
+                "optimizer"
+            )
+        self._optimizer = optimizer
+        self.ignore_index = ignore_index
+        # Sums over the step's batches: nll in nats, right answers, examples.
+        self._seen = (0.0, 0.0, 0)
+        self._dev: DevStatistics | None = None  # to be shared with the other processes
+        self._device = torch.device("cpu")
+        header = self.applied.header
+        assert header is not None  # from_file always has one
+        self._dev_interval = header.dev_interval_for(total_steps)
+        self._may_miss_dev = header.teacher.reads_dev  # until it saw dev, or it was said
+
+    @property
+    def applied(self) -> AppliedTeacher:
+        """The teacher that follows this student."""
+        return self._applied[0]
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss, a scalar, for logits [N, K, ...] and targets [N, ...].
+
+        Raises:
+            UserError: if the teacher was trained for another number of classes, or the targets are
+                no classes or do not fit the logits.
+        """
+        logits, targets = self._examples(logits, targets)
+        log_probs = torch.log_softmax(logits, 1)
+        if not self.training or not torch.is_grad_enabled():
+            return -target_log_probs(log_probs, targets).mean()
+        self._check_classes(log_probs)
+        self._device = logits.device
+        # Read now: a scheduler may have moved the rate since the last step.
+        rate = float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
+        self.applied.begin_step(rate)
+        if count := len(targets):
+            new, (nll, right, examples) = train_statistics(log_probs, targets), self._seen
+            self._seen = (nll + count * new.nll, right + count * new.accuracy, examples + count)
+        return self.applied.loss(log_probs, targets).mean()
+
+    def step(self) -> None:
+        """Tell the teacher that the optimiser has made its step; call it once after each.
+
+        All batches since the last call count as this step's (gradient accumulation). Warns once,
+        in the first process, if the teacher looks at dev and has seen nothing of it for more than
+        twice the steps that were between two looks in its own training, scaled to this one.
+        """
+        nll, right, examples = self._of_all_processes() if _several() else self._seen
+        if examples:
+            self.applied.commit(TrainStatistics(nll / examples, right / examples))
+            self._tell_if_dev_is_missed()
+        self._seen = (0.0, 0.0, 0)
+
+    def _tell_if_dev_is_missed(self) -> None:
+        # One interval late is a loop that validates at the end of its epochs.
+        if not self._may_miss_dev or self.applied.step <= 2 * self._dev_interval:
+            return
+        self._may_miss_dev = False
+        if not _several() or dist.get_rank() == 0:
+            warnings.warn(
+                f"TaughtLoss: the teacher looks at dev and has not seen it in {self.applied.step} "
+                "steps: it takes the student for one that still guesses; call "
+                f"criterion.observe_dev(logits, targets) every {self._dev_interval} steps or so",
+                stacklevel=3,  # where the user's loop calls step
+            )
+
+    def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
+        """Show the teacher logits [N, K, ...] and targets [N, ...] of dev after a validation.
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        logits, targets = self._examples(logits.detach(), targets)
+        self._check_classes(logits)
+        found = dev_statistics(torch.log_softmax(logits, 1), targets, logits.shape[1])
+        self._may_miss_dev = False
+        if _several():
+            self._dev = found
+        else:
+            self.applied.observe_dev(found)
+
+    def _of_all_processes(self) -> tuple[float, float, float]:
+        """Return the step's sums over all processes, and take over the first one's look at dev."""
+        sums = torch.tensor(
+            [*self._seen, float(self._dev is not None)], dtype=torch.float64, device=self._device
+        )
+        dist.all_reduce(sums)
+        nll, right, examples, looked = sums.tolist()
+        if looked:
+            looks: list[DevStatistics | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(looks, self._dev)
+            self.applied.observe_dev(next(look for look in looks if look is not None))
+            self._dev, self._may_miss_dev = None, False
+        return nll, right, examples
+
+    def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [M, K] and targets [M] of all that is not to be ignored."""
+        if targets.is_floating_point():
+            raise UserError(
+                f"TaughtLoss: the targets are {targets.dtype}, probabilities perhaps; teachers "
+                "write the loss of a class: give class indices"
+            )
+        if logits.ndim == 1:
+            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
+        if logits.ndim < 2 or targets.shape != (logits.shape[0], *logits.shape[2:]):
+            raise UserError(
+                f"TaughtLoss: targets {list(targets.shape)} do not fit logits "
+                f"{list(logits.shape)}; logits are [N, K, ...] and targets [N, ...]"
+            )
+        if logits.ndim > 2:
+            logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
+        kept, targets = targets != self.ignore_index, targets.long()
+        return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
+
+    def _check_classes(self, logits: Tensor) -> None:
+        found, wanted = logits.shape[1], self.applied.state.num_classes
+        if found != wanted:
+            raise UserError(
+                f"TaughtLoss: the teacher was trained for {wanted} classes, the logits have "
+                f"{found}; use a teacher of this task"
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the student's state, for ``state_dict``."""
+        return self.applied.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the student's state, from ``load_state_dict``."""
+        self.applied.load_state_dict(state)
+        if state["state"]["dev"]:
+            self._may_miss_dev = False
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,398 @@
+"""Teacher training: Algorithm 1 of L2T-DLF over fresh students, resumable to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2t_core.errors import UserError
+from l2t_core.hypergradients.diagnostics import finite, largest, mean
+from l2t_core.hypergradients.engine import Engine, Episode, describe_plan
+from l2t_core.hypergradients.ways import DIFFERENTIATIONS, Outcome, true_measure
+from l2t_core.runs.folder import RunFolder
+from l2t_core.runs.processes import ALONE, Processes
+from l2t_core.specs import (
+    WITHIN_A_LIFE,
+    WITHOUT_DERIVATIVES,
+    LossSpec,
+    TeacherSpec,
+    TrainingSpec,
+)
+from l2t_core.students.life import Life, precision_of
+from l2t_core.students.protocol import Student
+from l2t_core.students.state import feature_count
+from l2t_core.teachers.architectures import Teacher, build_teacher
+from l2t_core.teachers.file import TeacherHeader, save_teacher
+from l2t_core.training.settings import check_processes, check_settings
+from l2t_core.training.state import Leader, Theta, TrainingState, chosen_by
+from l2t_core.training.update import (
+    FLAT_REMEDY,
+    advice,
+    ascend,
+    combine,
+    ends_calmly,
+    keep_bounded,
+    penalised,
+    signal_to_noise,
+    unusable,
+)
+
+# So many episodes in a row without a usable hypergradient end a run: more would not help.
+MOST_SKIPPED = 8
+# Beyond the students of any run's episodes.
+FIRST_FINAL_STUDENT = 900_000
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What teacher training leaves: files, the best true dev measure and the episodes' log."""
+
+    best_path: Path
+    last_path: Path
+    best_measure: float
+    best_episode: int
+    skipped: int
+    history: list[dict[str, Any]]
+
+
+def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
+    """Return what to say where no hypergradient of ``episodes`` could be followed.
+
+    The row of the ``last`` one may have a warning with a remedy of its own.
+    """
+    reason, mend = last["reason"], "lower the student's learning rate, or training.lr"
+    if "measure" in reason:  # its students have lived
+        mend = f"look at the measure first (image.measure, nmt.measure), and if it is sound {mend}"
+    said = last.get("warning") or f"{reason}; {mend}"
+    return UserError(f"{episodes} gave a usable hypergradient; the last: {said}")
+
+
+class TeacherTraining:
+    """One run: what stays the same of it, and the state that its episodes change."""
+
+    def __init__(
+        self,
+        student: Student,
+        loss: LossSpec,
+        teacher_spec: TeacherSpec,
+        spec: TrainingSpec,
+        folder: RunFolder,
+        record: dict[str, Any],
+        processes: Processes = ALONE,
+    ) -> None:
+        self.processes = processes
+        processes.agree(lambda: self._check(student, loss, teacher_spec, spec))
+        self.student, self.loss, self.spec, self.folder = student, loss, spec, folder
+        names = tuple(teacher_spec.features) or student.default_features
+        self.teacher_spec = dataclasses.replace(teacher_spec, features=list(names))
+        self.record = record
+        self.differentiate = DIFFERENTIATIONS.get(spec.differentiation)
+        features = feature_count(names, student.num_classes)
+        sharing = processes if spec.parallel == "data" else ALONE
+        self.life = processes.agree(lambda: Life(student, spec.precision, sharing))
+        self.engine = processes.agree(lambda: Engine(self.life, loss, spec, folder.path))
+        # theta lives where omega does: phi enters the student's graph.
+        self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
+        self.state = TrainingState(self.teacher, spec.lr, spec.finalists)
+        self._resume()
+        if processes.rank == 0:
+            folder.adopt()
+
+    def _check(
+        self, student: Student, loss: LossSpec, teacher: TeacherSpec, spec: TrainingSpec
+    ) -> None:
+        whole = dataclasses.replace(spec, precision=precision_of(student, spec.precision))
+        check_settings(loss, teacher, whole, student.total_steps, student.num_classes)
+        check_processes(spec, self.processes.world)
+
+    def _new_teacher(self, features: int) -> Teacher:
+        teacher = build_teacher(
+            self.teacher_spec, self.loss, self.student.num_classes, features, self.spec.seed
+        )
+        keep_bounded(teacher, self.loss, self.spec)
+        return teacher
+
+    def _teacher_of(self, theta: Theta) -> Teacher:
+        teacher = self._new_teacher(self.teacher.num_features)
+        teacher.load_state_dict(theta)
+        return teacher
+
+    def run(self, on_event: OnEvent) -> TrainingResult:
+        """Run the episodes that are left, saving after each, and the final students."""
+        if not self._finished():
+            if self.spec.differentiation not in WITHOUT_DERIVATIVES:
+                self.processes.agree(lambda: self.engine.prepare(self.teacher))
+            plan = describe_plan(self.engine, self.processes)
+            on_event({"event": "plan", "plan": plan, "threads": torch.get_num_threads()})
+        while not self._finished():
+            self._episode(on_event)
+        if len(self.state.leaders) > 1:
+            self._finals(on_event)
+        best, folder, p = self._write_teachers(), self.folder, self.state.progress
+        return TrainingResult(
+            folder.teacher_best, folder.teacher_last, best.mark(), best.episode, p.skipped,
+            p.history,
+        )
+
+    def _write_teachers(self) -> Leader:
+        """Write the best and the last teacher, to be applied while the training goes on."""
+        best, last = self.state.winner(), self.state.last(self.spec.episodes)
+        if self.processes.rank == 0:
+            header = self._header(best.episode, best.mark())
+            save_teacher(self.folder.teacher_best, self._teacher_of(best.theta), header)
+            save_teacher(self.folder.teacher_last, self.teacher, self._header(*last))
+        return best
+
+    def _finals(self, on_event: OnEvent) -> None:
+        """Have each leader teach the same fresh students: its own may have been lucky ones."""
+        spec = self.spec
+        for leader in self.state.leaders:
+            if leader.scores:
+                continue
+            began = time.monotonic()
+            teacher = self._teacher_of(leader.theta).to(self.life.flat.vector.device)
+            scores = [
+                self._final_score(teacher, leader.episode, number, on_event)
+                for number in self._mine(spec.final_students)
+            ]
+            leader.scores = self._together(scores)
+            leader.seconds = round(time.monotonic() - began, 3)
+            self._save()
+            on_event(leader.row())
+
+    def _final_score(
+        self, teacher: Teacher, episode: int, number: int, on_event: OnEvent
+    ) -> float | None:
+        """Return the true dev measure of a final student, None if it dies."""
+        seed = self.spec.seed * 1_000_003 + FIRST_FINAL_STUDENT + number
+        life = Episode(self.engine, tuple(self.teacher_spec.features), seed, seed)
+        on_step = self._on_step(episode, number, self.spec.final_students, on_event)
+        try:
+            found = true_measure(life, teacher, on_step)
+        except FloatingPointError:
+            return None
+        return found if math.isfinite(found) else None
+
+    def _finished(self) -> bool:
+        p, spec = self.state.progress, self.spec
+        stale = p.episode - 1 - p.best_episode()
+        # The last update's teacher still has to be measured, hence one more episode than updates.
+        return p.episode > spec.episodes or bool(spec.patience and stale >= spec.patience)
+
+    def _episode(self, on_event: OnEvent) -> None:
+        p = self.state.progress
+        began = time.monotonic()
+        row: dict[str, Any] = {"event": "episode", "episode": p.episode}
+        for outcomes in self._outcomes(on_event):
+            row |= self._learn(outcomes)
+        row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
+        remedy = getattr(self.student, "flat_remedy", FLAT_REMEDY)
+        if warning := advice(row, self.spec, ends_calmly(self.student), remedy):
+            row["warning"] = warning
+        p.episode += 1
+        p.ended = p.episode > self.spec.episodes
+        p.history.append(row)
+        self._save()
+        self._write_teachers()
+        on_event(row)
+        if p.skipped_in_a_row >= MOST_SKIPPED and not self._finished():
+            stuck = nothing_usable(f"none of the last {MOST_SKIPPED} episodes", row)
+            raise self.processes.told_once(stuck)
+
+    def _outcomes(self, on_event: OnEvent) -> Iterator[list[Outcome]]:
+        """Yield the outcomes of all students wherever theta may be updated."""
+        spec = self.spec
+        lives = [self._life(number, on_event) for number in self._mine(spec.students)]
+        # One life ends before the next begins, but for ways that update within one life.
+        for outcomes in zip(*lives, strict=True):
+            # By way of the CPU: each process has a GPU of its own.
+            gathered = self._together([o.to("cpu") for o in outcomes])
+            together = [o.to(self.life.flat.vector.device) for o in gathered]
+            yield together
+            if spec.differentiation in WITHIN_A_LIFE and any(o.failure for o in together):
+                return
+
+    def _mine(self, count: int) -> range:
+        """Return which of ``count`` students this process trains, or helps to train."""
+        return range(count) if self.spec.parallel == "data" else self.processes.share(count)
+
+    def _together(self, mine: list[Any]) -> list[Any]:
+        """Return what all students gave, in their order."""
+        if self.spec.parallel == "data":
+            # The same in all processes but for the last bit, which must not part them.
+            return list(self.processes.from_first(mine))
+        return self.processes.gather(mine)
+
+    def _on_step(
+        self, episode: int, number: int, students: int, on_event: OnEvent
+    ) -> Callable[[str, int], None]:
+        of = self.student.total_steps
+
+        def on_step(phase: str, step: int) -> None:
+            on_event(
+                {"event": "step", "episode": episode, "phase": phase, "step": step, "of": of,
+                 "student": number, "students": students}
+            )
+
+        return on_step
+
+    def _life(self, number: int, on_event: OnEvent) -> Iterator[Outcome]:
+        """Yield the outcomes of one student, a failure as the last one where it dies."""
+        episode, spec = self.state.progress.episode, self.spec
+        turn = episode * spec.students + number
+        if spec.student_seeds:
+            turn %= spec.student_seeds
+        # Far from the small seeds that people give to applications.
+        seed = spec.seed * 1_000_003 + turn
+        noise = (spec.seed * 1_000_003 + episode) * 1_009 + number
+        features = tuple(self.teacher_spec.features)
+        try:
+            yield from self.differentiate(
+                Episode(self.engine, features, seed, seed, noise), self.teacher,
+                self._on_step(episode, number, spec.students, on_event),
+            )
+        except FloatingPointError as error:
+            yield Outcome(failure=str(error))
+
+    def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
+        """Take outcomes in: remember the best theta, then make one Adam step of ascent."""
+        p, spec = self.state.progress, self.spec
+        # A student that is lost for its hypergradient has lived, and tells of its teacher.
+        lived = [not o.failure and math.isfinite(o.smoothed + (o.true or 0.0)) for o in outcomes]
+        scores = [
+            o.true if well else None
+            for o, well in zip(outcomes, lived, strict=True) if o.failure or o.true is not None
+        ]
+        for outcome in outcomes:
+            outcome.failure = outcome.failure or unusable(outcome, spec.max_growth)
+        alive = [o for o in outcomes if not o.failure]
+        needed = 2 if spec.differentiation == "mixed" else 1
+        usable = len(alive) >= needed
+        # Those that were left out for what they met on the way back tell most about it.
+        back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
+        row: dict[str, Any] = {
+            "smoothed": mean([o.smoothed for o, well in zip(outcomes, lived, strict=True) if well]),
+            "dev_measure": mean([s for s in scores if s is not None]),
+            "measure": self.student.measure_name,
+            "students": len(outcomes),
+            "students_lost": len(outcomes) - len(alive),
+            "growth": mean([way.growth for way in back]),
+            "largest": largest([way.largest for way in back]),
+            "sharpness": largest([way.sharpness for way in back]),
+            "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
+            "tail_error": largest([w.tail_error for w in back if w.tail_error is not None]),
+            "skipped": not usable, "best": False, "hypergradient_norm": None,
+            "signal_to_noise": None,
+        }
+        if row["dev_measure"] is not None:
+            row["best"] = self.state.offer(chosen_by(scores))
+        if not usable:
+            p.skipped += 1
+            p.skipped_in_a_row += 1
+            if p.episode < spec.episodes:
+                self._retreat()
+            return row | {"reason": next(o.failure for o in outcomes if o.failure)}
+        p.skipped_in_a_row = 0
+        return row | self._ascend(alive)
+
+    def _ascend(self, alive: list[Outcome]) -> dict[str, Any]:
+        spec = self.spec
+        estimates = torch.stack([torch.stack(o.estimates) for o in alive])
+        features = [f for o in alive for f in o.features]
+        gradient = penalised(combine(estimates), self.teacher, self.loss, features, spec)
+        norm = float(gradient.norm())
+        if self.state.progress.episode < spec.episodes:
+            self.state.sound = self.state.theta()
+            ascend(self.teacher, self.loss, gradient, self.state.optimiser, spec)
+        return {
+            "hypergradient_norm": norm,
+            "signal_to_noise": finite(signal_to_noise(estimates[:, 0])),
+        }
+
+    def _retreat(self) -> None:
+        """Take theta half the way back to the last one whose students lived."""
+        for name, value in self.teacher.state_dict().items():
+            value.lerp_(self.state.sound[name], 0.5)
+
+    def _header(self, episode: int, measure: float | None) -> TeacherHeader:
+        record = {
+            **self.record,
+            "episodes": self.state.progress.episode,
+            "final_students": sum(len(leader.scores) for leader in self.state.leaders),
+            "episode": episode,
+            "dev_measure": measure if measure is not None and math.isfinite(measure) else None,
+            "measure": self.student.measure_name,
+            "training": dataclasses.asdict(self.spec),
+        }
+        student = self.student
+        return TeacherHeader(
+            self.teacher_spec, self.loss, student.num_classes, student.total_steps,
+            student.dev_interval(), student.fingerprint(), record,
+        )
+
+    def _save(self) -> None:
+        if self.processes.rank:
+            return
+        self.folder.save_state(*self.state.pack())
+        self.folder.write_metrics(self.state.rows())
+
+    def _resume(self) -> None:
+        processes = self.processes
+        first = processes.rank == 0
+        mine = processes.agree(lambda: self.folder.load_state() if first else None)
+        stored = processes.from_first(mine)
+        if stored is None:
+            return
+        try:
+            tensors, numbers = stored
+            self.state.unpack(tensors, numbers, self.spec.episodes)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise processes.told_once(
+                UserError(
+                    f"{self.folder.state} does not belong to this run; put its own there again, or "
+                    "delete it to start this run afresh"
+                )
+            ) from error
+        if first:
+            self.folder.write_metrics(self.state.rows())
+
+
+def train_teacher(
+    student: Student,
+    loss: LossSpec,
+    teacher: TeacherSpec,
+    spec: TrainingSpec,
+    folder: RunFolder,
+    *,
+    record: dict[str, Any],
+    on_event: OnEvent = lambda event: None,
+    processes: Processes = ALONE,
+) -> TrainingResult:
+    """Train a teacher (Algorithm 1), or continue the run that ``folder`` holds.
+
+    Each episode trains fresh students (or the next of ``spec.student_seeds``) under the current
+    teacher, measures them on dev, and makes one Adam step on theta, or one a window. The last of
+    ``spec.episodes`` + 1 episodes measures the last teacher. A student without a finite
+    hypergradient is left out; without any, the episode is skipped and counted and theta goes half
+    the way back. With ``spec.finalists`` above 1, so many of the best teachers then teach the same
+    fresh students, and the best is chosen by their mean.
+
+    The students of an update, or the batches of a step, are shared by ``processes``; the number
+    of processes may change when a run goes on. Only the first of them writes.
+
+    Raises:
+        UserError: if a setting is impossible, the student cannot be differentiated twice, the
+            folder cannot be written, or no student lives any more.
+        PeerLost: if another process has ended.
+    """
+    training = TeacherTraining(student, loss, teacher, spec, folder, record, processes)
+    return training.run(on_event)

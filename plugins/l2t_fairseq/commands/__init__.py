@@ -1,0 +1,1 @@
+"""fairseq commands as people write them: read, changed, and why one failed."""

@@ -1,0 +1,1 @@
+"""Parallel text: got, cut into subwords, brought into the form that recipes name."""

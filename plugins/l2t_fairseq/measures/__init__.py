@@ -1,0 +1,1 @@
+"""What a translation is worth: candidates, their law, and their scores."""

@@ -1,0 +1,1 @@
+"""The NMT student: a fairseq run that can be replayed and differentiated twice."""

@@ -1,0 +1,1 @@
+"""Image data sets: read, cut into splits, made worse on purpose, augmented."""
