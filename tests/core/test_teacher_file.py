@@ -158,6 +158,11 @@ def test_other_files_are_refused(saved, tmp_path):
     rewrite()
     with pytest.raises(UserError, match="not finite"):
         load_teacher(other)
+    younger = copy.deepcopy(bad)
+    younger["teacher"]["temperature"] = 2.0
+    rewrite(header=younger)
+    with pytest.raises(UserError, match=r"newer l2t \(teacher.temperature is not known here\)"):
+        load_header(other)
     bad["surprise"] = 1
     rewrite(header=bad)
     with pytest.raises(UserError, match="damaged header"):

@@ -173,6 +173,11 @@ def _header_in(content: dict[str, Any], path: Path | str) -> TeacherHeader:
             f"{path} is a teacher file of version {content.get('version')}, this l2t reads "
             f"version {VERSION}; use the l2t that wrote it or train again"
         )
+    if younger := _unknown_settings(content.get("header")):
+        raise UserError(
+            f"{path} was written by a newer l2t ({younger[0]} is not known here); update l2t, or "
+            "train a teacher with this one"
+        )
     try:
         header = content["header"]
         parts = {"teacher": TeacherSpec(**header["teacher"]), "loss": LossSpec(**header["loss"])}
@@ -181,6 +186,17 @@ def _header_in(content: dict[str, Any], path: Path | str) -> TeacherHeader:
         return found
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path}: damaged header ({error}); train the teacher again") from error
+
+
+def _unknown_settings(header: object) -> list[str]:
+    """Return what a header's teacher and loss have that their specs here have not."""
+    sections = {"teacher": TeacherSpec, "loss": LossSpec}
+    return [
+        f"{section}.{name}"
+        for section, spec in sections.items()
+        if isinstance(header, dict) and isinstance(header.get(section), dict)
+        for name in header[section].keys() - {item.name for item in dataclasses.fields(spec)}
+    ]
 
 
 def _check_values(header: TeacherHeader) -> None:
