@@ -29,17 +29,17 @@ logging.disable(logging.INFO)
 warnings.simplefilter("ignore")
 
 from l2t_cli.recipe_reading.loading import Recipe, load_recipe  # noqa: E402
-from l2t_core.hypergradients import readout  # noqa: E402
 from l2t_core.errors import UserError  # noqa: E402
+from l2t_core.hypergradients import readout  # noqa: E402
 from l2t_core.hypergradients.engine import Engine, Episode  # noqa: E402
 from l2t_core.hypergradients.ways import exact  # noqa: E402
 from l2t_core.students.life import Life  # noqa: E402
 from l2t_core.students.state import feature_count  # noqa: E402
 from l2t_core.teachers.architectures import build_teacher  # noqa: E402
-from l2t_fairseq.students import student as student_module  # noqa: E402
 from l2t_fairseq.corpora.prepare import prepare_demo  # noqa: E402
 from l2t_fairseq.measures.candidates import CANDIDATES  # noqa: E402
 from l2t_fairseq.measures.sentence_scores import build_measure  # noqa: E402
+from l2t_fairseq.students import student as student_module  # noqa: E402
 
 # A setting that people use, for each source.
 SOURCES: dict[str, dict[str, float]] = {
