@@ -69,11 +69,12 @@ def test_signal_to_noise():
     assert signal_to_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]])) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("form", ["dense", "lowrank", "shared", "network"])
-def test_the_penalty_is_phis_mean_square_from_neutral(form):
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+@pytest.mark.parametrize("form", ["dense", "lowrank", "shared", "network", "pairwise"])
+def test_the_penalty_is_phis_mean_square_from_neutral(form, name):
     loss = LossSpec(form, "softplus")
-    teacher = build_teacher(TeacherSpec(slots=3, init_scale=0.5), loss, 4, 5, 1).double()
-    states = [torch.randn(5, dtype=torch.float64) for _ in range(3)]
+    teacher = build_teacher(TeacherSpec(name, slots=3, init_scale=0.5), loss, 4, 5, 1).double()
+    states = [torch.randn(5 + teacher.memory, dtype=torch.float64) for _ in range(3)]
 
     def by_hand():
         neutral = neutral_coefficients(loss, 4)

@@ -136,9 +136,12 @@ class LstmTeacher(AttentionTeacher):
     def _answer(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return h_t and c_t [H] from s_t, h_{t-1} and c_{t-1} in one [F + 2 H]."""
         sizes = [self.num_features, self.cell.hidden_size, self.cell.hidden_size]
-        state, hidden, cell = features.split(sizes)
-        h, c = self.cell(state, (hidden, cell))
-        return h, c
+        state, hidden, before = features.split(sizes)
+        own = self.cell  # whose call knows no vmap
+        gates = own.weight_ih @ state + own.bias_ih + own.weight_hh @ hidden + own.bias_hh
+        enter, keep, candidate, answer = gates.chunk(4)
+        cell = torch.sigmoid(keep) * before + torch.sigmoid(enter) * torch.tanh(candidate)
+        return torch.sigmoid(answer) * torch.tanh(cell), cell
 
     def forward(self, features: Tensor) -> Coefficients:
         """Return phi_t for ``features`` [F + M]: the state s_t, and m_t behind it."""
