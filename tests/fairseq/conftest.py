@@ -73,7 +73,8 @@ def write_teacher() -> Callable[..., Path]:
         size = int(fingerprint["num_classes"])
         loss = LossSpec(form=form, sigma=sigma, warmup_steps=warmup_steps)
         features = list(NMT_FEATURES)
-        name, scale = ("static", 0.0) if neutral else ("attention", 0.3)
+        # With a memory, so that all that goes on after a stop, or in two processes, has one.
+        name, scale = ("static", 0.0) if neutral else ("lstm", 0.3)
         spec = TeacherSpec(name=name, slots=3, init_scale=scale, features=features)
         teacher = build_teacher(spec, loss, size, len(features), seed=11)
         if not neutral:

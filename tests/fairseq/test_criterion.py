@@ -89,7 +89,9 @@ def test_the_loss_is_the_teachers_after_the_warm_up(make_bench: MakeBench) -> No
         )
         real = batch["target"] != bench.task.target_dictionary.pad()
         applied = bench.criterion.applied
-        phi = applied.teacher(applied.state.features(1, rate))
+        seen = torch.cat([applied.state.features(1, rate), applied.memory])
+        assert not bool(applied.memory.any())  # no warm-up is remembered
+        phi = applied.teacher(seen)
         losses = step_loss(applied.spec, log_probs[real], batch["target"][real], phi, 1)
     logged = bench.trainer.train_step([batch])
     assert logged["loss"] == pytest.approx(float(losses.mean()) / math.log(2), abs=2e-3)
@@ -205,8 +207,11 @@ def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -
     bench = make_bench("--task", "l2t_translation")
     for batch in bench.batches[:3]:
         bench.trainer.train_step([batch])
+    assert any(bench.state()["applied"]["memory"])
     bench.criterion.begin_update(40, 0.001)
-    assert bench.state()["applied"] == {"step": 40, "state": {"train": None, "dev": None}}
+    applied = bench.state()["applied"]
+    assert not any(applied.pop("memory"))
+    assert applied == {"step": 40, "state": {"train": None, "dev": None}}
 
 
 def test_fairseq_sees_no_parameters(make_bench: MakeBench) -> None:
