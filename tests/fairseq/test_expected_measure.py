@@ -213,6 +213,9 @@ def test_references_lose_what_the_tokenizer_did(tokenised):
         ({"temperature": 0.5}, "nmt.temperature has no effect with nmt.candidates=ancestral; use "
                                "nucleus or temperature or top-k"),
         ({"candidates": "beam", "top_k": 5}, "nmt.top_k has no effect"),
+        ({"measure": "log_likelihood", "candidates": "beam"},
+         "nmt.candidates has no effect with nmt.measure=log_likelihood; leave it out"),
+        ({"measure": "log_likelihood", "lenpen": 1.0}, "nmt.lenpen has no effect with nmt.measure"),
         ({"candidates": "beam", "estimator": "reinforce"},
          "reinforce needs samples from the model's own law.*ancestral, or nmt.estimator=mrt"),
         ({"measure": "expected_blue"}, "did you mean 'expected_bleu'"),

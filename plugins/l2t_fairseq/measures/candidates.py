@@ -20,6 +20,7 @@ from torch import Tensor
 from l2t_core.errors import Limit, NoEffect, UserError, out_of_range, unknown_choice
 from l2t_core.registry import Registry
 from l2t_fairseq.measures.sampling import Candidate, Law, sample
+from l2t_fairseq.measures.sentence_scores import LIKELIHOOD
 from l2t_fairseq.recipe import NmtSpec
 
 Draw = Callable[[NmtSpec, Any, dict[str, Tensor], int, int, Any], list[list[Candidate]]]
@@ -161,6 +162,12 @@ def refuse_wide_beam(spec: NmtSpec, words: Any) -> None:
 
 def candidate_problems(spec: NmtSpec) -> list[str]:
     """Return a line for everything wrong with the candidates that ``spec`` asks for."""
+    if spec.measure == LIKELIHOOD:
+        return [
+            NoEffect(f"nmt.{name}", "nmt.measure", spec.measure, "leave it out")
+            for name in ("candidates", "samples", "estimator", "alpha", "lenpen", *_UNSET)
+            if getattr(spec, name) != getattr(NmtSpec, name)
+        ]
     if unknown := unknown_choice("nmt.candidates", spec.candidates, CANDIDATES.names()):
         return unknown
     source = CANDIDATES.get(spec.candidates)
