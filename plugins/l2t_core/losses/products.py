@@ -43,6 +43,11 @@ class PickAndProject(torch.autograd.Function):
             return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 if it is in half precision, else as it is, any shape."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Leave products at the precision of ``tensor`` and others on its device.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l2t_core.losses.forms import Coefficients
-from l2t_core.losses.products import no_autocast
+from l2t_core.losses.products import in_float32, no_autocast
 from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec
 from l2t_core.students.state import DevStatistics, StudentState, TrainStatistics
@@ -86,6 +86,7 @@ class AppliedTeacher:
 
     def loss(self, log_probs: Tensor, targets: Tensor) -> Tensor:
         """Return the step's per-example loss [N] for log-probabilities [N, K], targets [N]."""
+        log_probs = in_float32(log_probs)  # phi, too, which half precision would round
         place = (log_probs.device, log_probs.dtype)
         if place not in self._moved:
             self._moved[place] = {k: v.to(*place) for k, v in self.coefficients.items()}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
-from l2t_core.losses.products import target_log_probs
+from l2t_core.losses.products import in_float32, target_log_probs
 from l2t_core.students.state import (
     DevStatistics,
     TrainStatistics,
@@ -169,7 +169,7 @@ class TaughtLoss(nn.Module):
         return nll, right, examples
 
     def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [M, K] and targets [M] of all that is not to be ignored."""
+        """Return logits [M, K], never in half, and targets [M] of all that is not ignored."""
         if targets.is_floating_point():
             raise UserError(
                 f"TaughtLoss: the targets are {targets.dtype}, probabilities perhaps; teachers "
@@ -185,7 +185,9 @@ class TaughtLoss(nn.Module):
         if logits.ndim > 2:
             logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
         kept, targets = targets != self.ignore_index, targets.long()
-        return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
+        if not bool(kept.all()):
+            logits, targets = logits[kept], targets[kept]
+        return in_float32(logits), targets
 
     def _check_classes(self, logits: Tensor) -> None:
         found, wanted = logits.shape[1], self.applied.state.num_classes
