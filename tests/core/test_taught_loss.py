@@ -69,7 +69,13 @@ def test_a_teacher_that_takes_over_has_nothing_to_remember(teacher_path):
     first = TaughtLoss(teacher_path, 10, fresh()[1])
     loop(first, *fresh(), 4)
     state = first.get_extra_state()
-    assert len(state.pop("memory", [])) == first.applied.teacher.memory
+    first.set_extra_state(state)
+    assert bool(first.applied.memory.any()) == bool(first.applied.teacher.memory)
+    with torch.no_grad():
+        next(first.applied.teacher.parameters()).add_(0.1)
+    first.set_extra_state(state)
+    assert first.applied.step == 4 and not bool(first.applied.memory.any())
+    state.pop("memory", None)
     first.set_extra_state(state)
     assert first.applied.step == 4 and not bool(first.applied.memory.any())
 
