@@ -47,14 +47,15 @@ LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
 CASES = [
     ("mlp", OptimiserSpec("momentum", 0.3, clip_norm=0.05), {}, False),
     ("mlp", OptimiserSpec("adam", 0.05, eps=1e-3), {"memory": "4KB", "spill": "none"}, True),
+    ("mlp", OptimiserSpec("adam", 0.05, eps=1e-3), {"discount": 0.9}, True, "lstm"),
     ("transformer", OptimiserSpec("adam", 0.05, eps=1e-3), {}, False),
-    ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "finite-difference"}, False),
+    ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "finite-difference"}, False, "lstm"),
     ("mlp", OptimiserSpec("momentum", 0.3), {"hvp": "one-sided-difference"}, False),
 ]
 
 
 def estimate(case, processes):
-    name, optimiser, settings, fixed_shapes = case
+    name, optimiser, settings, fixed_shapes, *kind = case
     student = ToyStudent(STUDENTS[name], optimiser, steps=7)
     student.fixed_shapes = fixed_shapes
     for module in student.module.modules():  # masks are each process's own
@@ -63,7 +64,7 @@ def estimate(case, processes):
         if isinstance(module, nn.TransformerEncoderLayer):
             module.self_attn.dropout = 0.0
     names = student.default_features
-    spec = TeacherSpec(slots=3, init_scale=0.3)
+    spec = TeacherSpec(*kind, slots=3, init_scale=0.3, hidden=4)
     teacher = build_teacher(spec, LOSS, 3, feature_count(names, 3), seed=1).double()
     engine = Engine(Life(student, processes=processes), LOSS, TrainingSpec(**settings))
     outcome = exact(Episode(engine, names, 3, 0), teacher, lambda phase, step: None)
