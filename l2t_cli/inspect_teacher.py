@@ -12,6 +12,8 @@ from l2t_cli.screen import console
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MATRIX_CLASSES = 10  # as many columns as a terminal of 80 characters has room for
+# Of a life that is longer so many steps before each point are gone through, a second's work.
+LONGEST_MEMORY = 20_000
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
@@ -119,19 +121,20 @@ def _coefficients(network: Any, header: Any) -> list[Any]:
 
     from l2t_core.students.state import StudentState
 
-    steps = header.total_steps
-    state = StudentState(steps, header.num_classes, header.teacher.features)
-    found = {round(point * (steps - 1)): None for point in POINTS}
-    memory = next(network.parameters()).new_zeros(network.memory)
-    # A teacher without a memory need not see what lies between.
-    for step in range(steps) if network.memory else found:
-        features = torch.cat([state.features(step, 0.1).to(memory), memory])
-        with torch.no_grad():
-            if step in found:
-                found[step] = network(features)
-            if step >= header.loss.warmup_steps:
-                memory = network.remember(features)
-    return [found[round(point * (steps - 1))] for point in POINTS]
+    state = StudentState(header.total_steps, header.num_classes, header.teacher.features)
+    memory, before, found = next(network.parameters()).new_zeros(network.memory), 0, []
+    for last in (round(point * (header.total_steps - 1)) for point in POINTS):
+        # A teacher without a memory need not see what lies between.
+        first = max(before, last - LONGEST_MEMORY) if network.memory else last
+        for step in range(first, last + 1):
+            features = torch.cat([state.features(step, 0.1).to(memory), memory])
+            with torch.no_grad():
+                if step == last:
+                    found.append(network(features))
+                elif step >= header.loss.warmup_steps:
+                    memory = network.remember(features)
+        before = last
+    return found
 
 
 def _shown(value: Any, digits: int) -> str:

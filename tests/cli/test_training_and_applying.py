@@ -645,6 +645,23 @@ def test_inspect_shows_what_a_memory_makes_of_a_life(l2t: Run, tmp_path: Path) -
     assert row.rstrip(" │").endswith(last)
 
 
+def test_inspect_does_not_go_through_all_of_a_life_beyond_measure(
+    l2t: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor need it: this teacher's units remember for two steps."""
+    spec = TeacherSpec("lstm", slots=2, init_scale=1.0, features=["progress"], hidden=1)
+    loss, fingerprint = LossSpec("shared"), {"kind": "classes", "num_classes": 4}
+    path, shown = tmp_path / "t.safetensors", []
+    for steps, far in ((2_000, 2_000), (2_000, 40), (10**11, 40)):
+        monkeypatch.setattr("l2t_cli.inspect_teacher.LONGEST_MEMORY", far)
+        header = TeacherHeader(spec, loss, 4, steps, 5, fingerprint)
+        save_teacher(path, build_teacher(spec, loss, 4, 1, seed=2), header)
+        outcome = l2t("inspect", path)
+        assert outcome.code == 0
+        shown.append([line for line in outcome.out.splitlines() if "d [scalar]" in line])
+    assert shown[0] == shown[1] and len(shown[2]) == 1
+
+
 def test_inspect_shows_a_confusion_without_its_signs(l2t: Run, tmp_path: Path) -> None:
     """On a screen of 80 columns, a line for each target."""
     teacher = write_teacher(tmp_path / "confusion.safetensors", 10, "confusion", kind="classes")

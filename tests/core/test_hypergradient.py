@@ -169,6 +169,30 @@ def test_a_memory_beside_every_plan_and_way(make_student, hvp, memory):
         assert outcome.way_back.tail_error < 1e-5
 
 
+class Statistic(torch.nn.Module):
+    """A teacher that remembers a mean of what it saw, without a derivative, and may look at it."""
+
+    memory = 1
+
+    def __init__(self, inner, looks):
+        super().__init__()
+        self.inner, self.looks = inner, looks
+
+    def forward(self, features):
+        phi = self.inner(features[:-1])
+        return {**phi, "b": phi["b"] * (1.0 + features[-1])} if self.looks else phi
+
+    def remember(self, features):
+        with torch.no_grad():
+            return 0.9 * features[-1:] + 0.1 * features[1]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_memory_may_have_no_derivative(make_student, looks):
+    student = make_student("mlp", OptimiserSpec("momentum", 0.3))
+    check_against_differences(student, lambda inner: Statistic(inner, looks))
+
+
 class ConstantOffset(torch.nn.Module):
     """A teacher that leaves b alone."""
 

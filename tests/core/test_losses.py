@@ -289,19 +289,24 @@ def test_autocast_does_not_touch_the_loss(form, low):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, classes, generator=generator)
     targets = torch.randint(classes, (4,), generator=generator)
+    direction = torch.randn(4, classes, generator=generator)
     phi = {
         name: part + 0.1 * torch.randn(part.shape, generator=generator)
         for name, part in neutral_coefficients(spec, classes).items()
     }
 
-    def loss_and_gradient():
+    def loss_and_gradients():
         log_probs = torch.log_softmax(logits.float(), 1).requires_grad_()
-        loss = taught_loss(spec, log_probs, targets, phi).mean()
-        return loss, *torch.autograd.grad(loss, log_probs)
+        named = {name: part.clone().requires_grad_() for name, part in phi.items()}
+        loss = taught_loss(spec, log_probs, targets, named).mean()
+        (gradient,) = torch.autograd.grad(loss, log_probs, create_graph=True)
+        inputs = [log_probs, *named.values()]
+        second = torch.autograd.grad((gradient * direction).sum(), inputs, materialize_grads=True)
+        return loss, gradient, *second
 
-    plain = loss_and_gradient()
+    plain = loss_and_gradients()
     with torch.autocast("cpu", low):
-        cast = loss_and_gradient()
+        cast = loss_and_gradients()
     for a, b in zip(plain, cast, strict=True):
         assert torch.equal(a, b)
     halved = taught_loss(spec, torch.log_softmax(logits, 1).to(low), targets, phi)

@@ -69,7 +69,13 @@ def test_a_teacher_that_takes_over_has_nothing_to_remember(teacher_path):
     first = TaughtLoss(teacher_path, 10, fresh()[1])
     loop(first, *fresh(), 4)
     state = first.get_extra_state()
-    assert len(state.pop("memory", [])) == first.applied.teacher.memory
+    first.set_extra_state(state)
+    assert bool(first.applied.memory.any()) == bool(first.applied.teacher.memory)
+    with torch.no_grad():
+        next(first.applied.teacher.parameters()).add_(0.1)
+    first.set_extra_state(state)
+    assert first.applied.step == 4 and not bool(first.applied.memory.any())
+    state.pop("memory", None)
     first.set_extra_state(state)
     assert first.applied.step == 4 and not bool(first.applied.memory.any())
 
@@ -193,6 +199,29 @@ def test_the_teacher_writes_the_same_loss_within_autocast(teacher_path):
             assert torch.equal(inside.applied.coefficients[name], part)
         plain.step()
         inside.step()
+
+
+@pytest.mark.parametrize("form", FORMS.names())
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_taught_in_full(tmp_path, form, low):
+    """As autocast, or a model in half, gives them: neither they nor phi are rounded any further."""
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll", "dev_nll"])
+    header = TeacherHeader(
+        spec, LossSpec(form, rank=2), 4, 10, 2, {"kind": "classes", "num_classes": 4}
+    )
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, header.loss, 4, 3, seed=2), header)
+    halved, full = TaughtLoss(path, 10), TaughtLoss(path, 10)
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).to(low).requires_grad_()
+    targets = torch.arange(6) % 4
+    found, expected = halved(logits, targets), full(logits.float(), targets)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert torch.autograd.grad(found, logits)[0].dtype == low
+    for criterion, seen in ((halved, logits), (full, logits.float())):
+        criterion.step()
+        criterion.observe_dev(seen, targets)
+    assert halved.applied.state_dict() == full.applied.state_dict()
+    assert torch.equal(halved.eval()(logits, targets), full.eval()(logits.float(), targets))
 
 
 def test_what_is_no_class_is_refused(teacher_path):

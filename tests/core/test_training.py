@@ -621,6 +621,21 @@ def test_a_setting_without_effect_is_told_with_the_two_keys(loss, changes):
     assert line.startswith(f"{line.key} has no effect with {line.by}={line.value}; ")
 
 
+@pytest.mark.parametrize(
+    ("name", "idle"),
+    [
+        ("static", ["slots", "hidden"]), ("affine", ["hidden"]), ("attention", ["hidden"]),
+        ("lstm", []),
+    ],
+)
+def test_sizes_that_a_teacher_does_not_read_are_told(name, idle):
+    found = problems(LOSS, TeacherSpec(name, slots=3, hidden=4), spec(), 6)
+    assert [line.key for line in found] == [f"teacher.{key}" for key in idle]
+    assert problems(LOSS, TeacherSpec(name), spec(), 6) == []
+    (line,) = problems(LOSS, TeacherSpec("lstm", hidden=10_000), spec(), 6)
+    assert line == "teacher.hidden is 10000; it must be in [1, 4,096]"
+
+
 @pytest.mark.parametrize("taught", [True, False])
 def test_a_killed_application_resumes_to_the_same_bits(student, tmp_path, taught):
     path = run(student, tmp_path / "teacher").best_path
@@ -699,7 +714,7 @@ def test_a_teacher_that_cannot_be_kept_there_is_refused_before_the_run(student, 
     def trained(sigma, **changes):
         folder = open_run(tmp_path / f"{sigma}-{len(changes)}", {})
         return train_teacher(
-            student, LossSpec("dense", sigma), TeacherSpec("of one's own"),
+            student, LossSpec("dense", sigma), TeacherSpec("of one's own", slots=2, hidden=3),
             spec(episodes=1, **changes), folder, record={},
         )
 

@@ -207,10 +207,10 @@ def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -
     bench = make_bench("--task", "l2t_translation")
     for batch in bench.batches[:3]:
         bench.trainer.train_step([batch])
-    assert any(bench.state()["applied"]["memory"])
+    assert any(bench.state()["applied"]["memory"]["content"])
     bench.criterion.begin_update(40, 0.001)
     applied = bench.state()["applied"]
-    assert not any(applied.pop("memory"))
+    assert not any(applied.pop("memory")["content"])
     assert applied == {"step": 40, "state": {"train": None, "dev": None}}
 
 

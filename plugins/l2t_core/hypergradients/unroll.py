@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -204,22 +204,28 @@ def step_vjp(
         curved, d_phi = _over_processes(life, curved, d_phi)
     with torch.no_grad():
         life.flat.add(cotangent[0], curved)
-    pairs = [
-        (p, d) for p, d in zip(phi.values(), d_phi, strict=True)
-        if d is not None and p.requires_grad  # a teacher may write a constant
-    ]
+    pairs = [(p, d) for p, d in zip(phi.values(), d_phi, strict=True) if d is not None]
     if teacher.memory:
         with torch.enable_grad():
             pairs.append((teacher.remember(features), remembered))
-    d_theta: list[Tensor | None] = [None] * len(theta)
+    d_theta, d_features = _to_theta(pairs, theta, features)
+    if teacher.memory:
+        remembered.copy_(d_features[-teacher.memory :])
+    return StepBack(step, pulled[-1], curved, rate, d_theta)
+
+
+def _to_theta(
+    pairs: list[tuple[Tensor, Tensor]], theta: Sequence[Tensor], features: Tensor
+) -> tuple[list[Tensor | None], Tensor]:
+    """Pull what a teacher gave, each with its cotangent, back to theta and its ``features``."""
+    pairs = [(p, d) for p, d in pairs if p.requires_grad]  # a teacher may write a constant
+    inputs = [*theta, features] if features.requires_grad else theta
+    found: list[Tensor | None] = [None] * len(inputs)
     if pairs:
         outputs, directions = [p for p, _ in pairs], [d for _, d in pairs]
-        inputs = [*theta, features] if teacher.memory else theta
-        found = torch.autograd.grad(outputs, inputs, directions, allow_unused=True)
-        d_theta = list(found[: len(theta)])
-        if teacher.memory:
-            remembered.copy_(found[-1][-teacher.memory :])
-    return StepBack(step, pulled[-1], curved, rate, d_theta)
+        found = list(torch.autograd.grad(outputs, inputs, directions, allow_unused=True))
+    of_features = found[-1] if features.requires_grad else None
+    return found[: len(theta)], torch.zeros_like(features) if of_features is None else of_features
 
 
 def _over_processes(

@@ -35,12 +35,18 @@ class PickAndProject(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         picked, projected = gradients
         log_probs, column, factors = ctx.saved_tensors
-        back = None
-        with no_autocast(log_probs):
-            if ctx.needs_input_grad[0]:
-                back = projected @ factors.t()
-                back.scatter_add_(1, column, picked.unsqueeze(1))
-            return back, None, log_probs.t() @ projected if ctx.needs_input_grad[2] else None
+        back = of_factors = None
+        if ctx.needs_input_grad[0]:
+            back = Product.apply(projected, factors.t())
+            back.scatter_add_(1, column, picked.unsqueeze(1))
+        if ctx.needs_input_grad[2]:
+            of_factors = Product.apply(log_probs.t(), projected)
+        return back, None, of_factors
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 if it is in half precision, else as it is, any shape."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

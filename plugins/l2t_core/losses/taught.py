@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_core.losses.forms import FORMS, Coefficients
-from l2t_core.losses.products import target_log_probs
+from l2t_core.losses.products import in_float32, target_log_probs
 from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 
@@ -46,9 +46,7 @@ def taught_loss(
     Raises:
         UserError: if the form or sigma is unknown.
     """
-    if log_probs.dtype in (torch.float16, torch.bfloat16):
-        log_probs = log_probs.float()
-    logit = FORMS.get(spec.form).logit(log_probs, targets, phi)
+    logit = FORMS.get(spec.form).logit(in_float32(log_probs), targets, phi)
     return SIGMAS.get(spec.sigma)(logit)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from l2t_core.losses.forms import Coefficients
-from l2t_core.losses.products import no_autocast
+from l2t_core.losses.products import in_float32, no_autocast
 from l2t_core.losses.taught import step_loss
+from l2t_core.runs.tensor_digest import tensor_digest
 from l2t_core.specs import LossSpec
 from l2t_core.students.state import DevStatistics, StudentState, TrainStatistics
 from l2t_core.teachers.architectures import Teacher
@@ -46,6 +47,7 @@ class AppliedTeacher:
         self.features = torch.zeros(self.state.num_features)  # s_t, with m_t behind it
         self.memory = torch.zeros(teacher.memory)
         self.coefficients: Coefficients = {}
+        self.begun = False  # whether begin_step was called since the last commit
         self._computed_at: tuple[int, float] | None = None
         self._moved: dict[tuple[torch.device, torch.dtype], Coefficients] = {}
 
@@ -70,6 +72,7 @@ class AppliedTeacher:
         """Return phi_t for the coming step, without gradient; ``step`` overrides the counter."""
         if step is not None:
             self.step = step
+        self.begun = True
         key = (self.step, learning_rate)
         if self._computed_at != key:
             # theta may be float64 in tests; s_t follows it.
@@ -86,6 +89,7 @@ class AppliedTeacher:
 
     def loss(self, log_probs: Tensor, targets: Tensor) -> Tensor:
         """Return the step's per-example loss [N] for log-probabilities [N, K], targets [N]."""
+        log_probs = in_float32(log_probs)  # phi, too, which half precision would round
         place = (log_probs.device, log_probs.dtype)
         if place not in self._moved:
             self._moved[place] = {k: v.to(*place) for k, v in self.coefficients.items()}
@@ -99,7 +103,7 @@ class AppliedTeacher:
                 self.memory = self.teacher.remember(self.features)
         self.state.observe_train(statistics)
         self.step += 1
-        self._computed_at = None
+        self.begun, self._computed_at = False, None
 
     def observe_dev(self, statistics: DevStatistics) -> None:
         """Take note of a pass over the dev set; the next :meth:`begin_step` sees it."""
@@ -110,16 +114,19 @@ class AppliedTeacher:
         """Return the step, s_t's statistics and m_t as plain Python values."""
         state: dict[str, Any] = {"step": self.step, "state": self.state.state_dict()}
         if self.teacher.memory:
-            state["memory"] = self.memory.tolist()
+            state["memory"] = {"of": self._theta_digest(), "content": self.memory.tolist()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.step = int(state["step"])
         self.state.load_state_dict(state["state"])
-        # A teacher that takes over here has nothing to remember.
-        known = state.get("memory", [])
+        # A teacher that takes over here has nothing to remember: it is another's memory.
+        known = state.get("memory")
         self.memory = torch.zeros(self.teacher.memory)
-        if len(known) == self.teacher.memory:
-            self.memory = torch.tensor(known, dtype=torch.float64)
-        self._computed_at = None
+        if self.teacher.memory and known and known["of"] == self._theta_digest():
+            self.memory = torch.tensor(known["content"], dtype=torch.float64)
+        self.begun, self._computed_at = False, None
+
+    def _theta_digest(self) -> str:
+        return tensor_digest(self.teacher.state_dict(), "")

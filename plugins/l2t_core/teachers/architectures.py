@@ -32,10 +32,11 @@ _LONGEST_MEMORY = 1000.0
 class Teacher(nn.Module):
     """What every teacher is: a module from what it sees, s_t and m_t [F + M], to phi_t.
 
-    ``num_features`` is F, ``memory`` M.
+    ``num_features`` is F, ``memory`` M. ``settings`` are those of the spec's sizes that it reads.
     """
 
     memory = 0
+    settings: tuple[str, ...] = ("slots", "hidden")
 
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
@@ -81,6 +82,8 @@ class AttentionTeacher(Teacher):
     so does a loss without a b, which needs no K_b.
     """
 
+    settings: tuple[str, ...] = ("slots",)
+
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
     ) -> None:
@@ -115,6 +118,8 @@ class LstmTeacher(AttentionTeacher):
     student came to where it is, the idea of L2T-DLN's teacher (Hai et al. 2023). Theta's
     derivative goes back through the memory, s_t is a constant.
     """
+
+    settings = ("slots", "hidden")
 
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
@@ -162,6 +167,8 @@ class AffineTeacher(Teacher):
     dynamic part has no gradient.
     """
 
+    settings = ("slots",)
+
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
     ) -> None:
@@ -196,6 +203,8 @@ class AffineTeacher(Teacher):
 @TEACHERS.register("static")
 class StaticTeacher(Teacher):
     """phi learned but constant over the student's life: the ablation of "dynamic"."""
+
+    settings = ()
 
     def __init__(
         self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int

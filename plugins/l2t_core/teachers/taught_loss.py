@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
-from l2t_core.losses.products import target_log_probs
+from l2t_core.losses.products import in_float32, target_log_probs
 from l2t_core.students.state import (
     DevStatistics,
     TrainStatistics,
@@ -156,20 +156,21 @@ class TaughtLoss(nn.Module):
 
     def _of_all_processes(self) -> tuple[float, float, float]:
         """Return the step's sums over all processes, and take over the first one's look at dev."""
-        sums = torch.tensor(
-            [*self._seen, float(self._dev is not None)], dtype=torch.float64, device=self._device
-        )
+        begun = self.applied.begun
+        numbers = [*self._seen, float(self._dev is not None), float(begun)]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         dist.all_reduce(sums)
-        nll, right, examples, looked = sums.tolist()
+        nll, right, examples, looked, knowing = sums.tolist()
+        if self.applied.teacher.memory and 0 < knowing < dist.get_world_size():
+            # One that had no batch has to remember what the others do.
+            self.applied.features = _first(self.applied.features if begun else None)
         if looked:
-            looks: list[DevStatistics | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(looks, self._dev)
-            self.applied.observe_dev(next(look for look in looks if look is not None))
+            self.applied.observe_dev(_first(self._dev))
             self._dev, self._may_miss_dev = None, False
         return nll, right, examples
 
     def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [M, K] and targets [M] of all that is not to be ignored."""
+        """Return logits [M, K], never in half, and targets [M] of all that is not ignored."""
         if targets.is_floating_point():
             raise UserError(
                 f"TaughtLoss: the targets are {targets.dtype}, probabilities perhaps; teachers "
@@ -185,7 +186,9 @@ class TaughtLoss(nn.Module):
         if logits.ndim > 2:
             logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
         kept, targets = targets != self.ignore_index, targets.long()
-        return (logits, targets) if bool(kept.all()) else (logits[kept], targets[kept])
+        if not bool(kept.all()):
+            logits, targets = logits[kept], targets[kept]
+        return in_float32(logits), targets
 
     def _check_classes(self, logits: Tensor) -> None:
         found, wanted = logits.shape[1], self.applied.state.num_classes
@@ -204,6 +207,13 @@ class TaughtLoss(nn.Module):
         self.applied.load_state_dict(state)
         if state["state"]["dev"]:
             self._may_miss_dev = False
+
+
+def _first(mine: Any) -> Any:
+    """Return what the first process has that has something; a collective call."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next(one for one in found if one is not None)
 
 
 def _several() -> bool:

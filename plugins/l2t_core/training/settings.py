@@ -28,6 +28,8 @@ from l2t_core.teachers.architectures import TEACHERS, Teacher
 PARALLELS = ("students", "data")
 # Pairs of more classes than this take more memory than any student of that size.
 PAIRS_LIMIT = 1000
+# A cell of more units has more numbers than most students, four times its square.
+HIDDEN_LIMIT = 4096
 
 
 def problems(
@@ -166,7 +168,10 @@ def _training_limits(spec: TrainingSpec, total_steps: int) -> list[Limit]:
 def _teacher_limits(teacher: TeacherSpec) -> list[Limit]:
     return [
         ("slots", teacher.slots, teacher.slots >= 1, "at least 1"),
-        ("hidden", teacher.hidden, teacher.hidden >= 1, "at least 1"),
+        (
+            "hidden", teacher.hidden, 1 <= teacher.hidden <= HIDDEN_LIMIT,
+            f"in [1, {HIDDEN_LIMIT:,}]",
+        ),
         ("init_scale", teacher.init_scale, teacher.init_scale >= 0, "0 or more"),
     ]
 
@@ -225,8 +230,11 @@ def _idle(
     """Yield a line for settings that another one leaves nothing to do."""
     if loss.rank != LossSpec.rank and loss.form != "lowrank":
         yield NoEffect("loss.rank", "loss.form", loss.form, "use lowrank, or leave it out")
-    if teacher.hidden != TeacherSpec.hidden and teacher.name != "lstm":
-        yield NoEffect("teacher.hidden", "teacher.name", teacher.name, "use lstm, or leave it out")
+    for name in ("slots", "hidden"):
+        users = [n for n in TEACHERS.names() if name in TEACHERS.get(n).settings]
+        if getattr(teacher, name) != getattr(TeacherSpec, name) and teacher.name not in users:
+            mend = f"use {' or '.join(users)}, or leave it out"
+            yield NoEffect(f"teacher.{name}", "teacher.name", teacher.name, mend)
     if loss.warmup_smoothing and not loss.warmup_steps:
         mend = "set that, or leave it out"
         yield NoEffect("loss.warmup_smoothing", "loss.warmup_steps", 0, mend)
