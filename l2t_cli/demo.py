@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from l2t_cli import data, train_teacher
-from l2t_cli.applying import application as applying
 from l2t_cli.applying import command as apply_teacher
 from l2t_cli.applying.result import (
     CROSS_ENTROPY,
@@ -19,6 +18,7 @@ from l2t_cli.applying.result import (
     ApplicationResult,
     mean_and_deviation,
 )
+from l2t_cli.applying.students import seeds_from
 from l2t_cli.options import ChosenFormat, output_folder
 from l2t_cli.recipe_reading.loading import load_recipe
 from l2t_cli.screen import console
@@ -88,7 +88,7 @@ def run_part(part: Part, out: Path, log_format: LogFormat) -> ApplicationResult:
         apply_teacher.application_for_recipe(recipe),
         teacher,
         taught_folder,
-        applying.seeds_from(1, part.seeds),
+        seeds_from(1, part.seeds),
         baseline=True,
         log_format=log_format,
     )

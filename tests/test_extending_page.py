@@ -34,10 +34,26 @@ def test_the_registries_are_where_the_page_says():
             found.setdefault(name, []).append(file.relative_to(ROOT / "plugins").as_posix())
     for name in named - {"FIELDS"}:
         assert name in found, name
-    for name, place in re.findall(r"`([A-Z]+)`, `(l2t_core/[\w/]+\.py)`", table):
-        assert place in found[name]
+    told = re.findall(r"`([A-Z]+)`, `(l2t_\w+/[\w/]+\.py)`", table)
+    assert {name for name, _ in told} >= named
+    for name, place in told:
+        assert name == "FIELDS" or place in found[name]
         module = importlib.import_module(place.removesuffix(".py").replace("/", "."))
         assert isinstance(getattr(module, name), Registry)
+
+
+def test_the_page_names_every_folder_and_no_other():
+    table = PAGE.read_text("utf-8").split("| folder | holds |\n", 1)[1].split("\n\n", 1)[0]
+    told = set()
+    for row in table.splitlines()[1:]:
+        first, *others = re.findall(r"`([\w/]+)/`", row.split("|")[1])
+        told |= {first, *(f"{first.split('/')[0]}/{other}" for other in others)}
+    there = {
+        file.parent.relative_to(folder).as_posix()
+        for folder in (ROOT, ROOT / "plugins")
+        for file in folder.glob("l2t_*/*/__init__.py")
+    }
+    assert told == there
 
 
 def test_what_an_update_goes_through_is_where_the_page_says():

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l2t_cli.applying import application as applying
 from l2t_cli.applying.result import ApplicationResult, report
+from l2t_cli.applying.students import Application, apply, seeds_from, show_plan
 from l2t_cli.options import ChosenFormat, DryRun, TeacherFile, output_folder
 from l2t_cli.recipe_reading import values as recipe_values
 from l2t_cli.recipe_reading.loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
@@ -66,9 +66,9 @@ def command(
     application = application_for(target, generate, reference)
     folder = out or Path("runs") / f"{application.name}-taught"
     first = seed if seed is not None else application.default_seed
-    wanted = applying.seeds_from(first, seeds)
+    wanted = seeds_from(first, seeds)
     if dry_run:
-        applying.show_plan(application, teacher, folder, wanted, baseline)
+        show_plan(application, teacher, folder, wanted, baseline)
         return
     run(
         application,
@@ -81,7 +81,7 @@ def command(
 
 
 def run(
-    application: applying.Application,
+    application: Application,
     teacher: Path,
     folder: Path,
     seeds: range,
@@ -94,7 +94,7 @@ def run(
     Raises:
         UserError: if the teacher, the data or the folder cannot be used.
     """
-    result = applying.apply(
+    result = apply(
         application, teacher, folder, seeds, baseline=baseline, log_format=log_format
     )
     report(result, log_format)
@@ -103,7 +103,7 @@ def run(
 
 def application_for(
     target: list[str], generate: str = "", reference: Path | None = None
-) -> applying.Application:
+) -> Application:
     """Return the application that the command line's target asks for.
 
     Raises:
@@ -133,14 +133,14 @@ def application_for(
     return application_for_recipe(recipe_values.load(first, target[1:]))
 
 
-def application_for_recipe(recipe: Recipe) -> applying.Application:
+def application_for_recipe(recipe: Recipe) -> Application:
     """Return the application of a recipe's field.
 
     Raises:
         UserError: if a package that the field needs is missing.
     """
     recipe.field.require()
-    application: applying.Application = recipe.field.load("application")(recipe)
+    application: Application = recipe.field.load("application")(recipe)
     return application
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.applying.application import student_title
 from l2t_cli.applying.fairseq_process import lost_its_numbers, train_to_end, updates_made
 from l2t_cli.applying.fairseq_scoring import BLEU, TestSet, data_folder
 from l2t_cli.applying.result import Score
+from l2t_cli.applying.students import student_title
 from l2t_cli.recipe_reading.loading import Recipe
 from l2t_cli.screen.console import LogFormat
 from l2t_cli.screen.progress import bar

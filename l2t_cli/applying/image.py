@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2t_cli.applying.application import student_title
 from l2t_cli.applying.result import Score
+from l2t_cli.applying.students import student_title
 from l2t_cli.recipe_reading.loading import Recipe
 from l2t_cli.screen.console import LogFormat
 from l2t_cli.screen.progress import bar

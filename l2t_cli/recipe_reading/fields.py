@@ -44,7 +44,7 @@ class Field:
 
     ``spec`` is the dataclass of the recipe's section, ``student`` builds a student from it,
     ``application`` applies a teacher to a recipe (see
-    :class:`l2t_cli.applying.application.Application`), ``trials`` trains the students of a
+    :class:`l2t_cli.applying.students.Application`), ``trials`` trains the students of a
     comparison (see :class:`l2t_cli.comparing.trials.FieldTrials`), on those ``losses`` and, where
     ``own_losses`` says so, on such by import path. ``datasets`` is the registry behind ``l2t data
     prepare``. ``check``, where there is one, lists what is wrong with a section, before any data is
@@ -141,7 +141,7 @@ FIELDS.register("nmt")(
     Field(
         name="nmt",
         spec="l2t_fairseq.recipe:NmtSpec",
-        student="l2t_fairseq.students.student:build_student",
+        student="l2t_fairseq.students.nmt:build_student",
         application="l2t_cli.applying.fairseq:RecipeApplication",
         trials="l2t_cli.comparing.fairseq:FairseqTrials",
         losses=("cross_entropy", "label_smoothing", "mrt"),

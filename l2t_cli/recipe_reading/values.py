@@ -82,13 +82,11 @@ def problems(recipe: Recipe, classes: int | None = None) -> list[str]:
 
 def _problems(recipe: Recipe, classes: int | None) -> list[str]:
     from l2t_core.students.life import precision_of
-    from l2t_core.training import settings
+    from l2t_core.training import checks
 
     precision = precision_of(recipe.student, recipe.training.precision)
     training = replace(recipe.training, precision=precision)
-    found = settings.problems(
-        recipe.loss, recipe.teacher, training, recipe.student.steps, classes
-    )
+    found = checks.problems(recipe.loss, recipe.teacher, training, recipe.student.steps, classes)
     return [*found, *recipe.field.problems(recipe.student)]
 
 

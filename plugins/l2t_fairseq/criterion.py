@@ -28,7 +28,7 @@ from l2t_core.students.state import DevStatistics, TrainStatistics
 from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
-from l2t_fairseq.measures.predictions import predictions
+from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, is_first, refuse_differences
 from l2t_fairseq.reporting import (
     announced_update,

@@ -26,9 +26,9 @@ from l2t_core.students.measures import distinct_mask, mrt_expectations
 from l2t_fairseq.checks import problems
 from l2t_fairseq.corpora.folder import open_data
 from l2t_fairseq.measures.candidates import CANDIDATES, refuse_wide_beam
-from l2t_fairseq.measures.predictions import predictions, unwrapped
 from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.measures.sentence_scores import LIKELIHOOD, build_measure
+from l2t_fairseq.predictions import predictions, unwrapped
 from l2t_fairseq.ranks import end_with
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.reporting import (

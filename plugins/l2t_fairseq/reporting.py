@@ -12,7 +12,7 @@ from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
 from l2t_core.errors import UserError
-from l2t_fairseq.measures.predictions import refuse_other_model
+from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.ranks import end_with
 
 

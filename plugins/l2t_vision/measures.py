@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from l2t_core.own_functions import own_function, try_out
 from l2t_core.registry import Registry
 from l2t_core.students.measures import (
     expected_accuracy,
@@ -13,7 +14,6 @@ from l2t_core.students.measures import (
     margin_surrogate,
     smoothed_accuracy,
 )
-from l2t_core.students.own_functions import own_function, try_out
 from l2t_core.user_code import is_import_path
 
 Measure = Callable[[Tensor, Tensor], Tensor]

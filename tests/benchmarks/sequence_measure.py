@@ -39,7 +39,7 @@ from l2t_core.teachers.architectures import build_teacher  # noqa: E402
 from l2t_fairseq.corpora.prepare import prepare_demo  # noqa: E402
 from l2t_fairseq.measures.candidates import CANDIDATES  # noqa: E402
 from l2t_fairseq.measures.sentence_scores import build_measure  # noqa: E402
-from l2t_fairseq.students import student as student_module  # noqa: E402
+from l2t_fairseq.students import nmt  # noqa: E402
 
 # A setting that people use, for each source.
 SOURCES: dict[str, dict[str, float]] = {
@@ -86,9 +86,7 @@ class Bench:
         features = feature_count(names, classes)
         self.teacher = build_teacher(recipe.teacher, recipe.loss, classes, features, 1)
         watch = self.clocks.watch
-        student_module.candidate_log_probs = watch(
-            "log-probabilities", student_module.candidate_log_probs
-        )
+        nmt.candidate_log_probs = watch("log-probabilities", nmt.candidate_log_probs)
         readout.smoothed_measure = watch("measure", readout.smoothed_measure)
         self.student.text = watch("texts", self.student.text)
         self.student.true_measure = watch("dev measure", self.student.true_measure)

@@ -61,7 +61,7 @@ def _demo(
 
         from l2t_cli.recipe_reading.files import shipped_recipes
         from l2t_fairseq.recipe import NmtSpec
-        from l2t_fairseq.students.student import build_student
+        from l2t_fairseq.students.nmt import build_student
 
         recipe = shipped_recipes()["nmt/demo-de-en"]
         described = yaml.safe_load(recipe.read_text("utf-8"))["nmt"]

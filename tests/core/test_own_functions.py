@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from l2t_core.errors import UserError
-from l2t_core.students.own_functions import Function, own_function, try_out
+from l2t_core.own_functions import Function, own_function, try_out
 
 OWN = """
 import random

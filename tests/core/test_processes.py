@@ -40,8 +40,8 @@ from l2t_core.students.life import Life, shard_rows
 from l2t_core.students.state import feature_count
 from l2t_core.teachers.architectures import build_teacher
 from l2t_core.teachers.file import TeacherHeader, save_teacher
+from l2t_core.training.checks import check_processes
 from l2t_core.training.episodes import train_teacher
-from l2t_core.training.settings import check_processes
 
 LOSS = LossSpec("dense", "sigmoid", warmup_steps=1, ce_mix=0.2)
 CASES = [

@@ -20,8 +20,8 @@ from l2t_core.students.train import train_student
 from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import TEACHERS, Teacher
 from l2t_core.teachers.file import load_header, load_teacher
+from l2t_core.training.checks import problems
 from l2t_core.training.episodes import TeacherTraining, train_teacher
-from l2t_core.training.settings import problems
 
 LOSS = LossSpec("dense", "softplus")
 TEACHER = TeacherSpec(slots=3, init_scale=0.1)

@@ -25,7 +25,7 @@ from fairseq import utils
 
 from l2t_fairseq.measures import sampling
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.students.student import NmtStudent, build_student
+from l2t_fairseq.students.nmt import NmtStudent, build_student
 
 EMBEDDED = "--encoder-embed-dim 8 --decoder-embed-dim 8 "
 LAYERS = EMBEDDED + (

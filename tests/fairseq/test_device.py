@@ -22,8 +22,8 @@ from test_student import FCONV, LSTM, RUN, TRANSFORMER, make_spec  # type: ignor
 
 from l2t_fairseq.checks import problems
 from l2t_fairseq.recipe import NmtSpec
-from l2t_fairseq.students import student as nmt_student
-from l2t_fairseq.students.student import build_student
+from l2t_fairseq.students import nmt
+from l2t_fairseq.students.nmt import build_student
 
 LOSS = LossSpec("lowrank", "softplus", rank=2, warmup_steps=1, ce_mix=0.1)
 TEACHER = TeacherSpec(slots=3, init_scale=0.3)
@@ -51,7 +51,7 @@ def estimate(spec, **training):
 def go_elsewhere(monkeypatch):
     """Return a context in which students live on another device than the CPU."""
     def context():
-        monkeypatch.setattr(nmt_student, "find_device", lambda setting, name: ELSEWHERE)
+        monkeypatch.setattr(nmt, "find_device", lambda setting, name: ELSEWHERE)
         return elsewhere()
 
     return context
@@ -133,8 +133,8 @@ def test_device_is_chosen_as_for_images(prepared_toy, monkeypatch):
 
 
 def test_auto_follows_the_commands_own_cpu_flag(prepared_toy, monkeypatch):
-    monkeypatch.setattr(nmt_student, "find_device", lambda setting, name: torch.device("meta"))
-    monkeypatch.setattr(nmt_student, "NmtStudent", lambda spec, data, setup, device: device.type)
+    monkeypatch.setattr(nmt, "find_device", lambda setting, name: torch.device("meta"))
+    monkeypatch.setattr(nmt, "NmtStudent", lambda spec, data, setup, device: device.type)
     flags = TRANSFORMER + RUN
     assert build_student(make_spec(prepared_toy, train=flags)) == "meta"
     assert build_student(make_spec(prepared_toy, train=flags + " --cpu")) == "cpu"

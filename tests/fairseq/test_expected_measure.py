@@ -23,7 +23,7 @@ from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, length
 from l2t_fairseq.measures.sentence_scores import build_measure
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.scoring import SYMBOLS, read_output, score_checkpoint
-from l2t_fairseq.students.student import build_student
+from l2t_fairseq.students.nmt import build_student
 
 FLAGS = " ".join(TINY_MODEL)
 RUN = " --optimizer adam --lr 0.02 --batch-size 8"

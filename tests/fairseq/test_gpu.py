@@ -18,7 +18,7 @@ pytest.importorskip("fairseq")
 from fairseq import utils
 from test_student import LSTM, RUN, TRANSFORMER, make_spec  # type: ignore[import-not-found]
 
-from l2t_fairseq.students.student import build_student as build_translator
+from l2t_fairseq.students.nmt import build_student as build_translator
 from l2t_vision.recipe import ImageSpec
 from l2t_vision.student import build_student as build_classifier
 

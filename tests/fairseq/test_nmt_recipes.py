@@ -170,7 +170,7 @@ def test_a_teacher_is_trained_on_a_small_student(
 
 
 def test_flags_of_teaching_come_last_and_stay_there(folders: dict[str, Path]) -> None:
-    from l2t_fairseq.students.student import build_student
+    from l2t_fairseq.students.nmt import build_student
 
     data = data_of("nmt/iwslt14", folders)
     changes = [data, *FEW, f"nmt.teach={SMALL['lstm']} --lr 0.5 --warmup-updates 2"]

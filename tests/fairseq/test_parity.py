@@ -39,7 +39,7 @@ def test_both_lives_of_a_student_are_one(
     prepared_toy: Path, tmp_path: Path, write_teacher: Callable[..., Path], start: str
 ) -> None:
     from l2t_fairseq.recipe import NmtSpec
-    from l2t_fairseq.students.student import build_student
+    from l2t_fairseq.students.nmt import build_student
 
     data = prepared_toy / "data-bin"
     # Refreshed every 5 of 18 updates; fairseq validates at each epoch's end (4 updates), too.

@@ -62,7 +62,7 @@ class Baseline:
             UserError: if it is the user's and cannot be imported.
         """
         if self.own:
-            from l2t_core.students.own_functions import own_function
+            from l2t_core.own_functions import own_function
 
             function = own_function(self.function, LOSSES_KEY, each=True)
             return lambda log_probs, targets, settings, at: function(log_probs, targets)

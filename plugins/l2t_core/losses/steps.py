@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from l2t_core.errors import UserError
 from l2t_core.losses.baselines import Moment
 from l2t_core.losses.fixed import LOSSES_KEY, baseline, complete_settings
-from l2t_core.students.own_functions import try_out
+from l2t_core.own_functions import try_out
 from l2t_core.students.protocol import Student
 from l2t_core.students.state import DevStatistics, TrainStatistics
 

@@ -124,7 +124,8 @@ class AppliedTeacher:
         # A teacher that takes over here has nothing to remember: it is another's memory.
         known = state.get("memory")
         self.memory = torch.zeros(self.teacher.memory)
-        if self.teacher.memory and known and known["of"] == self._theta_digest():
+        own = isinstance(known, dict) and known["of"] == self._theta_digest()
+        if self.teacher.memory and own:
             self.memory = torch.tensor(known["content"], dtype=torch.float64)
         self.begun, self._computed_at = False, None
 

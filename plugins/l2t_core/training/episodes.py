@@ -30,7 +30,7 @@ from l2t_core.students.protocol import Student
 from l2t_core.students.state import feature_count
 from l2t_core.teachers.architectures import Teacher, build_teacher
 from l2t_core.teachers.file import TeacherHeader, save_teacher
-from l2t_core.training.settings import check_processes, check_settings
+from l2t_core.training.checks import check_processes, check_settings
 from l2t_core.training.state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.training.update import (
     FLAT_REMEDY,

@@ -26,7 +26,7 @@ from l2t_fairseq.commands.shell_script import split_flags
 from l2t_fairseq.commands.taught import refuse_unteachable
 from l2t_fairseq.commands.train import FairseqCommand, value_of
 from l2t_fairseq.compat import newer_settings, quiet_fairseq
-from l2t_fairseq.measures.predictions import refuse_other_model
+from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.students.start import fill, starting_parameters
 
 # What a command may do that is taught, and a student whose life is differentiated may not.

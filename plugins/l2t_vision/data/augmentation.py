@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2t_core.errors import UserError
+from l2t_core.own_functions import comes_to_the_same
 from l2t_core.registry import Registry
-from l2t_core.students.own_functions import comes_to_the_same
 from l2t_core.user_code import FAILURES
 
 

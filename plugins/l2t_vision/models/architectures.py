@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError, is_for_want_of_memory
+from l2t_core.own_functions import comes_to_the_same
 from l2t_core.registry import Registry
-from l2t_core.students.own_functions import comes_to_the_same
 from l2t_core.user_code import FAILURES, imported, is_import_path
 from l2t_vision.models.densenets import DenseNet
 from l2t_vision.models.resnets import CifarResNet, Shape, WideResNet

@@ -1,4 +1,4 @@
-"""Applying a teacher: what every field does alike. Seeds, and reuse of finished students."""
+"""The students that a teacher is applied to, in any field: one for each seed and loss, kept."""
 
 from __future__ import annotations
 

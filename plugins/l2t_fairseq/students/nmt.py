@@ -31,7 +31,6 @@ from l2t_fairseq.commands.shell_script import split_flags
 from l2t_fairseq.corpora.folder import DataFolder, open_data
 from l2t_fairseq.fingerprint import data_digest, dictionary_fingerprint
 from l2t_fairseq.measures.candidates import CANDIDATES, refuse_wide_beam
-from l2t_fairseq.measures.predictions import predictions
 from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, greedy, length_limit
 from l2t_fairseq.measures.sentence_scores import (
     LIKELIHOOD,
@@ -39,11 +38,12 @@ from l2t_fairseq.measures.sentence_scores import (
     build_measure,
     measure_content,
 )
-from l2t_fairseq.measures.split import Split
+from l2t_fairseq.predictions import predictions
 from l2t_fairseq.recipe import NmtSpec
 from l2t_fairseq.students.batches import pack, shard, unpack
 from l2t_fairseq.students.second_order import mend_second_derivatives, true_gradients
 from l2t_fairseq.students.setup import FairseqSetup
+from l2t_fairseq.students.split import Split
 from l2t_fairseq.students.start import start_content
 
 # Sources decoded together by the true measure.
