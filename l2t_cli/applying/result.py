@@ -18,7 +18,7 @@ from l2t_core.comparing.statistics import (
     deviation,
     mean,
 )
-from l2t_core.losses.fixed import BASELINES
+from l2t_core.losses.baselines import BASELINES
 
 TAUGHT, CROSS_ENTROPY = "taught", "cross_entropy"
 # Of fairseq-train, beside --max-update.

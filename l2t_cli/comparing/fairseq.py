@@ -18,7 +18,7 @@ from l2t_cli.comparing.trials import Result, Trial
 from l2t_cli.recipe_reading.loading import Recipe
 from l2t_cli.user_dir import plugin_of
 from l2t_core.errors import UserError
-from l2t_core.losses.fixed import complete_settings
+from l2t_core.losses.baselines import complete_settings
 from l2t_fairseq.commands.shell_script import split_flags
 from l2t_fairseq.commands.taught import refuse_other_user_dir, resumable, without_criterion_flags
 from l2t_fairseq.commands.train import (

@@ -72,7 +72,7 @@ class ImageTrials:
 
     def run(self, trial: Trial, folder: Path) -> Result:
         """Train one student; read its test error if it is a final one."""
-        from l2t_core.losses.fixed import baseline
+        from l2t_core.losses.baselines import baseline
         from l2t_core.losses.steps import fixed_loss
 
         spec = self.student.spec

@@ -17,7 +17,7 @@ from l2t_cli.recipe_reading.values import located
 from l2t_core.comparing.specs import CompareSpec
 from l2t_core.comparing.statistics import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
-from l2t_core.losses.fixed import BASELINES, LOSSES_KEY, complete_settings
+from l2t_core.losses.baselines import BASELINES, LOSSES_KEY, complete_settings
 from l2t_core.runs.files import from_home
 from l2t_core.user_code import import_problems, is_import_path
 

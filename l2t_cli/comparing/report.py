@@ -24,7 +24,7 @@ from l2t_core.comparing.statistics import (
     counted,
     untried_sides,
 )
-from l2t_core.losses.fixed import baseline
+from l2t_core.losses.baselines import baseline
 from l2t_core.runs.files import atomic_write
 from l2t_core.teachers.file import load_header
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from l2t_cli.recipe_reading.loading import Recipe
 from l2t_core.errors import UserError
-from l2t_core.losses.fixed import LOSSES_KEY
+from l2t_core.losses.baselines import LOSSES_KEY
 from l2t_core.runs.files import SNAPSHOT, atomic_write
 from l2t_core.user_code import is_import_path, source_of
 

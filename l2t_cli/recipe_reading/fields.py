@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2t_core.errors import UserError
-from l2t_core.losses.fixed import BASELINES
+from l2t_core.losses.baselines import BASELINES
 from l2t_core.registry import Registry
 
 

@@ -42,7 +42,7 @@ from l2t_cli.screen.console import LogFormat
 from l2t_cli.train_teacher import run as train
 from l2t_core.comparing.statistics import PairedComparison, Point
 from l2t_core.errors import UserError
-from l2t_core.losses.fixed import BASELINES
+from l2t_core.losses.baselines import BASELINES
 from l2t_core.losses.steps import FixedLoss
 from l2t_core.runs.files import SNAPSHOT, claimed
 from l2t_core.students.train import train_student

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from l2t_core.comparing.specs import GRIDS, CompareSection
 from l2t_core.errors import UserError
-from l2t_core.losses.baselines import (
+from l2t_core.losses.baselines import BASELINES, complete_settings
+from l2t_core.losses.functions import (
     Moment,
     annealing,
     focal,
@@ -23,7 +24,6 @@ from l2t_core.losses.baselines import (
     logit_adjusted,
     margin_cosine,
 )
-from l2t_core.losses.fixed import BASELINES, complete_settings
 from l2t_core.losses.steps import FixedLoss, LastLayer, Recorded, fixed_loss
 from l2t_core.losses.taught import cross_entropy
 from l2t_core.students.state import DevStatistics, TrainStatistics

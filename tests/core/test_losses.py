@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from toy_students import knows_autocast
 
 from l2t_core.errors import UserError
-from l2t_core.losses.baselines import forward_corrected
 from l2t_core.losses.forms import (
     FORMS,
     bands,
     coefficient_shapes,
     neutral_coefficients,
 )
+from l2t_core.losses.functions import forward_corrected
 from l2t_core.losses.taught import pull_beside_cross_entropy, step_loss, taught_at, taught_loss
 from l2t_core.specs import LossSpec
 

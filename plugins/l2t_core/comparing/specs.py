@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from typing import Any
 
-from l2t_core.losses.fixed import BASELINES, Baseline
+from l2t_core.losses.baselines import BASELINES, Baseline
 
 
 @dataclass

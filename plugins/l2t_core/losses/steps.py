@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2t_core.errors import UserError
-from l2t_core.losses.baselines import Moment
-from l2t_core.losses.fixed import LOSSES_KEY, baseline, complete_settings
+from l2t_core.losses.baselines import LOSSES_KEY, baseline, complete_settings
+from l2t_core.losses.functions import Moment
 from l2t_core.own_functions import try_out
 from l2t_core.students.protocol import Student
 from l2t_core.students.state import DevStatistics, TrainStatistics
@@ -45,7 +45,7 @@ class StepLoss(Protocol):
 
 
 class FixedLoss:
-    """A baseline of :mod:`l2t_core.losses.fixed` as a loss of training steps.
+    """A baseline of :mod:`l2t_core.losses.baselines` as a loss of training steps.
 
     ``last_layer`` is the student's and ``told`` what it tells of its data, for losses that need
     them. Make one with :func:`fixed_loss`.

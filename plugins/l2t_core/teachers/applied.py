@@ -122,11 +122,10 @@ class AppliedTeacher:
         self.step = int(state["step"])
         self.state.load_state_dict(state["state"])
         # A teacher that takes over here has nothing to remember: it is another's memory.
-        known = state.get("memory")
         self.memory = torch.zeros(self.teacher.memory)
-        own = isinstance(known, dict) and known["of"] == self._theta_digest()
-        if self.teacher.memory and own:
-            self.memory = torch.tensor(known["content"], dtype=torch.float64)
+        match state.get("memory"):
+            case {"of": of, "content": known} if of == self._theta_digest():
+                self.memory = torch.tensor(known, dtype=torch.float64)
         self.begun, self._computed_at = False, None
 
     def _theta_digest(self) -> str:
