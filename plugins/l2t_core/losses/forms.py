@@ -56,6 +56,8 @@ from l2t_core.registry import Registry
 from l2t_core.specs import LossSpec
 
 Coefficients = dict[str, Tensor]
+# From log-probabilities [N, K], targets [N] and phi to z [N].
+Logit = Callable[[Tensor, Tensor, Coefficients], Tensor]
 
 # What ``confusion`` adds to a label's probability, which may be nothing: 18 nats are its most.
 CONFUSION_FLOOR = 1e-8
@@ -73,7 +75,7 @@ class LossForm:
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     neutral: Callable[[int, int], Coefficients]
-    logit: Callable[[Tensor, Tensor, Coefficients], Tensor]
+    logit: Logit
     others: str = ""
     mean_of_others: bool = True
     per_class: bool = True
@@ -187,27 +189,24 @@ FORMS.register("banded")(
         per_band=True,
     )
 )
-FORMS.register("network")(
-    LossForm(
-        shapes=lambda k, r: dict(NETWORK_SHAPES),
-        neutral=lambda k, r: neutral(NETWORK_SHAPES),
-        logit=network_logit,
+
+
+def _with_network(
+    shapes: dict[str, tuple[int, ...]], logit: Logit, for_pairs: bool = False
+) -> LossForm:
+    return LossForm(
+        shapes=lambda k, r: dict(shapes),
+        neutral=lambda k, r: neutral(shapes),
+        logit=logit,
         weights=("d", "s"),
         others="s",
         per_class=False,
+        for_pairs=for_pairs,
     )
-)
-FORMS.register("pairwise")(
-    LossForm(
-        shapes=lambda k, r: dict(PAIRWISE_SHAPES),
-        neutral=lambda k, r: neutral(PAIRWISE_SHAPES),
-        logit=pairwise_logit,
-        weights=("d", "s"),
-        others="s",
-        per_class=False,
-        for_pairs=True,
-    )
-)
+
+
+FORMS.register("network")(_with_network(NETWORK_SHAPES, network_logit))
+FORMS.register("pairwise")(_with_network(PAIRWISE_SHAPES, pairwise_logit, for_pairs=True))
 FORMS.register("confusion")(
     LossForm(
         shapes=lambda k, r: {"C": (k, k), "d": (k,)},
