@@ -141,8 +141,12 @@ def beam_search(
 
 CANDIDATES.register("beam")(Source(beam_search, ("beam",)))
 
-# Each setting's value that means "not set".
-_UNSET = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "beam": 0}
+# What some sources read and others do not.
+_OF_SOURCES = ("temperature", "top_k", "top_p", "beam")
+
+
+def _is_set(spec: NmtSpec, name: str) -> bool:
+    return bool(getattr(spec, name) != getattr(NmtSpec, name))
 
 
 def refuse_wide_beam(spec: NmtSpec, words: Any) -> None:
@@ -165,20 +169,20 @@ def candidate_problems(spec: NmtSpec) -> list[str]:
     if spec.measure == LIKELIHOOD:
         return [
             NoEffect(f"nmt.{name}", "nmt.measure", spec.measure, "leave it out")
-            for name in ("candidates", "samples", "estimator", "alpha", "lenpen", *_UNSET)
-            if getattr(spec, name) != getattr(NmtSpec, name)
+            for name in ("candidates", "samples", "estimator", "alpha", "lenpen", *_OF_SOURCES)
+            if _is_set(spec, name)
         ]
     if unknown := unknown_choice("nmt.candidates", spec.candidates, CANDIDATES.names()):
         return unknown
     source = CANDIDATES.get(spec.candidates)
     found = _impossible(spec, source)
-    for name, unset in _UNSET.items():
-        if name not in source.parameters and getattr(spec, name) != unset:
+    for name in _OF_SOURCES:
+        if name not in source.parameters and _is_set(spec, name):
             users = [n for n in CANDIDATES.names() if name in CANDIDATES.get(n).parameters]
             mend = f"use {' or '.join(users)}, or leave it out"
             found.append(NoEffect(f"nmt.{name}", "nmt.candidates", spec.candidates, mend))
-    for name, unset in (("alpha", 1.0), ("lenpen", 0.0)):
-        if spec.estimator == "reinforce" and getattr(spec, name) != unset:
+    for name in ("alpha", "lenpen"):
+        if spec.estimator == "reinforce" and _is_set(spec, name):
             mend = "use mrt, or leave it out"
             found.append(NoEffect(f"nmt.{name}", "nmt.estimator", "reinforce", mend))
     if spec.estimator == "reinforce" and not source.own_law:
