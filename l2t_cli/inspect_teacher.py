@@ -12,8 +12,9 @@ from l2t_cli.screen import console
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MATRIX_CLASSES = 10  # as many columns as a terminal of 80 characters has room for
-# Of a life that is longer so many steps before each point are gone through, a second's work.
-LONGEST_MEMORY = 20_000
+# So many steps before each point are gone through, about a second's work: twenty times what the
+# longest of an LSTM teacher's units remembers at the start.
+STEPS_BEFORE_A_POINT = 20_000
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
@@ -125,7 +126,7 @@ def _coefficients(network: Any, header: Any) -> list[Any]:
     memory, before, found = next(network.parameters()).new_zeros(network.memory), 0, []
     for last in (round(point * (header.total_steps - 1)) for point in POINTS):
         # A teacher without a memory need not see what lies between.
-        first = max(before, last - LONGEST_MEMORY) if network.memory else last
+        first = max(before, last - STEPS_BEFORE_A_POINT) if network.memory else last
         for step in range(first, last + 1):
             features = torch.cat([state.features(step, 0.1).to(memory), memory])
             with torch.no_grad():

@@ -653,7 +653,7 @@ def test_inspect_does_not_go_through_all_of_a_life_beyond_measure(
     loss, fingerprint = LossSpec("shared"), {"kind": "classes", "num_classes": 4}
     path, shown = tmp_path / "t.safetensors", []
     for steps, far in ((2_000, 2_000), (2_000, 40), (10**11, 40)):
-        monkeypatch.setattr("l2t_cli.inspect_teacher.LONGEST_MEMORY", far)
+        monkeypatch.setattr("l2t_cli.inspect_teacher.STEPS_BEFORE_A_POINT", far)
         header = TeacherHeader(spec, loss, 4, steps, 5, fingerprint)
         save_teacher(path, build_teacher(spec, loss, 4, 1, seed=2), header)
         outcome = l2t("inspect", path)
