@@ -17,9 +17,9 @@ from cost import now, peak_mib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "plugins"))
 
-from l2t_core.losses.forms import FORMS, differences, neutral_coefficients  # noqa: E402
-from l2t_core.losses.taught import taught_loss  # noqa: E402
-from l2t_core.specs import LossSpec  # noqa: E402
+from l2t_core.losses.forms import FORMS, differences, neutral_coefficients
+from l2t_core.losses.taught import taught_loss
+from l2t_core.specs import LossSpec
 
 
 def main() -> None:
