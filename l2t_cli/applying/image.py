@@ -26,7 +26,7 @@ def follow(student: Any, teacher: Path) -> AppliedTeacher:
     from l2t_core.teachers.applied import AppliedTeacher
 
     steps = student.total_steps
-    applied = AppliedTeacher.from_file(teacher, steps)
+    applied = AppliedTeacher.from_file(teacher, steps, student.fingerprint())
     assert applied.header is not None  # from_file always has one
     student.spec = replace(student.spec, dev_interval=applied.header.dev_interval_for(steps))
     return applied

@@ -53,11 +53,6 @@ class TeacherSpec:
     init_scale: float = 0.01
     features: list[str] = field(default_factory=list)
 
-    @property
-    def reads_dev(self) -> bool:
-        """Whether s_t holds what is seen on the dev set."""
-        return any(name.startswith("dev_") or name == "class_accuracy" for name in self.features)
-
 
 @dataclass
 class OptimiserSpec:

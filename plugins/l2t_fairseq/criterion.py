@@ -26,7 +26,6 @@ from l2t_core.losses.taught import cross_entropy
 from l2t_core.runs.files import file_digest
 from l2t_core.students.state import DevStatistics, TrainStatistics
 from l2t_core.teachers.applied import AppliedTeacher
-from l2t_core.teachers.file import check_fits
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, is_first, refuse_differences
@@ -116,18 +115,25 @@ class L2TDynamicCriterion(FairseqCriterion):
         self.sentence_avg, self.debug = sentence_avg, debug
         # In full: hydra changes the working folder, and a message has to say where it looked.
         file = Path(l2t_teacher).absolute()
+        found = dictionary_fingerprint(task.target_dictionary)
         self.applied = AppliedTeacher.from_file(
-            file, l2t_total_steps, warmup_steps=l2t_warmup_steps
+            file, l2t_total_steps, found, warmup_steps=l2t_warmup_steps
         )
         header = self.applied.header
         assert header is not None  # from_file always has one
-        check_fits(header, dictionary_fingerprint(task.target_dictionary), file)
+        if found["sha256"] != header.fingerprint.get("sha256"):
+            logger.info(
+                "the teacher was trained for another dictionary, of %s; its loss has no number "
+                "for a single entry and fits this one of %s, too",
+                f"{header.num_classes:,}",
+                f"{found['num_classes']:,}",
+            )
         # What a resumed run should have in common with the one that it goes on with.
         self._origin = {"teacher_sha256": file_digest(file, "sha256"), "steps": l2t_total_steps}
         self._dev_interval = header.dev_interval_for(l2t_total_steps)
         self._dev = _DevPass()
         self._dev_counted_at = 0
-        self._may_miss_dev = header.teacher.reads_dev  # until it was said
+        self._may_miss_dev = header.reads_dev  # until it was said
         # Set by a task that calls begin_update itself.
         self.fed_by_task = False
 

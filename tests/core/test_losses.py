@@ -91,6 +91,20 @@ def test_banded_is_a_dense_w_of_its_bands(batch):
     )
 
 
+def test_bands_fit_other_vocabularies(batch):
+    """Classes beyond the last band count as of it, bands beyond the last class are not used."""
+    _, log_probs, targets = batch  # 5 classes, 3 bands
+    generator = torch.Generator().manual_seed(3)
+    phi = {name: torch.randn(6, generator=generator).double() for name in ("d", "s", "b")}
+    spec = LossSpec("banded")
+    expected = taught_loss(spec, log_probs, targets, {k: v[:3] for k, v in phi.items()})
+    assert torch.equal(taught_loss(spec, log_probs, targets, phi), expected)
+    few = {name: value[:2] for name, value in phi.items()}
+    stretched = {name: value[torch.tensor([0, 1, 1])] for name, value in phi.items()}
+    expected = taught_loss(spec, log_probs, targets, stretched)
+    assert torch.equal(taught_loss(spec, log_probs, targets, few), expected)
+
+
 def test_dense_equals_the_papers_formula(batch):
     """sigma(-log(p)^T W y + b^T y) with y one-hot, written out."""
     _, log_probs, targets = batch

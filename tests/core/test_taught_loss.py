@@ -12,6 +12,7 @@ from torch import nn
 from l2t_core import TaughtLoss
 from l2t_core.errors import UserError
 from l2t_core.losses.forms import FORMS
+from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.students.state import StudentState, train_statistics
 from l2t_core.teachers.architectures import build_teacher
@@ -149,6 +150,27 @@ def test_wrong_sizes(teacher_path):
         TaughtLoss(teacher_path, 10, fresh()[1])(torch.randn(2, 5), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="at least 1"):
         TaughtLoss(teacher_path, total_steps=0)
+
+
+def test_a_loss_for_any_number_of_classes_is_told_how_many(tmp_path):
+    spec = TeacherSpec(slots=3, init_scale=0.5, features=["progress", "train_nll"])
+    loss, path = LossSpec("network"), tmp_path / "any.safetensors"
+    header = TeacherHeader(spec, loss, 4, 10, 2, {"kind": "classes", "num_classes": 4})
+    save_teacher(path, build_teacher(spec, loss, 4, 2, seed=2), header)
+    logits, targets = torch.randn(6, 9), torch.arange(6)
+    with pytest.raises(UserError, match="4 classes, the logits have 9; give num_classes=9"):
+        TaughtLoss(path, 10)(logits, targets)
+    criterion = TaughtLoss(path, 10, num_classes=9)
+    log_probs = logits.log_softmax(1)
+    expected = step_loss(loss, log_probs, targets, criterion.applied.begin_step(0.0), 0)
+    assert torch.equal(criterion(logits, targets), expected.mean())
+    with pytest.raises(UserError, match="num_classes is 1"):
+        TaughtLoss(path, 10, num_classes=1)
+
+
+def test_another_number_of_classes_does_not_fit_a_loss_with_parts_for_each(teacher_path):
+    with pytest.raises(UserError, match="does not fit: it was trained for 4 classes"):
+        TaughtLoss(teacher_path, 10, fresh()[1], num_classes=9)
 
 
 @pytest.mark.parametrize("form", FORMS.names())

@@ -13,7 +13,10 @@ import safetensors.torch
 import torch
 
 from l2t_core.errors import UserError
+from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec, TeacherSpec
+from l2t_core.students.state import dev_statistics, feature_count
+from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import build_teacher
 from l2t_core.teachers.file import (
     TeacherHeader,
@@ -188,6 +191,57 @@ def test_numbers_of_other_kinds_are_refused(saved, tmp_path, kind):
     safetensors.torch.save_file(tensors, other, metadata)
     with pytest.raises(UserError, match=r"its numbers are torch.*; the file is damaged"):
         load_teacher(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "features", "fits"),
+    [
+        ("attention", "shared", ["progress", "dev_nll"], True),
+        ("attention", "banded", ["progress", "dev_nll"], True),
+        ("lstm", "network", ["progress"], True),
+        ("attention", "pairwise", ["progress"], True),
+        ("attention", "shared", ["progress", "class_accuracy"], False),
+        # Its phi depends on no feature.
+        ("static", "shared", ["progress", "class_accuracy"], True),
+        ("static", "diagonal", ["progress"], False),
+        ("attention", "confusion", ["progress"], False),
+    ],
+)
+def test_a_loss_without_parts_for_a_class_fits_any_number(tmp_path, name, form, features, fits):
+    spec, loss = TeacherSpec(name, slots=3, init_scale=0.3, features=features), LossSpec(form)
+    count = feature_count(features, 5)
+    header = TeacherHeader(spec, loss, 5, 100, 10, {"kind": "dictionary", "num_classes": 5})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 5, count, seed=1), header)
+    assert header.fits_any_size is fits
+    other = {"kind": "dictionary", "num_classes": 40, "sha256": "x"}
+    if not fits:
+        with pytest.raises(UserError, match="for 5 dictionary entries, the student has 40"):
+            AppliedTeacher.from_file(path, 100, other)
+        return
+    applied = AppliedTeacher.from_file(path, 100, other)
+    phi = applied.begin_step(0.1)
+    log_probs = torch.randn(7, 40).log_softmax(1)
+    targets = torch.arange(3, 38, 5)
+    applied.observe_dev(dev_statistics(log_probs, targets, 40))
+    expected = step_loss(loss, log_probs, targets, phi, 0)
+    assert torch.equal(applied.loss(log_probs, targets), expected)
+    # s_t measures the loss against a guess among the student's classes, not the teacher's.
+    if "dev_nll" in features:
+        seen = applied.state.features(0, 0.1)[1]
+        assert float(seen) == pytest.approx(
+            -float(log_probs[torch.arange(7), targets].mean()) / math.log(40) - 1, abs=1e-6
+        )
+    with pytest.raises(UserError, match="for 5 dictionary entries, the student has 5 classes"):
+        AppliedTeacher.from_file(path, 100, {"kind": "classes", "num_classes": 5})
+
+
+def test_a_static_teacher_sees_nothing(tmp_path):
+    for name in ("static", "attention"):
+        features = ["dev_nll", "class_accuracy"]
+        header = TeacherHeader(TeacherSpec(name, features=features), LossSpec(), 5, 100, 10, {})
+        assert header.reads_dev is (name == "attention")
+        assert header.sees == (features if header.reads_dev else [])
 
 
 def test_fit_names_both_sizes(saved):

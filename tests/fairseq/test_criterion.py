@@ -284,6 +284,20 @@ def test_another_dictionary_is_refused(make_bench: MakeBench, tmp_path: Path) ->
     assert str(size) in str(caught.value) and str(size - 1) in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["shared", "banded"])
+def test_a_loss_without_numbers_for_entries_fits_another_dictionary(
+    make_bench: MakeBench, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    bench = make_bench("--task", "l2t_translation", form=form)
+    before = len(bench.task.tgt_dict)
+    bench.task.tgt_dict.add_symbol("one-more")
+    with caplog.at_level("INFO"):
+        criterion = L2TDynamicCriterion(bench.task, str(tmp_path / "teacher.safetensors"), 20)
+    assert f"another dictionary, of {before:,}" in caplog.text
+    assert f"fits this one of {before + 1:,}" in caplog.text
+    assert criterion.applied.state.num_classes == before + 1
+
+
 def test_the_best_class_is_the_argmax() -> None:
     generator = torch.Generator().manual_seed(1)
     log_probs = torch.randn(200, 7, generator=generator).log_softmax(1)

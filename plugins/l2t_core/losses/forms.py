@@ -21,7 +21,8 @@ label smoothing is W = (1 - eps) I + (eps / K) 1 1^T, inside every form but ``di
 ``banded`` is ``shared`` with coefficients of their own for each band of classes: class y lies in
 band floor(log2(y + 1)), B = floor(log2 K) + 1. Vocabularies, and classes of long-tailed data, are
 sorted by frequency, so that a band is a range of frequencies; fairseq's end of a sentence, class
-2, shares one with the padding that is never a target. Few numbers, each with many examples.
+2, shares one with the padding that is never a target. Few numbers, each with many examples, and
+they fit other vocabularies: classes beyond the last band count as of the last.
 
 ``network`` and ``pairwise`` add a small network to the z of ``shared``, the same for all classes
 and zero at the start (:mod:`l2t_core.losses.networks`). What ``shared`` can only weigh they can
@@ -69,8 +70,9 @@ class LossForm:
     ``others`` is the part of phi that weighs classes other than the target, ``mean_of_others``
     whether z has their mean over the classes, not their sum. ``weights`` are the parts of phi of
     which W is made: where none of them is below zero, z is bounded below. ``per_class``: phi has a
-    part for each class, so that the classes' order matters; ``per_band``: one for each band of
-    classes. ``for_pairs``: memory grows with the square of K, or with K for each example.
+    part for each class, so that it fits these classes alone, in this order; ``per_band``: one for
+    each band of classes. ``for_pairs``: memory grows with the square of K, or with K for each
+    example.
     """
 
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
@@ -114,7 +116,7 @@ def _banded_shapes(num_classes: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def _banded_logit(log_probs: Tensor, targets: Tensor, phi: Coefficients) -> Tensor:
-    band = bands(targets)
+    band = bands(targets).clamp(max=len(phi["d"]) - 1)
     picked, mean = target_and_mean(log_probs, targets)
     return phi["b"][band] - phi["d"][band] * picked - phi["s"][band] * mean
 
@@ -186,6 +188,7 @@ FORMS.register("banded")(
         logit=_banded_logit,
         weights=("d", "s"),
         others="s",
+        per_class=False,
         per_band=True,
     )
 )

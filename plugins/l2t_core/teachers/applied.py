@@ -20,7 +20,7 @@ from l2t_core.runs.tensor_digest import tensor_digest
 from l2t_core.specs import LossSpec
 from l2t_core.students.state import DevStatistics, StudentState, TrainStatistics
 from l2t_core.teachers.architectures import Teacher
-from l2t_core.teachers.file import TeacherHeader, load_teacher
+from l2t_core.teachers.file import TeacherHeader, check_fits, load_teacher
 
 
 class AppliedTeacher:
@@ -53,20 +53,27 @@ class AppliedTeacher:
 
     @classmethod
     def from_file(
-        cls, path: Path | str, total_steps: int, *, warmup_steps: int | None = None
+        cls,
+        path: Path | str,
+        total_steps: int,
+        fingerprint: dict[str, Any] | None = None,
+        *,
+        warmup_steps: int | None = None,
     ) -> AppliedTeacher:
-        """Load a teacher for a student of ``total_steps`` steps.
+        """Load a teacher for a student of ``total_steps`` steps and with ``fingerprint``.
 
-        ``warmup_steps`` None scales the teacher's own warm-up by the ratio of total steps.
+        ``fingerprint`` None is that of the students it was trained on; ``warmup_steps`` None
+        scales the teacher's own warm-up by the ratio of total steps.
 
         Raises:
-            UserError: if the file cannot be used.
+            UserError: if the file cannot be used, or does not fit the student.
         """
         teacher, header = load_teacher(path)
+        if fingerprint is not None:
+            check_fits(header, fingerprint, path)
+        classes = header.num_classes if fingerprint is None else int(fingerprint["num_classes"])
         loss = header.loss_for(total_steps, warmup_steps)
-        return cls(
-            teacher, loss, header.teacher.features, header.num_classes, total_steps, header
-        )
+        return cls(teacher, loss, header.teacher.features, classes, total_steps, header)
 
     def begin_step(self, learning_rate: float, step: int | None = None) -> Coefficients:
         """Return phi_t for the coming step, without gradient; ``step`` overrides the counter."""

@@ -32,10 +32,12 @@ _LONGEST_MEMORY = 1000.0
 class Teacher(nn.Module):
     """What every teacher is: a module from what it sees, s_t and m_t [F + M], to phi_t.
 
-    ``num_features`` is F, ``memory`` M. ``settings`` are those of the spec's sizes that it reads.
+    ``num_features`` is F, ``memory`` M. ``sees`` tells whether phi_t depends on s_t at all.
+    ``settings`` are those of the spec's sizes that it reads.
     """
 
     memory = 0
+    sees = True
     settings: tuple[str, ...] = ("slots", "hidden")
 
     def __init__(
@@ -204,6 +206,7 @@ class AffineTeacher(Teacher):
 class StaticTeacher(Teacher):
     """phi learned but constant over the student's life: the ablation of "dynamic"."""
 
+    sees = False
     settings = ()
 
     def __init__(

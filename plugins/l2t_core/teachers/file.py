@@ -48,6 +48,21 @@ class TeacherHeader:
     fingerprint: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def sees(self) -> list[str]:
+        """The features of s_t that phi_t depends on: none of a static teacher's."""
+        return self.teacher.features if TEACHERS.get(self.teacher.name).sees else []
+
+    @property
+    def reads_dev(self) -> bool:
+        """Whether the teacher looks at what is seen on the dev set."""
+        return any(name.startswith("dev_") or name == "class_accuracy" for name in self.sees)
+
+    @property
+    def fits_any_size(self) -> bool:
+        """Whether no part of phi_t, and none of s_t that it depends on, is a single class's."""
+        return not FORMS.get(self.loss.form).per_class and "class_accuracy" not in self.sees
+
     def loss_for(self, total_steps: int, warmup_steps: int | None = None) -> LossSpec:
         """Return the loss for a student of ``total_steps``, its warm-up scaled by T'/T."""
         if warmup_steps is None:
@@ -270,10 +285,15 @@ def check_teacher(path: Path, fingerprint: dict[str, Any]) -> None:
 def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | str) -> None:
     """Check that a student with ``fingerprint`` can be taught by this teacher.
 
+    A loss without a part for each class fits any number of them, unless the teacher looks at each
+    class's accuracy.
+
     Raises:
         UserError: with both sizes side by side where it cannot.
     """
     theirs, ours = header.fingerprint, fingerprint
+    if theirs.get("kind") == ours.get("kind") and header.fits_any_size:
+        return
     if theirs.get("kind") != ours.get("kind"):
         raise UserError(
             f"teacher {path} was trained for {size_of(header)}, the student has "

@@ -19,6 +19,7 @@ from l2t_core.students.state import (
     train_statistics,
 )
 from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.file import load_header
 
 
 class TaughtLoss(nn.Module):
@@ -52,10 +53,12 @@ class TaughtLoss(nn.Module):
         optimizer: the student's, for teachers that look at its learning rate.
         warmup_steps: steps on cross-entropy; None scales the teacher's own.
         ignore_index: the target that is none.
+        num_classes: K, if it is not that of the teacher's own students; ``l2t inspect`` tells which
+            teachers fit any.
 
     Raises:
-        UserError: if the file cannot be used, ``total_steps`` is not positive, or the teacher looks
-            at the learning rate and there is no ``optimizer``.
+        UserError: if the file cannot be used, ``total_steps`` is not positive, the teacher looks
+            at the learning rate and there is no ``optimizer``, or it does not fit ``num_classes``.
     """
 
     def __init__(
@@ -65,12 +68,18 @@ class TaughtLoss(nn.Module):
         optimizer: torch.optim.Optimizer | None = None,
         warmup_steps: int | None = None,
         ignore_index: int = -100,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if total_steps < 1:
             raise UserError(f"TaughtLoss: total_steps is {total_steps}; it must be at least 1")
         # A list hides the teacher from the module tree: it must not become a parameter.
-        self._applied = [AppliedTeacher.from_file(teacher, total_steps, warmup_steps=warmup_steps)]
+        fingerprint = None
+        if num_classes is not None:
+            fingerprint = {**load_header(teacher).fingerprint, "num_classes": num_classes}
+        self._applied = [
+            AppliedTeacher.from_file(teacher, total_steps, fingerprint, warmup_steps=warmup_steps)
+        ]
         if optimizer is None and "log_learning_rate" in self.applied.state.feature_names:
             raise UserError(
                 f"TaughtLoss: the teacher {teacher} looks at the learning rate; give the student's "
@@ -85,7 +94,7 @@ class TaughtLoss(nn.Module):
         header = self.applied.header
         assert header is not None  # from_file always has one
         self._dev_interval = header.dev_interval_for(total_steps)
-        self._may_miss_dev = header.teacher.reads_dev  # until it saw dev, or it was said
+        self._may_miss_dev = header.reads_dev  # until it saw dev, or it was said
 
     @property
     def applied(self) -> AppliedTeacher:
@@ -193,9 +202,12 @@ class TaughtLoss(nn.Module):
     def _check_classes(self, logits: Tensor) -> None:
         found, wanted = logits.shape[1], self.applied.state.num_classes
         if found != wanted:
+            header = self.applied.header
+            assert header is not None  # from_file always has one
+            mend = f"give num_classes={found}" if header.fits_any_size else "use one of this task"
             raise UserError(
                 f"TaughtLoss: the teacher was trained for {wanted} classes, the logits have "
-                f"{found}; use a teacher of this task"
+                f"{found}; {mend}"
             )
 
     def get_extra_state(self) -> dict[str, Any]:

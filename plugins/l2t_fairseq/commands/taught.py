@@ -173,7 +173,7 @@ def refuse_unteachable(command: FairseqCommand, own_tasks: Collection[str] = ())
 
 def _refuse_blind(command: FairseqCommand, header: TeacherHeader) -> None:
     """Refuse a command that never looks at dev where the teacher reads what is seen there."""
-    if header.teacher.reads_dev and has_flag(command, "--disable-validation"):
+    if header.reads_dev and has_flag(command, "--disable-validation"):
         raise UserError(
             "--disable-validation leaves the teacher without the dev statistics that it reads; "
             "remove it"
