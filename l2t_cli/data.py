@@ -26,8 +26,8 @@ def prepare(
     name: Annotated[
         str,
         typer.Argument(
-            help="demo, multi30k, iwslt14, mnist, fashion-mnist, cifar10 or cifar100; digits and "
-            "images of your own need no preparing."
+            help="demo, multi30k, multi30k-en-de, iwslt14, mnist, fashion-mnist, cifar10 or "
+            "cifar100; digits and images of your own need no preparing."
         ),
     ],
     source: Annotated[

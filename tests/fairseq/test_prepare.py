@@ -335,6 +335,18 @@ def test_multi30k_from_a_folder(official: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "downloads").exists()
 
 
+def test_multi30k_the_other_way(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(prepare, "prepare_corpus", lambda corpus, out, **how: asked.update(
+        corpus=corpus, out=out, **how
+    ))
+    prepare.DATASETS.get("multi30k-en-de")(tmp_path / "out", official, print)
+    assert (asked["source"], asked["target"], asked["vocabulary_size"]) == ("en", "de", 8000)
+    assert [side[0] for side in asked["corpus"]["train"]] == ["train.en 0", "train.de 0"]
+
+
 def test_multi30k_of_other_content_is_refused(official: Path, tmp_path: Path) -> None:
     for path in official.glob("*.gz"):
         (tmp_path / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
