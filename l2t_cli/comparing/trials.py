@@ -298,8 +298,9 @@ def _begin_worker(recipe: Recipe, identity: dict[str, Any]) -> None:
     def end(number: int, frame: object) -> None:
         if not _BUSY.is_set():
             os._exit(1)
+        # Not SIG_IGN: of one that has come already Python would complain, in a stack trace.
         for other in _ENDING:
-            signal.signal(other, signal.SIG_IGN)
+            signal.signal(other, lambda number, frame: None)
         raise KeyboardInterrupt  # so that a program started by the trial is ended, too
 
     for number in _ENDING:

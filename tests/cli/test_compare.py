@@ -19,7 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import LIMIT, ROOT, check_interrupted, start_python  # type: ignore[import-not-found]
+from checkout import (  # type: ignore[import-not-found]
+    LIMIT,
+    ROOT,
+    check_interrupted,
+    end_of,
+    start_python,
+)
 from in_process import DIGITS, Run, write_teacher  # type: ignore[import-not-found]
 from scipy import stats
 
@@ -349,6 +355,31 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
     for one in (tmp_path / "one" / "trials").glob("*.json"):
         first, second = (json.loads(p.read_text())["result"] for p in (one, trials / one.name))
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+# Ctrl-C goes to all processes, and the first ends its workers: both signals meet one at once.
+BOTH = """\
+import signal, os
+from types import SimpleNamespace
+from l2t_cli.comparing import trials
+held = (signal.SIGINT, signal.SIGTERM)
+field = SimpleNamespace(load=lambda name: lambda recipe: recipe)
+trials._begin_worker(SimpleNamespace(field=field, identity=dict), {})
+trials._BUSY.set()
+signal.pthread_sigmask(signal.SIG_BLOCK, held)
+for number in held:
+    os.kill(os.getpid(), number)
+try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+    for _ in range(1000):
+        pass
+except KeyboardInterrupt:
+    print("ended")
+"""
+
+
+def test_a_worker_that_two_signals_meet_says_nothing() -> None:
+    assert end_of(start_python("-c", BOTH)) == ("ended\n", "")
 
 
 # Ctrl-C goes to all processes; here it meets a worker before it has imported anything of ours.
