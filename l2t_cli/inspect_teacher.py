@@ -80,7 +80,7 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
     warmup = f", cross-entropy{smoothed} for the first {loss.warmup_steps} steps"
     warmup = warmup if loss.warmup_steps else ""
     mix = f", {loss.ce_mix:g} of cross-entropy mixed in" if loss.ce_mix else ""
-    fitting = size_of(header)
+    fitting = size_of(header) + (", and any other number" if header.fits_any_size else "")
     rank = f", rank {loss.rank}" if loss.form == "lowrank" else ""
     rows = [
         (
@@ -89,7 +89,7 @@ def _header_rows(header: Any) -> list[tuple[str, str]]:
         ),
         ("sees", ", ".join(header.sees) or "nothing: one loss for the whole training"),
         ("loss", f"{loss.form}{rank}, {loss.sigma}{warmup}{mix}"),
-        ("fits", f"any number; trained for {fitting}" if header.fits_any_size else fitting),
+        ("fits", fitting),
         ("trained on students of", f"{header.total_steps:,} steps"),
         ("dev set seen every", f"{header.dev_interval:,} steps"),
     ]

@@ -619,6 +619,8 @@ def test_inspect_shows_every_band(l2t: Run, tmp_path: Path) -> None:
     assert outcome.code == 0
     for text in ("1 to 2", "3 to 6", "7 to 14", "15 to 30", "31 to 62", "63 to 99"):
         assert text in outcome.out
+    # A static teacher looks at no class.
+    assert "100 classes, and any other number" in outcome.out
 
 
 def test_inspect_shows_what_a_memory_makes_of_a_life(l2t: Run, tmp_path: Path) -> None:
