@@ -15,7 +15,16 @@ from typing import Annotated
 
 import typer
 
-from l2t_cli import data, demo, doctor, export, inspect_teacher, train_teacher, user_dir
+from l2t_cli import (
+    data,
+    demo,
+    doctor,
+    export,
+    inspect_teacher,
+    ready_teachers,
+    train_teacher,
+    user_dir,
+)
 from l2t_cli.applying import command as apply_teacher
 from l2t_cli.comparing import command as compare
 from l2t_cli.comparing import transfer
@@ -45,6 +54,7 @@ _add("compare", compare.command)
 _add("transfer", transfer.command)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe_commands.app, name="recipes")
+app.add_typer(ready_teachers.app, name="teachers")
 _add("inspect", inspect_teacher.command)
 _add("export", export.command)
 _add("doctor", doctor.command)

@@ -9,6 +9,7 @@ import typer
 
 from l2t_cli.recipe_reading.files import shipped_recipes
 from l2t_cli.screen.console import LogFormat
+from l2t_core.teachers.ready import find_teacher
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -23,7 +24,15 @@ RecipeName = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
-TeacherFile = Annotated[Path, typer.Argument(help="A file that `l2t train-teacher` wrote.")]
+TeacherFile = Annotated[
+    Path,
+    typer.Argument(
+        parser=find_teacher,
+        metavar="TEACHER",
+        help="A file that `l2t train-teacher` wrote, or the name of a teacher that comes with l2t "
+        "(see `l2t teachers ls`).",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
 ]

@@ -26,6 +26,7 @@ from l2t_cli.screen.progress import bar
 from l2t_cli.tidying import FreshFolder
 from l2t_core.errors import UserError
 from l2t_core.runs.files import atomic_write, claimed, is_unfinished
+from l2t_core.teachers.ready import find_teacher
 
 
 def command(
@@ -33,7 +34,12 @@ def command(
     overrides: Annotated[list[str] | None, changes("compare.seeds=10")] = None,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(help="A teacher file whose loss is compared, too; give it once or more."),
+        typer.Option(
+            parser=find_teacher,
+            metavar="TEACHER",
+            help="A teacher file (or ready-made teacher) whose loss is compared, too; give it once "
+            "or more.",
+        ),
     ] = None,
     out: Annotated[Path | None, output_folder("runs/RECIPE-compare")] = None,
     jobs: Jobs = None,

@@ -19,6 +19,7 @@ from l2t_core.comparing.statistics import Point, best, grid_points, mean
 from l2t_core.errors import UserError, out_of_range, suggestion, unknown_choice
 from l2t_core.losses.baselines import BASELINES, LOSSES_KEY, complete_settings
 from l2t_core.runs.files import from_home
+from l2t_core.teachers.ready import find_teacher
 from l2t_core.user_code import import_problems, is_import_path
 
 # Far from the seeds of final students and of a teacher's own (seed * 1,000,003 + episode).
@@ -67,9 +68,9 @@ def wrong_teachers(recipe: Recipe) -> list[str]:
     from l2t_core.teachers.file import load_teacher
 
     found = []
-    for path in map(from_home, recipe.compare.teachers):
+    for given in recipe.compare.teachers:
         try:
-            load_teacher(path)
+            load_teacher(find_teacher(from_home(given)))
         except UserError as error:
             found.append(f"{recipe.source}: compare.teachers: {error}")
     return found
@@ -161,7 +162,7 @@ def arms(recipe: Recipe, teachers: Sequence[Path], copies: TeacherCopies) -> lis
     """
     names = [CROSS_ENTROPY, *(name for name in recipe.compare.losses if name != CROSS_ENTROPY)]
     found = [Arm(name, name, _grid(recipe, name)) for name in names]
-    files = [*map(from_home, recipe.compare.teachers), *teachers]
+    files = [*(find_teacher(from_home(f)) for f in recipe.compare.teachers), *teachers]
     seen: dict[str, Path] = {}
     for path in files:
         copy = copies.take(path)

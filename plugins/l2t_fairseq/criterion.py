@@ -11,7 +11,6 @@ on every process. The student's state s_t moves there and nowhere else.
 import logging
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -26,6 +25,7 @@ from l2t_core.losses.taught import cross_entropy
 from l2t_core.runs.files import file_digest
 from l2t_core.students.state import DevStatistics, TrainStatistics
 from l2t_core.teachers.applied import AppliedTeacher
+from l2t_core.teachers.ready import find_teacher
 from l2t_fairseq.fingerprint import dictionary_fingerprint
 from l2t_fairseq.predictions import predictions
 from l2t_fairseq.ranks import end_with, fingerprint_of, is_first, refuse_differences
@@ -114,7 +114,7 @@ class L2TDynamicCriterion(FairseqCriterion):
             raise UserError(f"--l2t-warmup-steps is {l2t_warmup_steps}; it must be 0 or more")
         self.sentence_avg, self.debug = sentence_avg, debug
         # In full: hydra changes the working folder, and a message has to say where it looked.
-        file = Path(l2t_teacher).absolute()
+        file = find_teacher(l2t_teacher).absolute()
         found = dictionary_fingerprint(task.target_dictionary)
         self.applied = AppliedTeacher.from_file(
             file, l2t_total_steps, found, warmup_steps=l2t_warmup_steps

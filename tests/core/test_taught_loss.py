@@ -262,6 +262,13 @@ def test_a_teacher_that_looks_at_the_rate_wants_the_optimizer(teacher_path):
         TaughtLoss(teacher_path, 10)
 
 
+def test_a_static_teacher_wants_neither_optimizer_nor_dev(tmp_path):
+    spec = TeacherSpec("static", features=["dev_nll", "log_learning_rate"])
+    header = TeacherHeader(spec, LossSpec("shared"), 4, 10, 2, {"num_classes": 4})
+    save_teacher(tmp_path / "t.safetensors", build_teacher(spec, header.loss, 4, 2, 1), header)
+    assert step_through(TaughtLoss(tmp_path / "t.safetensors", 30), 30) == []
+
+
 def test_ignored_targets_are_left_out_as_in_cross_entropy(teacher_path):
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
     targets = torch.tensor([0, -100, 2, 3, -100, 0])

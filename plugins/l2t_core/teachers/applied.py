@@ -21,6 +21,7 @@ from l2t_core.specs import LossSpec
 from l2t_core.students.state import DevStatistics, StudentState, TrainStatistics
 from l2t_core.teachers.architectures import Teacher
 from l2t_core.teachers.file import TeacherHeader, check_fits, load_teacher
+from l2t_core.teachers.ready import find_teacher
 
 
 class AppliedTeacher:
@@ -62,12 +63,14 @@ class AppliedTeacher:
     ) -> AppliedTeacher:
         """Load a teacher for a student of ``total_steps`` steps and with ``fingerprint``.
 
-        ``fingerprint`` None is that of the students it was trained on; ``warmup_steps`` None
-        scales the teacher's own warm-up by the ratio of total steps.
+        ``path`` may be the name of one that comes with l2t. ``fingerprint`` None is that of the
+        students it was trained on; ``warmup_steps`` None scales the teacher's own warm-up by the
+        ratio of total steps.
 
         Raises:
             UserError: if the file cannot be used, or does not fit the student.
         """
+        path = find_teacher(path)
         teacher, header = load_teacher(path)
         if fingerprint is not None:
             check_fits(header, fingerprint, path)

@@ -300,10 +300,13 @@ def check_fits(header: TeacherHeader, fingerprint: dict[str, Any], path: Path | 
             f"{_size(str(ours.get('kind')), ours['num_classes'])}; train a teacher on this task"
         )
     if theirs.get("num_classes") != ours.get("num_classes"):
+        mend = "use the data the teacher was trained with, or train a teacher on this data"
+        if not FORMS.get(header.loss.form).per_class:
+            mend = "it looks at each class's accuracy: train one whose teacher.features lack "
+            mend += "class_accuracy"
         raise UserError(
             f"teacher {path} does not fit: it was trained for {size_of(header)}, the student has "
-            f"{ours.get('num_classes'):,}; use the data the teacher was trained with, or train a "
-            "teacher on this data"
+            f"{ours.get('num_classes'):,}; {mend}"
         )
     if FORMS.get(header.loss.form).per_class and theirs.get("sha256") != ours.get("sha256"):
         raise UserError(

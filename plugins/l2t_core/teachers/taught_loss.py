@@ -20,6 +20,7 @@ from l2t_core.students.state import (
 )
 from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.file import load_header
+from l2t_core.teachers.ready import find_teacher
 
 
 class TaughtLoss(nn.Module):
@@ -48,7 +49,7 @@ class TaughtLoss(nn.Module):
     is then seen by all, from the next step on.
 
     Args:
-        teacher: path of a teacher file.
+        teacher: path of a teacher file, or name of one that comes with l2t (`l2t teachers ls`).
         total_steps: T, the number of optimiser steps of this training.
         optimizer: the student's, for teachers that look at its learning rate.
         warmup_steps: steps on cross-entropy; None scales the teacher's own.
@@ -76,11 +77,14 @@ class TaughtLoss(nn.Module):
         # A list hides the teacher from the module tree: it must not become a parameter.
         fingerprint = None
         if num_classes is not None:
-            fingerprint = {**load_header(teacher).fingerprint, "num_classes": num_classes}
+            known = load_header(find_teacher(teacher)).fingerprint
+            fingerprint = {**known, "num_classes": num_classes}
         self._applied = [
             AppliedTeacher.from_file(teacher, total_steps, fingerprint, warmup_steps=warmup_steps)
         ]
-        if optimizer is None and "log_learning_rate" in self.applied.state.feature_names:
+        header = self.applied.header
+        assert header is not None  # from_file always has one
+        if optimizer is None and "log_learning_rate" in header.sees:
             raise UserError(
                 f"TaughtLoss: the teacher {teacher} looks at the learning rate; give the student's "
                 "optimizer"
@@ -91,8 +95,6 @@ class TaughtLoss(nn.Module):
         self._seen = (0.0, 0.0, 0)
         self._dev: DevStatistics | None = None  # to be shared with the other processes
         self._device = torch.device("cpu")
-        header = self.applied.header
-        assert header is not None  # from_file always has one
         self._dev_interval = header.dev_interval_for(total_steps)
         self._may_miss_dev = header.reads_dev  # until it saw dev, or it was said
 
