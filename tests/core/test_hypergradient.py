@@ -240,6 +240,14 @@ def test_every_plan_gives_the_same_bits(make_student, name, optimiser, hvp, fixe
             assert torch.equal(reference.estimates[0], outcome.estimates[0])
 
 
+def test_what_a_teacher_saw_lies_in_memory_as_it_lay(make_student):
+    """Products may round otherwise where it does not: phi made again would have other bits."""
+    student = make_student("mlp", OPTIMISERS[0])
+    _, trajectory = final_state(*build(student))
+    assert trajectory.features.shape == (student.total_steps, 6)
+    assert {row.data_ptr() % 64 for row in trajectory.features} == {0}
+
+
 def test_spilled_to_a_file_where_room_cannot_be_claimed(make_student, monkeypatch):
     """As on macOS."""
     monkeypatch.delattr(os, "posix_fallocate")

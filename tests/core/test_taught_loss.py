@@ -292,6 +292,14 @@ def test_ignored_targets_are_left_out_as_in_cross_entropy(teacher_path):
     assert criterion.applied.state_dict()["state"] == kept.applied.state_dict()["state"]
 
 
+def test_classes_may_be_bytes(teacher_path):
+    """In which -100, that of the targets that are none, is 156."""
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(3))
+    targets = torch.tensor([156, 3, 199])
+    found = TaughtLoss(teacher_path, 10, fresh()[1]).eval()(logits, targets.to(torch.uint8))
+    torch.testing.assert_close(found, nn.functional.cross_entropy(logits, targets))
+
+
 def step_through(criterion, steps, look_at=()):
     """Make ``steps`` steps with a validation after each; return the texts of the warnings."""
     logits, targets = torch.zeros(4, 4), torch.arange(4)

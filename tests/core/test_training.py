@@ -668,6 +668,28 @@ def test_a_killed_application_resumes_to_the_same_bits(student, tmp_path, taught
     assert all(torch.equal(a, b) for a, b in zip(whole, student.module.parameters(), strict=True))
 
 
+def test_a_resumed_student_lies_in_memory_as_a_new_one(student, tmp_path, monkeypatch):
+    """What is read from a file may not: products may then round otherwise."""
+
+    def kill(event):
+        if event["step"] == 4:
+            raise Killed
+
+    snapshot = tmp_path / "snapshot.safetensors"
+    with pytest.raises(Killed):
+        train_student(student, 9, snapshot=snapshot, snapshot_every=2, on_event=kill)
+    places = []
+    predict = student.predict
+
+    def noted(batch):
+        places.append(next(student.module.parameters()).data_ptr() % 64)
+        return predict(batch)
+
+    monkeypatch.setattr(student, "predict", noted)
+    train_student(student, 9, snapshot=snapshot)
+    assert places == [0, 0]
+
+
 def test_teaching_changes_the_student(student, tmp_path):
     path = run(student, tmp_path / "teacher").best_path
     train_student(student, 9, AppliedTeacher.from_file(path, student.total_steps))

@@ -13,6 +13,7 @@ from l2t_core.hypergradients.second_derivatives import SecondDerivatives
 from l2t_core.hypergradients.trajectory import Slots
 from l2t_core.losses.taught import step_loss
 from l2t_core.specs import LossSpec
+from l2t_core.students.flat import aligned
 from l2t_core.students.life import Life, training_steps
 from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import Teacher
@@ -39,9 +40,10 @@ class Trajectory:
     def record_features(self, step: int, features: Tensor) -> None:
         """Keep s_t and m_t [F + M] of ``step``."""
         # One block for all: a tensor for each step would lie between the steps' big blocks, which
-        # the C library then cannot join again, and memory would grow with T.
+        # the C library then cannot join again, and memory would grow with T. Its rows are aligned:
+        # phi made of one again has the bits that it had on the way there.
         if not len(self.features):
-            self.features = features.new_zeros(self.first + self.steps, len(features))
+            self.features = aligned((self.first + self.steps, len(features)), features)
         self.features[step] = features
 
     @property

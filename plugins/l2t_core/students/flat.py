@@ -71,8 +71,7 @@ class FlatParameters:
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised [*shape, P] whose every row is aligned like any other."""
-        padded = -(-self.size // _ALIGNMENT) * _ALIGNMENT
-        return _allocate((*shape, padded), self.parameters[0])[..., : self.size]
+        return aligned((*shape, self.size), self.parameters[0])
 
     def show(self, vector: Tensor) -> None:
         """Make the module's parameters views of ``vector`` [P], without copying."""
@@ -158,6 +157,16 @@ def _dense(p: Tensor) -> bool:
     """Tell whether ``p`` fills its stretch of memory without gaps."""
     last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
     return last + 1 == p.numel()
+
+
+def aligned(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor, ``like`` another, whose every row is aligned like any other.
+
+    And like a tensor of its own: a product has the same bits with either.
+    """
+    *rows, size = shape
+    padded = -(-size // _ALIGNMENT) * _ALIGNMENT
+    return _allocate((*rows, padded), like)[..., :size]
 
 
 def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:

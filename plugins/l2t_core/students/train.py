@@ -48,7 +48,9 @@ def train_student(
         try:
             if tensors["state"].shape != state.shape:
                 raise ValueError
-            state = tensors["state"].to(state.device)
+            # Into memory aligned like a new student's: read from a file it may be otherwise, and
+            # products then round in another way.
+            state.copy_(tensors["state"])
             count = len(life.buffers.tensors())
             life.buffers.load([tensors[f"buffer.{i}"] for i in range(count)])
             first = int(record["step"])

@@ -164,7 +164,9 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
     # Files of earlier versions have none.
     if content.get("sha256") not in (None, _digest(tensors, content["header"])):
         raise UserError(f"{path} is damaged (another checksum than when written); copy it again")
-    teacher.load_state_dict(tensors, assign=True)
+    # Copies, aligned alike in every process: products may round otherwise where memory lies
+    # otherwise, and a resumed student has the bits of one that was not interrupted.
+    teacher.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
     return teacher.requires_grad_(False), header
 
 

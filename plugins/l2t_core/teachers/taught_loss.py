@@ -196,7 +196,8 @@ class TaughtLoss(nn.Module):
             )
         if logits.ndim > 2:
             logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
-        kept, targets = targets != self.ignore_index, targets.long()
+        targets = targets.long()  # first: in bytes -100 would be class 156
+        kept = targets != self.ignore_index
         if not bool(kept.all()):
             logits, targets = logits[kept], targets[kept]
         return in_float32(logits), targets
