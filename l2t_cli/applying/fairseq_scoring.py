@@ -9,7 +9,7 @@ from l2t_core.errors import UserError
 from l2t_core.teachers.file import check_teacher
 from l2t_fairseq.commands.generate import check_generate_flags
 from l2t_fairseq.commands.shell_script import split_flags
-from l2t_fairseq.commands.train import FairseqCommand, has_flag, value_of
+from l2t_fairseq.commands.train import FairseqCommand, direction, has_flag, value_of
 from l2t_fairseq.corpora.prepare import read_lines
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.scoring import language_pair, score_checkpoint
@@ -25,7 +25,8 @@ class TestSet:
     ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
     that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's,
-    ``user_dir`` the plugin to generate with (None: ours).
+    ``user_dir`` the plugin to generate with (None: ours), ``languages`` the student's source and
+    target (None: as the data's files are named).
     """
 
     data_bin: Path
@@ -33,6 +34,7 @@ class TestSet:
     reference: Path | None = None
     measure: str = BLEU
     user_dir: Path | None = None
+    languages: tuple[str, str] | None = None
 
     @classmethod
     def of(
@@ -59,16 +61,18 @@ class TestSet:
                 f"the command names no folder with dict.*.txt{looked}; give the folder that "
                 "fairseq-preprocess or `l2t data prepare` wrote"
             )
-        language_pair(found, "train")
+        pair = direction(command)
+        language_pair(found, "train", pair)
         _refuse_missing_test(command, found)
+        language_pair(found, "test", pair)
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir)
+        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir, pair)
 
     @property
     def target(self) -> str:
         """The target language's code."""
-        return language_pair(self.data_bin, "test")[1]
+        return language_pair(self.data_bin, "test", self.languages)[1]
 
     def check(self, teacher: Path) -> None:
         """Refuse a teacher for another target dictionary, and flags that cannot generate.
@@ -91,7 +95,7 @@ class TestSet:
         reference = self.reference if split == "test" else None
         result = score_checkpoint(
             self.data_bin, checkpoint, flags, split, folder, reference, self.measure,
-            self.user_dir,
+            self.user_dir, self.languages,
         )  # fmt: skip
         return result.score, result.signature
 

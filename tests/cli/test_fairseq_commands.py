@@ -389,6 +389,36 @@ def test_a_missing_test_set_is_wanted_in_the_first_folder(
     assert TestSet.of(swapped).data_bin == data_bin
 
 
+def test_the_test_set_is_in_the_commands_direction(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l2t_cli.applying import fairseq_scoring
+    from l2t_fairseq.commands.train import parse_command
+
+    def test_set(flags: str) -> fairseq_scoring.TestSet:
+        command = parse_command(["fairseq-train", str(data_bin), *shlex.split(f"{TRAIN} {flags}")])
+        return fairseq_scoring.TestSet.of(command)
+
+    scored = []
+    monkeypatch.setattr(
+        fairseq_scoring, "score_checkpoint",
+        lambda *given: scored.append(given[-1]) or argparse.Namespace(score=1.0, signature="s"),
+    )  # fmt: skip
+    for flags, target, languages in (
+        ("", "en", None),
+        ("-s en -t de", "de", ("en", "de")),
+        ("--source-lang=en --target-lang=de", "de", ("en", "de")),
+        ("-s de -t en", "en", ("de", "en")),
+        ("-s en", "en", None),  # fairseq passes over one alone
+    ):
+        found = test_set(flags)
+        assert found.target == target
+        found.score(tmp_path / "checkpoint_best.pt", tmp_path)
+        assert scored[-1] == languages
+    with pytest.raises(UserError, match="'train' in de-en and not in fr-en"):
+        test_set("-s fr -t en")
+
+
 def test_an_empty_dev_set_is_refused(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
     other = shutil.copytree(data_bin, tmp_path / "other")
