@@ -9,13 +9,20 @@ from l2t_core.errors import UserError
 from l2t_core.teachers.file import check_teacher
 from l2t_fairseq.commands.generate import check_generate_flags
 from l2t_fairseq.commands.shell_script import split_flags
-from l2t_fairseq.commands.train import FairseqCommand, direction, has_flag, value_of
+from l2t_fairseq.commands.train import (
+    FairseqCommand,
+    direction,
+    has_flag,
+    restored_from,
+    value_of,
+)
 from l2t_fairseq.corpora.prepare import read_lines
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.scoring import language_pair, score_checkpoint
 
 DEFAULT_GENERATE = "--beam 5"
 BLEU = "expected_bleu"
+_RESETS = ("--reset-optimizer", "--reset-dataloader", "--reset-lr-scheduler", "--reset-meters")
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,13 @@ def _refuse_to_count_anew(command: FairseqCommand) -> None:
             "--no-save-optimizer-state leaves out the update's number with the optimiser's state: "
             "a student that was killed would train from update 0 to --max-update once more; "
             "remove it (--no-epoch-checkpoints saves room, too)"
+        )
+    resets = [flag for flag in _RESETS if has_flag(command, flag)]
+    if resets and restored_from(command) is None:
+        raise UserError(
+            f"{resets[0]} acts when fairseq goes on from a checkpoint, which here is that of a "
+            "student that was killed: it would become another; remove it, or name by "
+            "--restore-file the checkpoint that it is meant for"
         )
 
 

@@ -141,6 +141,9 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
         (["--no-save"], "--no-save leaves no checkpoint_best.pt"),
         (["--checkpoint-suffix", "-1"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
         (["--no-save-optimizer-state"], "--no-save-optimizer-state leaves out the update's"),
+        (["--reset-optimizer"], "--reset-optimizer acts when fairseq goes on from a checkpoint"),
+        (["--reset-meters", "--restore-file", "checkpoint_last.pt"], "--reset-meters acts when"),
+        (["--reset-optimizer", "--restore-file", "x.pt"], "no checkpoint x.pt to go on from"),
     ],
 )
 def test_what_cannot_be_taught(
@@ -387,6 +390,22 @@ def test_a_missing_test_set_is_wanted_in_the_first_folder(
             TestSet.of(command)
     swapped = parse_command(["fairseq-train", f"{data_bin}:{first}", *shlex.split(TRAIN)])
     assert TestSet.of(swapped).data_bin == data_bin
+
+
+def test_a_restored_checkpoint_may_be_reset_and_belongs_to_the_run(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    """Started again, fairseq begins anew from that file, and comes to the same student."""
+    from l2t_cli.applying.fairseq import FairseqApplication
+
+    start = tmp_path / "start.pt"
+    start.write_bytes(b"one")
+    words = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--restore-file", str(start),
+             "--reset-optimizer", "--reset-dataloader"]  # fmt: skip
+    before = FairseqApplication.from_words(words).config()
+    assert "restored_sha256" in before["content"]
+    start.write_bytes(b"two")
+    assert FairseqApplication.from_words(words).config()["content"] != before["content"]
 
 
 def test_the_test_set_is_in_the_commands_direction(

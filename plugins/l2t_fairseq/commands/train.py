@@ -137,6 +137,12 @@ def direction(command: FairseqCommand) -> tuple[str, str] | None:
     return (source, target) if source and target else None
 
 
+def restored_from(command: FairseqCommand) -> str | None:
+    """Return the checkpoint of ``--restore-file``, None for that of the save folder."""
+    given = value_of(command, "--restore-file")
+    return None if given == "checkpoint_last.pt" else given
+
+
 def shell_text(command: FairseqCommand) -> str:
     """Return the command as one line that can be pasted into a shell."""
     prefix = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
