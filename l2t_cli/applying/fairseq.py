@@ -24,6 +24,7 @@ from l2t_fairseq.commands.train import (
     FairseqCommand,
     parse_command,
     parse_script,
+    restored_from,
     save_dir,
     shell_text,
     total_steps,
@@ -34,7 +35,7 @@ from l2t_fairseq.commands.train import (
 from l2t_fairseq.corpora.folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
 from l2t_fairseq.measures.sentence_scores import LIKELIHOOD, build_measure, measure_content
-from l2t_fairseq.students.start import FINETUNE_FLAG, start_content
+from l2t_fairseq.students.start import FINETUNE_FLAG, restored_content, start_content
 
 _MARK = "command.sh"
 
@@ -113,6 +114,7 @@ class FairseqApplication:
         """Return digests of what the command names without holding it."""
         found = {"data_sha256": data_digest(self.test_set().data_bin)}
         found |= start_content(value_of(self.command, FINETUNE_FLAG))
+        found |= restored_content(restored_from(self.command))
         found |= measure_content(self.scored_by)
         if self.reference:
             found["reference_sha256"] = file_digest(self.reference, "sha256")

@@ -9,13 +9,20 @@ from l2t_core.errors import UserError
 from l2t_core.teachers.file import check_teacher
 from l2t_fairseq.commands.generate import check_generate_flags
 from l2t_fairseq.commands.shell_script import split_flags
-from l2t_fairseq.commands.train import FairseqCommand, has_flag, value_of
+from l2t_fairseq.commands.train import (
+    FairseqCommand,
+    direction,
+    has_flag,
+    restored_from,
+    value_of,
+)
 from l2t_fairseq.corpora.prepare import read_lines
 from l2t_fairseq.fingerprint import data_fingerprint
 from l2t_fairseq.scoring import language_pair, score_checkpoint
 
 DEFAULT_GENERATE = "--beam 5"
 BLEU = "expected_bleu"
+_RESETS = ("--reset-optimizer", "--reset-dataloader", "--reset-lr-scheduler", "--reset-meters")
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class TestSet:
     ``generate`` holds fairseq-generate's flags; ``reference`` a raw text with a line for each test
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
     that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's,
-    ``user_dir`` the plugin to generate with (None: ours).
+    ``user_dir`` the plugin to generate with (None: ours), ``languages`` the student's source and
+    target (None: as the data's files are named).
     """
 
     data_bin: Path
@@ -33,6 +41,7 @@ class TestSet:
     reference: Path | None = None
     measure: str = BLEU
     user_dir: Path | None = None
+    languages: tuple[str, str] | None = None
 
     @classmethod
     def of(
@@ -59,16 +68,18 @@ class TestSet:
                 f"the command names no folder with dict.*.txt{looked}; give the folder that "
                 "fairseq-preprocess or `l2t data prepare` wrote"
             )
-        language_pair(found, "train")
+        pair = direction(command)
+        language_pair(found, "train", pair)
         _refuse_missing_test(command, found)
+        language_pair(found, "test", pair)
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir)
+        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir, pair)
 
     @property
     def target(self) -> str:
         """The target language's code."""
-        return language_pair(self.data_bin, "test")[1]
+        return language_pair(self.data_bin, "test", self.languages)[1]
 
     def check(self, teacher: Path) -> None:
         """Refuse a teacher for another target dictionary, and flags that cannot generate.
@@ -91,7 +102,7 @@ class TestSet:
         reference = self.reference if split == "test" else None
         result = score_checkpoint(
             self.data_bin, checkpoint, flags, split, folder, reference, self.measure,
-            self.user_dir,
+            self.user_dir, self.languages,
         )  # fmt: skip
         return result.score, result.signature
 
@@ -131,6 +142,13 @@ def _refuse_to_count_anew(command: FairseqCommand) -> None:
             "--no-save-optimizer-state leaves out the update's number with the optimiser's state: "
             "a student that was killed would train from update 0 to --max-update once more; "
             "remove it (--no-epoch-checkpoints saves room, too)"
+        )
+    resets = [flag for flag in _RESETS if has_flag(command, flag)]
+    if resets and restored_from(command) is None:
+        raise UserError(
+            f"{resets[0]} acts when fairseq goes on from a checkpoint, which here is that of a "
+            "student that was killed: it would become another; remove it, or name by "
+            "--restore-file the checkpoint that it is meant for"
         )
 
 

@@ -35,6 +35,7 @@ from l2t_fairseq.reporting import (
     log_losses,
     logging_output,
     refuse_other_task,
+    refuse_unreported_metric,
     summed,
 )
 
@@ -72,6 +73,7 @@ class L2TDynamicCriterionConfig(FairseqDataclass):
     # Not interpolated in the field above: under argparse, one with a flag of its own ends as null.
     max_update: int = II("optimization.max_update")
     sentence_avg: bool = II("optimization.sentence_avg")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 @register_criterion("l2t_dynamic", dataclass=L2TDynamicCriterionConfig)
@@ -115,6 +117,11 @@ class L2TDynamicCriterion(FairseqCriterion):
         self.sentence_avg, self.debug = sentence_avg, debug
         # In full: hydra changes the working folder, and a message has to say where it looked.
         file = find_teacher(l2t_teacher).absolute()
+        if not file.is_file():  # a checkpoint remembers where it was, for fairseq-validate
+            raise UserError(
+                f"no teacher file at {file}; `l2t train-teacher` writes one, and if it has moved, "
+                "give --criterion l2t_dynamic --l2t-teacher FILE"
+            )
         found = dictionary_fingerprint(task.target_dictionary)
         self.applied = AppliedTeacher.from_file(
             file, l2t_total_steps, found, warmup_steps=l2t_warmup_steps
@@ -151,6 +158,7 @@ class L2TDynamicCriterion(FairseqCriterion):
             )
         try:
             refuse_other_task(task, "l2t_dynamic")
+            refuse_unreported_metric(cfg, task)
             return cls(
                 task,
                 cfg.l2t_teacher,

@@ -37,6 +37,7 @@ from l2t_fairseq.reporting import (
     log_losses,
     logging_output,
     refuse_other_task,
+    refuse_unreported_metric,
     summed,
 )
 
@@ -76,6 +77,7 @@ class L2TExpectedMeasureConfig(FairseqDataclass):
         metadata={"help": "moses: undo that tokenizer's work before scoring; else none"},
     )
     sentence_avg: bool = II("optimization.sentence_avg")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 @register_criterion("l2t_expected_measure", dataclass=L2TExpectedMeasureConfig)
@@ -118,6 +120,7 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         spec = NmtSpec(**{name: getattr(cfg, f"l2t_{name}") for name in (*names, "beam")})
         try:
             refuse_other_task(task, "l2t_expected_measure")
+            refuse_unreported_metric(cfg, task, MEASURE)
             return cls(
                 task,
                 spec,

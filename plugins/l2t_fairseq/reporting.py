@@ -11,9 +11,15 @@ from fairseq.logging import metrics
 from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
-from l2t_core.errors import UserError
+from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.predictions import refuse_other_model
 from l2t_fairseq.ranks import end_with
+
+# The tasks of which it is known what they report of a validation beside the criterion's.
+_KNOWN_TASKS = ("fairseq.tasks.translation", "l2t_fairseq.task")
+_REPORTED = ("loss", "nll_loss", "ppl", "l2t_accuracy")
+_ALWAYS = ("wpb", "bsz", "num_updates")  # by fairseq itself, of no use here
+_BLEU = "bleu"
 
 
 def refuse_other_task(task: Any, criterion: str) -> None:
@@ -34,6 +40,28 @@ def refuse_other_task(task: Any, criterion: str) -> None:
             f"--criterion {criterion} teaches translation, and this is a {kind.__name__}; "
             "use --task translation or l2t_translation"
         )
+
+
+def refuse_unreported_metric(cfg: Any, task: Any, *more: str) -> None:
+    """Refuse a ``--best-checkpoint-metric`` that no validation will report.
+
+    fairseq would end in a KeyError, but not before the first validation is over. ``more`` is what
+    a criterion reports beside :func:`log_losses`; a task of the user's own may report anything.
+
+    Raises:
+        UserError: naming what is reported.
+    """
+    if type(task).__module__ not in _KNOWN_TASKS:
+        return
+    reported = [*_REPORTED, *more, *([_BLEU] if task.cfg.eval_bleu else [])]
+    metric = cfg.best_checkpoint_metric
+    if metric in (*reported, *_ALWAYS):
+        return
+    mend = "; add --eval-bleu" if metric == _BLEU else suggestion(metric, reported)
+    raise UserError(
+        f"--best-checkpoint-metric {metric} is not reported by this run's validation{mend} "
+        f"(reported: {', '.join(reported)})"
+    )
 
 
 def end_at_other_model(model: Any) -> None:

@@ -50,6 +50,7 @@ def score_checkpoint(
     reference: Path | None = None,
     measure: str = "expected_bleu",
     user_dir: Path | None = None,
+    languages: tuple[str, str] | None = None,
 ) -> ScoredOutput:
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
@@ -60,14 +61,15 @@ def score_checkpoint(
     ``reference``, a raw text, if given, else the prepared folder's, else the data's own target
     side with its subwords joined; the signature says so (``ref:data-bin``). ``measure`` is named
     as a teacher's (:mod:`~l2t_fairseq.measures.sentence_scores`) and taken of the whole split.
-    ``user_dir`` is the plugin's folder or one that imports it (None: the plugin's). Writes
+    ``user_dir`` is the plugin's folder or one that imports it (None: the plugin's). ``languages``
+    are the student's source and target (None: those that the data's files are named by). Writes
     ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
 
     Raises:
         UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
     """
     folder = open_data(data)
-    source, target = language_pair(folder.data_bin, split)
+    source, target = language_pair(folder.data_bin, split, languages)
     form = folder.form.as_generated(list(generate_flags), target)
     flags = [*generate_flags, "--source-lang", source, "--target-lang", target]
     flags += ["--gen-subset", split]
@@ -170,14 +172,32 @@ def in_order(generated: dict[int, str], count: int, log: Path) -> list[str]:
     return [generated[number] for number in range(count)]
 
 
-def language_pair(data_bin: Path, split: str) -> tuple[str, str]:
+def language_pair(
+    data_bin: Path, split: str, wanted: tuple[str, str] | None = None
+) -> tuple[str, str]:
     """Return source and target language of ``split`` in a fairseq-preprocess folder.
 
+    A student may be ``wanted`` for either direction of a pair, as fairseq takes it.
+
     Raises:
-        UserError: if the split is not there.
+        UserError: if the split is not there, not in the languages that are wanted, or in several
+            pairs of which none is.
     """
-    for index in sorted(data_bin.glob(f"{split}.*-*.*.idx")):
-        pair = index.name[len(split) + 1 :].split(".")[0]
-        source, _, target = pair.partition("-")
-        return source, target
-    raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
+    names = [index.name[len(split) + 1 :] for index in data_bin.glob(f"{split}.*-*.*.idx")]
+    pairs = sorted({name.split(".")[0] for name in names})
+    if not pairs:
+        raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
+    if wanted is not None:
+        if not {"-".join(wanted), "-".join(reversed(wanted))} & {*pairs}:
+            raise UserError(
+                f"{data_bin} holds the split {split!r} in {', '.join(pairs)} and not in "
+                f"{'-'.join(wanted)}; mend --source-lang and --target-lang, or prepare that pair"
+            )
+        return wanted
+    if len(pairs) > 1:
+        raise UserError(
+            f"{data_bin} holds the split {split!r} in several pairs of languages "
+            f"({', '.join(pairs)}); say which by --source-lang and --target-lang in the command"
+        )
+    source, _, target = pairs[0].partition("-")
+    return source, target

@@ -141,6 +141,9 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
         (["--no-save"], "--no-save leaves no checkpoint_best.pt"),
         (["--checkpoint-suffix", "-1"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
         (["--no-save-optimizer-state"], "--no-save-optimizer-state leaves out the update's"),
+        (["--reset-optimizer"], "--reset-optimizer acts when fairseq goes on from a checkpoint"),
+        (["--reset-meters", "--restore-file", "checkpoint_last.pt"], "--reset-meters acts when"),
+        (["--reset-optimizer", "--restore-file", "x.pt"], "no checkpoint x.pt to go on from"),
     ],
 )
 def test_what_cannot_be_taught(
@@ -387,6 +390,52 @@ def test_a_missing_test_set_is_wanted_in_the_first_folder(
             TestSet.of(command)
     swapped = parse_command(["fairseq-train", f"{data_bin}:{first}", *shlex.split(TRAIN)])
     assert TestSet.of(swapped).data_bin == data_bin
+
+
+def test_a_restored_checkpoint_may_be_reset_and_belongs_to_the_run(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    """Started again, fairseq begins anew from that file, and comes to the same student."""
+    from l2t_cli.applying.fairseq import FairseqApplication
+
+    start = tmp_path / "start.pt"
+    start.write_bytes(b"one")
+    words = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--restore-file", str(start),
+             "--reset-optimizer", "--reset-dataloader"]  # fmt: skip
+    before = FairseqApplication.from_words(words).config()
+    assert "restored_sha256" in before["content"]
+    start.write_bytes(b"two")
+    assert FairseqApplication.from_words(words).config()["content"] != before["content"]
+
+
+def test_the_test_set_is_in_the_commands_direction(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l2t_cli.applying import fairseq_scoring
+    from l2t_fairseq.commands.train import parse_command
+
+    def test_set(flags: str) -> fairseq_scoring.TestSet:
+        command = parse_command(["fairseq-train", str(data_bin), *shlex.split(f"{TRAIN} {flags}")])
+        return fairseq_scoring.TestSet.of(command)
+
+    scored = []
+    monkeypatch.setattr(
+        fairseq_scoring, "score_checkpoint",
+        lambda *given: scored.append(given[-1]) or argparse.Namespace(score=1.0, signature="s"),
+    )  # fmt: skip
+    for flags, target, languages in (
+        ("", "en", None),
+        ("-s en -t de", "de", ("en", "de")),
+        ("--source-lang=en --target-lang=de", "de", ("en", "de")),
+        ("-s de -t en", "en", ("de", "en")),
+        ("-s en", "en", None),  # fairseq passes over one alone
+    ):
+        found = test_set(flags)
+        assert found.target == target
+        found.score(tmp_path / "checkpoint_best.pt", tmp_path)
+        assert scored[-1] == languages
+    with pytest.raises(UserError, match="'train' in de-en and not in fr-en"):
+        test_set("-s fr -t en")
 
 
 def test_an_empty_dev_set_is_refused(l2t: Run, data_bin: Path, tmp_path: Path) -> None:

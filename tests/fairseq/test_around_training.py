@@ -73,7 +73,9 @@ def test_validate_where_the_teacher_has_moved(runs: Runs, tmp_path: Path) -> Non
     arguments = [str(runs.data), *BATCHES, "--log-format", "json", "--user-dir", str(USER_DIR),
                  "--task", "l2t_translation", "--path", str(tmp_path / "moved.pt")]  # fmt: skip
     lost = run_module("fairseq_cli.validate", arguments)
-    assert lost.returncode == 2 and "gone.safetensors" in lost.stderr.splitlines()[-1]
+    said = lost.stderr.splitlines()[-1]
+    assert lost.returncode == 2 and "gone.safetensors" in said
+    assert "if it has moved, give --criterion l2t_dynamic --l2t-teacher FILE" in said
     there = ["--criterion", "l2t_dynamic", "--l2t-teacher", str(runs.teachers["real"])]
     assert valid_line(run_module("fairseq_cli.validate", [*arguments, *there]))
 

@@ -30,7 +30,11 @@ from l2t_fairseq.expected_measure import (  # noqa: E402
     L2TExpectedMeasureCriterion,
 )
 from l2t_fairseq.fingerprint import dictionary_fingerprint  # noqa: E402
-from l2t_fairseq.reporting import is_best, refuse_other_task  # noqa: E402
+from l2t_fairseq.reporting import (  # noqa: E402
+    is_best,
+    refuse_other_task,
+    refuse_unreported_metric,
+)
 from l2t_fairseq.task import L2TTranslationTask  # noqa: E402
 
 MakeBench = Callable[..., Bench]
@@ -341,11 +345,49 @@ def test_other_tasks_are_refused(
     assert f"and this is a {name}; use --task translation" in capsys.readouterr().err
 
 
-def test_a_task_of_the_users_own_passes() -> None:
-    class Own(TranslationTask):
-        """A task of another package."""
+class Own(TranslationTask):
+    """A task of another package."""
 
-    refuse_other_task(Own(TranslationConfig(), dictionary(), dictionary()), "l2t_dynamic")
+
+def test_a_task_of_the_users_own_passes() -> None:
+    own = Own(TranslationConfig(), dictionary(), dictionary())
+    refuse_other_task(own, "l2t_dynamic")
+    refuse_unreported_metric(SimpleNamespace(best_checkpoint_metric="f1"), own)
+
+
+@pytest.mark.parametrize("kind", [TranslationTask, L2TTranslationTask])
+@pytest.mark.parametrize(
+    ("metric", "eval_bleu", "says"),
+    [
+        ("accuracy", False, "accuracy is not reported by this run's validation; did you mean 'l2t"),
+        ("nll_los", False, "did you mean 'nll_loss'"),
+        ("bleu", False, "; add --eval-bleu (reported: loss, nll_loss, ppl, l2t_accuracy)"),
+        ("bleu", True, None),
+        ("l2t_accuracy", False, None),
+        ("wpb", False, None),
+    ],
+)
+def test_a_metric_that_no_validation_reports_is_refused_at_once(
+    kind: Any, metric: str, eval_bleu: bool, says: str | None
+) -> None:
+    """By itself fairseq ends in a KeyError after the first validation, perhaps hours later."""
+    task = kind(TranslationConfig(eval_bleu=eval_bleu), dictionary(), dictionary())
+    cfg = SimpleNamespace(best_checkpoint_metric=metric)
+    if says is None:
+        refuse_unreported_metric(cfg, task)
+        return
+    with pytest.raises(UserError) as refused:
+        refuse_unreported_metric(cfg, task)
+    assert says in str(refused.value)
+
+
+def test_a_command_whose_metric_is_not_reported_ends_in_one_line(
+    make_bench: MakeBench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        make_bench("--task", "translation", "--best-checkpoint-metric", "accuracy")
+    assert ended.value.code == 2
+    assert "l2t: error: --best-checkpoint-metric accuracy" in capsys.readouterr().err
 
 
 def test_what_fairseq_says_about_a_criterion_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_a_missing_teacher_is_named_with_its_folder(
     monkeypatch.chdir(tmp_path)
     cfg = SimpleNamespace(
         max_update=5, l2t_total_steps=None, l2t_teacher="teachers/t.safetensors",
-        l2t_warmup_steps=None, sentence_avg=False, l2t_debug=False,
+        l2t_warmup_steps=None, sentence_avg=False, l2t_debug=False, best_checkpoint_metric="loss",
     )  # fmt: skip
     task = TranslationTask.setup_task(TranslationConfig(data=str(toy_data)))
     with pytest.raises(SystemExit):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 import re
 import textwrap
 
 import pytest
 import torch
+from sacrebleu.metrics import BLEU
 from toy_fairseq import TINY_MODEL, TINY_RUN, run_module, toy_corpus
 
 pytest.importorskip("fairseq")
@@ -15,7 +18,7 @@ from fairseq import utils
 
 from l2t_cli.recipe_reading.fields import FIELDS
 from l2t_core.errors import NoEffect, UserError
-from l2t_core.students.measures import ranked_by_length
+from l2t_core.students.measures import corpus_bleu, ranked_by_length
 from l2t_core.students.train import train_student
 from l2t_fairseq.checks import problems
 from l2t_fairseq.corpora.prepare import prepare_corpus, read_lines
@@ -71,6 +74,66 @@ def test_gradient_equals_central_differences(prepared_toy, monkeypatch, source):
     numeric = (values[0] - values[1]) / (2 * h)
     assert abs(found) > 1e-6
     assert found == pytest.approx(numeric, rel=1e-5)
+
+
+VALUES = {
+    "by p": {"alpha": 0.5},
+    "by length": {"alpha": 0.7, "lenpen": 1.5, "candidates": "beam"},
+    "of the set": {"measure": "expected_corpus_bleu", "alpha": 0.05, "lenpen": 1.0},
+    "reinforce": {"estimator": "reinforce"},
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_measure_is_what_its_definition_says(prepared_toy, name):
+    """Recomputed with numbers of Python's own from the candidates, in evaluation mode."""
+    settings = VALUES[name]
+    # Three symbols of a word: some candidates come twice, some are of other lengths.
+    spread = {"candidates": "top-k", "top_k": 3, "samples": 12} if name == "of the set" else {}
+    student = make_student(prepared_toy, steps=25, **{**spread, **settings})
+    train_student(student, 1, None)
+    drawn = []
+    draw = student.source.draw
+    student.source = dataclasses.replace(
+        student.source, draw=lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    )
+    student.module.train()  # as it is at the end of a life
+    value = float(student.smoothed_measure(3).detach())
+    (found,) = drawn
+    collated = student.dev.collate(student.dev.draw(5, 3, set()))
+    words, references = student.dictionary, student.dev.references(collated)
+    student.module.eval()
+    with torch.no_grad():
+        log_probs = candidate_log_probs(
+            student.module, collated["net_input"], found, eos=words.eos(), pad=words.pad()
+        ).tolist()
+    alpha, lenpen = settings.get("alpha", 1.0), settings.get("lenpen", 0.0)
+    expected, sums, repeated = [], [0.0] * 10, 0
+    for of, own, reference in zip(found, log_probs, references, strict=True):
+        # The end symbol counts, as it does in a search.
+        lengths = [len(c.tokens) + 1 for c in of]
+        mean = sum(lengths) / len(of)
+        weights = {
+            c: math.exp(alpha * p * (mean / length) ** lenpen)
+            for c, p, length in zip(of, own, lengths, strict=True)
+        }
+        repeated += len(of) - len(weights)
+        for c, weight in weights.items():
+            share = weight / sum(weights.values())
+            text = student.text(c)
+            score = BLEU(smooth_method="add-k", smooth_value=1).sentence_score(text, [reference])
+            expected.append(share * score.score / 100 / len(found))
+            counts = BLEU(smooth_method="none").corpus_score([text], [[reference]])
+            added = [*counts.counts, *counts.totals, counts.sys_len, counts.ref_len]
+            sums = [a + share * b for a, b in zip(sums, added, strict=True)]
+    if name == "of the set":
+        assert repeated
+        expected = [float(corpus_bleu(torch.tensor(sums)))]
+    if name == "reinforce":
+        scores = student.measure.scores([[student.text(c) for c in of] for of in found], references)
+        expected = [sum(map(sum, scores)) / 25]
+    assert value == pytest.approx(sum(expected), rel=1e-4)
+    assert 0.01 < value < 0.99
 
 
 def test_weights_by_length_rank_as_search_does(prepared_toy):

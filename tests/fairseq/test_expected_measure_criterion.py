@@ -272,11 +272,19 @@ def test_two_processes_are_one(toy_data: Path, tmp_path: Path) -> None:
     assert float(first) == pytest.approx(float(second), abs=1e-4)
 
 
-def test_a_user_mistake_is_one_line(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--l2t-candidates", "beem"], "did you mean 'beam'"),
+        (["--best-checkpoint-metric", "accuracy"], "(reported: loss, nll_loss, ppl, l2t_accuracy, "
+                                                   "l2t_measure)"),
+    ],
+)  # fmt: skip
+def test_a_user_mistake_is_one_line(
+    runs: Runs, tmp_path: Path, flags: list[str], said: str
+) -> None:
     command = with_value(runs.plain(), "--save-dir", str(tmp_path))
-    done = run_module(
-        "fairseq_cli.train", [*command.arguments, *CRITERION, "--l2t-candidates", "beem"]
-    )
+    done = run_module("fairseq_cli.train", [*command.arguments, *CRITERION, *flags])
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("l2t: error: ") and "did you mean 'beam'" in line
+    assert line.startswith("l2t: error: ") and said in line

@@ -239,6 +239,24 @@ def test_beam_search_finds_the_best_sentences(setting):
         assert ranks[2] < 10
 
 
+def test_beam_search_may_find_the_empty_sentence(setting, monkeypatch):
+    """As samples may be empty; fairseq's search alone begins with one symbol."""
+    model, net_input, _, ends = setting
+    arch = "lstm" if isinstance(model, LSTMModel) else "transformer"
+    model, dictionary = make_model(arch, string.ascii_letters)
+    own = model.get_normalized_probs
+
+    def ending(*given, **named):
+        likely = own(*given, **named)
+        likely[..., ends["eos"]] += 20.0
+        return likely.log_softmax(-1)
+
+    monkeypatch.setattr(model, "get_normalized_probs", ending)
+    spec = NmtSpec(candidates="beam", samples=4)
+    found = CANDIDATES.get("beam").draw(spec, model, net_input, LONGEST, 1, dictionary)
+    assert [of[0] for of in found] == [Candidate((), True)] * 2
+
+
 def test_beam_search_that_finds_too_few_repeats_the_last(setting):
     model, net_input, _, _ = setting
     dictionary = make_model("lstm")[1]

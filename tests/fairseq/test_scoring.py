@@ -125,6 +125,42 @@ def test_the_score_is_of_the_measure_that_is_asked_for(
     assert scored.signature == str(metric.get_signature())
 
 
+def test_a_student_of_the_other_direction_is_scored_on_it(
+    prepared_toy: Path, tmp_path: Path
+) -> None:
+    """fairseq trains either direction on one folder, whose files are named by the first."""
+    data = str(prepared_toy / "data-bin")
+    turned = ["-s", "en", "-t", "de", "--save-dir", str(tmp_path), "--max-update", "5"]
+    done = run_module("fairseq_cli.train", [data, *TINY_MODEL, *TINY_RUN, *turned])
+    assert done.returncode == 0, done.stderr[-2000:]
+    scored = score_checkpoint(
+        prepared_toy, tmp_path / "checkpoint_last.pt",
+        ["--cpu", "--beam", "1", "--max-len-b", "9"], out=tmp_path, languages=("en", "de"),
+    )  # fmt: skip
+    assert scored.hypotheses.name == "test.hyp.de"
+    said = scored.log.read_text(encoding="utf-8")
+    assert "'source_lang': 'en', 'target_lang': 'de'" in said
+    references = read_lines(prepared_toy / "raw" / "test.de")
+    hypotheses = read_lines(scored.hypotheses)
+    assert (scored.score, scored.signature) == BLEU.judge(hypotheses, references)
+
+
+def test_the_languages_are_those_of_the_files_or_of_the_command(tmp_path: Path) -> None:
+    def add(pair: str) -> None:
+        for language in pair.split("-"):
+            (tmp_path / f"test.{pair}.{language}.idx").touch()
+
+    add("de-en")
+    assert language_pair(tmp_path, "test") == ("de", "en")
+    assert language_pair(tmp_path, "test", ("en", "de")) == ("en", "de")
+    with pytest.raises(UserError, match="in de-en and not in fr-en; mend --source-lang"):
+        language_pair(tmp_path, "test", ("fr", "en"))
+    add("fr-en")
+    assert language_pair(tmp_path, "test", ("fr", "en")) == ("fr", "en")
+    with pytest.raises(UserError, match=r"several pairs .*\(de-en, fr-en\); say which by --source"):
+        language_pair(tmp_path, "test")
+
+
 def test_failures_name_reason_and_log(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     folder, checkpoint = prepared
     with pytest.raises(UserError, match=r"unrecognized arguments: --beem.*generate-test\.log"):

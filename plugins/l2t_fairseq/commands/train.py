@@ -16,7 +16,7 @@ from l2t_core.errors import UserError, suggestion
 from l2t_fairseq.commands.shell_script import SimpleCommand, simple_commands
 
 # Other spellings that fairseq accepts for the same setting.
-_ALIASES = {"--arch": ("-a",)}
+_ALIASES = {"--arch": ("-a",), "--source-lang": ("-s",), "--target-lang": ("-t",)}
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
 _HYDRA = {"fairseq-hydra-train", "fairseq_cli.hydra_train", "hydra_train.py"}
 _QUOTED = re.compile(r"\bfairseq(?:-|_cli\.)train\b.*\s|\s.*\bfairseq(?:-|_cli\.)train\b")
@@ -129,6 +129,18 @@ def has_flag(command: FairseqCommand, flag: str) -> bool:
 def save_dir(command: FairseqCommand) -> Path:
     """Return where the command writes its checkpoints (fairseq's default: ``checkpoints``)."""
     return Path(value_of(command, "--save-dir") or "checkpoints")
+
+
+def direction(command: FairseqCommand) -> tuple[str, str] | None:
+    """Return source and target if the command names both; fairseq passes over one alone."""
+    source, target = (value_of(command, flag) for flag in ("--source-lang", "--target-lang"))
+    return (source, target) if source and target else None
+
+
+def restored_from(command: FairseqCommand) -> str | None:
+    """Return the checkpoint of ``--restore-file``, None for that of the save folder."""
+    given = value_of(command, "--restore-file")
+    return None if given == "checkpoint_last.pt" else given
 
 
 def shell_text(command: FairseqCommand) -> str:

@@ -26,6 +26,22 @@ def start_content(path: str | None) -> dict[str, str]:
     return {"start_sha256": file_digest(Path(path), "sha256")}
 
 
+def restored_content(path: str | None) -> dict[str, str]:
+    """Return the digest of the checkpoint of ``--restore-file``, nothing if it names none.
+
+    Raises:
+        UserError: if it is not there: fairseq itself would train from scratch.
+    """
+    if not path:
+        return {}
+    if not Path(path).is_file():
+        raise UserError(
+            f"there is no checkpoint {path} to go on from (--restore-file), and fairseq would "
+            "train from scratch without it; name another, or remove the flag"
+        )
+    return {"restored_sha256": file_digest(Path(path), "sha256")}
+
+
 def starting_parameters(path: str | None) -> dict[str, Tensor] | None:
     """Return the parameters of the checkpoint ``path``, or None for a student from scratch.
 
