@@ -322,8 +322,11 @@ def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_fill_it(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     too_large = "pets: the pictures take more than half of this machine's memory"
-    with pytest.raises(UserError, match=f"{too_large}.*scale them down with an image.size below"):
-        load_image_folder(pets, 10**8)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "_memory", lambda: 2 * 1000)  # of one 20 x 20 in colours: 1,200
+        patch.setattr(image_folder, "_decode", None)
+        with pytest.raises(UserError, match=f"{too_large}.*with an image.size below 20"):
+            load_image_folder(pets, 20)
     monkeypatch.setattr(image_folder, "_memory", lambda: 2 * 1000)  # they have 2,160 bytes
     with pytest.raises(UserError, match=rf"{too_large}.*with image.size, such as"):
         load_image_folder(pets)

@@ -215,7 +215,7 @@ def _decode_all(source: Path, size: int) -> RawImages:
         _refuse_other_than_utf8(source, path)
         if len(path.parts) != 3 or path.parts[0] not in SPLITS:
             raise UserError(_misplaced(source, path))
-        _refuse_more_than_memory(source, size, held + size * size)
+        _refuse_more_than_memory(source, size, held + 3 * size**2)  # if it is coloured
         pixels, more = _decode(content, f"{source}: {path}", size)
         held += pixels.nbytes
         several += [path] if more else []
