@@ -111,7 +111,7 @@ def application_for(
     """
     first = target[0]
     path = Path(first)
-    is_recipe = path.suffix in (".yaml", ".yml")
+    is_recipe = path.suffix in (".yaml", ".yml", ".safetensors")  # the last is told for what it is
     training = not is_recipe and looks_like_training(target)
     if path.suffix == ".sh" or (path.is_file() and not is_recipe and not training):
         if len(target) > 1:

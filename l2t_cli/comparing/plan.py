@@ -116,7 +116,7 @@ def _wrong_grids(recipe: Recipe) -> Iterator[str]:
 
 def _wrong_numbers(spec: CompareSpec) -> Iterator[str]:
     if any(not 0.0 < rate < math.inf for rate in spec.lr):
-        yield f"compare.lr is {spec.lr}; rates must be above 0"
+        yield f"compare.lr is {spec.lr}; rates must be above 0, but finite"
     rates = len(set(spec.lr)) or len(RATE_FACTORS)
     if 2 <= spec.trials < rates:
         yield f"compare.trials is {spec.trials}, fewer than the {rates} rates; give more"

@@ -44,6 +44,11 @@ def find_recipe(name: str) -> tuple[str, Path]:
                 f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t"
             )
         return path.stem, path
+    if path.suffix == ".safetensors":
+        raise UserError(
+            f"{name} is a teacher's file and no recipe; write `l2t apply-teacher TEACHER RECIPE` "
+            "or `l2t compare RECIPE --teacher TEACHER`"
+        )
     short = [full for full in shipped if full.split("/")[1] == name]
     if len(short) == 1:
         return short[0], shipped[short[0]]
@@ -103,8 +108,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" line {mark.line + 1}" if mark else ""
+        reason = error.problem or error.context or ""
+        if reason.startswith("but "):  # the second half of a sentence
+            reason = f"{error.context}, {reason}"
+        raise UserError(f"{path}{place}: not valid YAML: {reason}") from None
+    except RecursionError:
         raise UserError(
-            f"{path}{place}: not valid YAML: {error.problem or error.context}"
+            f"{path}: sections lie in each other too deep, or one holds itself by an alias; "
+            "`l2t recipes show NAME` shows how a recipe is built"
         ) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML: {first_line(error)}") from None

@@ -92,7 +92,7 @@ def _problems(recipe: Recipe, classes: int | None) -> list[str]:
 
 def located(recipe: Recipe, problem: str) -> str:
     """Return ``problem``, which begins with a key, after the place where the key was set."""
-    key = problem.split(maxsplit=1)[0].rstrip(":")
+    key = problem.split(maxsplit=1)[0].partition("=")[0].rstrip(":")
     return f"{COMMAND_LINE if key in recipe.overridden else recipe.source}: {problem}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 # In what torch's allocators say, without an exception of their own.
@@ -76,7 +77,7 @@ def out_of_range(section: str, limits: Iterable[Limit]) -> list[str]:
     What it must be reads on after "it must be": ``"at least 1"``.
     """
     return [
-        f"{section}.{name} is {value}; it must be {mend}"
+        f"{section}.{name} is {value}; it must be {mend}{', but finite' * (value == math.inf)}"
         for name, value, fine, mend in limits
         if not fine
     ]

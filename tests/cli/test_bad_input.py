@@ -72,6 +72,18 @@ from l2t_cli.recipe_reading.values import problems, without_idle
         (["train-teacher", "mnist-mlp"], "data/mnist"),
         (["train-teacher", "demo-de-en"], "no data folder data/demo"),
         (["train-teacher", "digits", "image.dev_size=0"], "image.dev_size"),
+        (["train-teacher", "digits", "image.optimiser.lr=inf"], "must be above 0, but finite"),
+        (["train-teacher", "digits", "image.optimiser.eps=inf"], "must be 0 or more, but finite"),
+        (["train-teacher", "digits", "teacher.init_scale=inf"], "must be 0 or more, but finite"),
+        (["compare", "digits", "compare.lr=[.inf,1]"], "rates must be above 0, but finite"),
+        (["train-teacher", "digits", "training.memory=x"], "the command line: training.memory='x'"),
+        (["train-teacher", "digits", "training.memory=1e999GiB"], "'1e999GiB' is no size"),
+        (
+            ["train-teacher", "digits", "training.differentiation=windows"],
+            "error: the command line: training.differentiation=windows needs training.window",
+        ),
+        (["apply-teacher", "digits", "a.safetensors"], "a.safetensors is a teacher's file and no"),
+        (["compare", "a.safetensors", "digits"], "write `l2t apply-teacher TEACHER RECIPE` or"),
         (["data", "prepare", "mnst"], "did you mean 'mnist'?"),
         (["data", "prepare", "mnist", "--from", "nowhere"], "nowhere"),
         (["data", "prepare", "mnist", "--from", __file__], "is no folder"),
@@ -108,6 +120,22 @@ def test_a_recipe_that_is_no_yaml_names_the_line(l2t: Run, tmp_path: Path) -> No
     broken = write(tmp_path / "broken.yaml", "field: image\nimage:\n  steps: [1, 2\nloss: {}\n")
     line = l2t("train-teacher", broken).error()
     assert "broken.yaml line 4" in line and "not valid YAML" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: " + "{a: " * 500 + "1" + "}" * 500, "a: " + "[" * 5000 + "]" * 5000, "image: &i {a: *i}"],
+)
+def test_sections_without_end_are_no_stack_trace(l2t: Run, tmp_path: Path, text: str) -> None:
+    endless = write(tmp_path / "endless.yaml", f"field: image\n{text}\n")
+    line = l2t("train-teacher", endless).error()
+    assert "endless.yaml: sections lie in each other too deep" in line
+
+
+def test_two_documents_are_told_in_a_whole_sentence(l2t: Run, tmp_path: Path) -> None:
+    two = write(tmp_path / "two.yaml", "field: image\n---\nfield: nmt\n")
+    line = l2t("train-teacher", two).error()
+    assert "line 2: not valid YAML: expected a single document in the stream, but found" in line
 
 
 def test_a_recipe_that_is_no_utf_8(l2t: Run, tmp_path: Path) -> None:

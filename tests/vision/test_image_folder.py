@@ -318,11 +318,26 @@ def test_large_pictures_are_read_without_a_warning_and_huge_ones_refused(
         load_image_folder(pets, size=5)
 
 
+def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_fill_it(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_large = "pets: the pictures take more than half of this machine's memory"
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "_memory", lambda: 2 * 1000)  # of one 20 x 20 in colours: 1,200
+        patch.setattr(image_folder, "_decode", None)
+        with pytest.raises(UserError, match=f"{too_large}.*with an image.size below 20"):
+            load_image_folder(pets, 20)
+    monkeypatch.setattr(image_folder, "_memory", lambda: 2 * 1000)  # they have 2,160 bytes
+    with pytest.raises(UserError, match=rf"{too_large}.*with image.size, such as"):
+        load_image_folder(pets)
+    assert load_image_folder(pets, 4).train_x.shape == (10, 3, 4, 4)
+
+
 @pytest.mark.parametrize(
     "mishap, says",
     [
         ("damaged", r"train/cat/001.png is no picture that can be read"),
-        ("cut", r"train/cat/001.png is no picture that can be read"),
+        ("cut", r"train/cat/001.png is no picture that can be read \(.*\); mend or remove it$"),
         ("sixteen bits", r"more than 8 bits"),
         ("other split", r"val/cat/000.png is not where an image is looked for"),
         ("no classes", r"train/000.png is not where an image is looked for"),

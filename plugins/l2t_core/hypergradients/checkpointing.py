@@ -82,12 +82,12 @@ def parse_bytes(text: str) -> int:
     compact = str(text).replace(" ", "").upper()
     digits = compact.rstrip("KMGTIB")
     try:
-        size = float(digits) * _UNITS[compact[len(digits):]]
-    except (KeyError, ValueError):
+        size = int(float(digits) * _UNITS[compact[len(digits):]])
+    except (KeyError, ValueError, OverflowError):  # infinite: 1e999
         raise UserError(f"memory={text!r} is no size; write it like 512MiB or 2GiB") from None
-    if not 0 < size < math.inf:
+    if size <= 0:
         raise UserError(f"memory={text!r} must be above zero; write it like 512MiB or 2GiB")
-    return int(size)
+    return size
 
 
 def make_plan(

@@ -257,7 +257,10 @@ _USERS = {"momentum": ("momentum", "nesterov")} | dict.fromkeys(
 def problems(spec: OptimiserSpec, section: str = "optimiser") -> list[str]:
     """Return a line for each setting that cannot be; ``section`` is where a recipe has them."""
     ranges = [
-        (("lr", "eps", "eps_root", "weight_decay", "clip_norm"), math.inf, "be 0 or more"),
+        (
+            ("lr", "eps", "eps_root", "weight_decay", "clip_norm"), math.inf,
+            "be 0 or more, but finite",
+        ),
         (("momentum", "beta1", "beta2"), 1.0, "lie in [0, 1)"),
     ]
     found = [

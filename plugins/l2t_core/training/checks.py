@@ -172,7 +172,7 @@ def _teacher_limits(teacher: TeacherSpec) -> list[Limit]:
             "hidden", teacher.hidden, 1 <= teacher.hidden <= HIDDEN_LIMIT,
             f"in [1, {HIDDEN_LIMIT:,}]",
         ),
-        ("init_scale", teacher.init_scale, teacher.init_scale >= 0, "0 or more"),
+        ("init_scale", teacher.init_scale, 0 <= teacher.init_scale < math.inf, "0 or more"),
     ]
 
 

@@ -49,8 +49,8 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
     cut to its central square and scaled to ``size`` x ``size`` pixels.
 
     Raises:
-        UserError: if there is no such thing, it has another layout, a picture is damaged, or the
-            pictures differ in size and ``size`` is 0.
+        UserError: if there is no such thing, it has another layout, a picture is damaged, the
+            pictures differ in size and ``size`` is 0, or they are too large for the memory.
     """
     try:
         cache = _cache_folder() / f"{_content_key(source, size)}.safetensors"
@@ -207,6 +207,7 @@ def _decode_all(source: Path, size: int) -> RawImages:
     shapes: dict[tuple[int, ...], PurePosixPath] = {}
     left_out: Counter[str] = Counter()
     several: list[PurePosixPath] = []
+    held = 0
     for path, content in _files(source):
         if content is None:
             left_out[path.suffix.lower() or "no suffix"] += 1
@@ -214,7 +215,9 @@ def _decode_all(source: Path, size: int) -> RawImages:
         _refuse_other_than_utf8(source, path)
         if len(path.parts) != 3 or path.parts[0] not in SPLITS:
             raise UserError(_misplaced(source, path))
+        _refuse_more_than_memory(source, size, held + 3 * size**2)  # if it is coloured
         pixels, more = _decode(content, f"{source}: {path}", size)
+        held += pixels.nbytes
         several += [path] if more else []
         shapes.setdefault(pixels.shape[:2], path)
         if len(shapes) > 1:
@@ -229,6 +232,20 @@ def _decode_all(source: Path, size: int) -> RawImages:
         if not found[split]:
             raise UserError(f"{source} holds no {split}/CLASS/*.jpg, *.png or the like")
     return dataclasses.replace(_assemble(source, found), notes=_notes(left_out, several))
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _refuse_more_than_memory(source: Path, size: int, held: int) -> None:
+    """Refuse pictures of ``held`` bytes: what ends a process for want of memory says nothing."""
+    if 2 * held > _memory():  # they are there twice when they are put together
+        mend = f"an image.size below {size}" if size else "image.size, such as image.size=64"
+        raise UserError(
+            f"{source}: the pictures take more than half of this machine's memory, "
+            f"{_memory() / 2**30:.1f} GiB, as bytes; scale them down with {mend}"
+        )
 
 
 def _misplaced(source: Path, path: PurePosixPath) -> str:
@@ -313,7 +330,9 @@ def _decode(content: bytes, name: str, size: int) -> tuple[np.ndarray, bool]:
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
         why = "of no known format, or damaged" if unknown else str(error)
-        raise UserError(f"{name} is no picture that can be read ({why})") from error
+        raise UserError(
+            f"{name} is no picture that can be read ({why}); mend or remove it"
+        ) from error
 
 
 @contextlib.contextmanager
