@@ -78,7 +78,7 @@ def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_teacher("wrong-labels") == ready_teachers()["wrong-labels"]
     write_teacher(Path("wrong-labels"), 5)
     assert find_teacher("wrong-labels") == Path("wrong-labels")
-    for path in ("gone.safetensors", "runs/wrong-labels"):
+    for path in ("gone.safetensors", "runs/wrong-labels", "gone"):
         assert find_teacher(path) == Path(path)  # told of by who reads it
     with pytest.raises(UserError, match="none that comes with l2t; did you mean 'wrong-labels'"):
         find_teacher("wrong-lables")

@@ -22,14 +22,13 @@ def find_teacher(given: str | Path) -> Path:
     A file of that name comes first. One that is not there is told of by who reads it.
 
     Raises:
-        UserError: if it is neither, and no path: the nearest name is suggested.
+        UserError: if it is neither, and nearly such a name, which is suggested.
     """
     path, name, ready = Path(given), str(given), ready_teachers()
     if path.suffix or len(path.parts) != 1 or path.exists():
         return path
-    if name in ready:
-        return ready[name]
+    if name in ready or not (hint := suggestion(name, ready)):
+        return ready.get(name, path)
     raise UserError(
-        f"no teacher file {name}, and none that comes with l2t{suggestion(name, ready)} "
-        "(`l2t teachers ls` lists them)"
+        f"no teacher file {name}, and none that comes with l2t{hint} (`l2t teachers ls` lists them)"
     )
