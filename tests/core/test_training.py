@@ -668,6 +668,24 @@ def test_a_killed_application_resumes_to_the_same_bits(student, tmp_path, taught
     assert all(torch.equal(a, b) for a, b in zip(whole, student.module.parameters(), strict=True))
 
 
+def test_a_student_goes_on_with_the_threads_that_it_began_with(student, tmp_path):
+    before = torch.get_num_threads()
+
+    def kill(event):
+        if event["step"] == 4:
+            torch.set_num_threads(before + 1)
+            raise Killed
+
+    snapshot = tmp_path / "snapshot.safetensors"
+    try:
+        with pytest.raises(Killed):
+            train_student(student, 9, snapshot=snapshot, snapshot_every=2, on_event=kill)
+        train_student(student, 9, snapshot=snapshot)
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_resumed_student_lies_in_memory_as_a_new_one(student, tmp_path, monkeypatch):
     """What is read from a file may not: products may then round otherwise."""
 
