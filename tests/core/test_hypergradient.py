@@ -150,14 +150,16 @@ def test_what_a_teacher_remembers_is_differentiated_too(make_student):
 
 @pytest.mark.parametrize("memory", [100, 2])
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
-def test_a_memory_beside_every_plan_and_way(make_student, hvp, memory):
+def test_a_memory_beside_every_plan_and_way(make_student, monkeypatch, hvp, memory):
     """Recomputed states and those of a comparison beside have the kept ones' memory."""
+    monkeypatch.setattr(Beside, "every", 1)  # all steps are held against exact ones
     spec = TeacherSpec("lstm", slots=3, init_scale=0.5, hidden=4)
 
     def found(**options):
         student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
-        episode, teacher = build(student, teacher_spec=spec, spec=TrainingSpec(**options))
-        return exact(episode, teacher, no_step)
+        training = TrainingSpec(discount=0.5, **options)
+        episode, teacher = build(student, teacher_spec=spec, spec=training)
+        return exact(episode, lively(teacher), no_step)
 
     expected = found().estimates[0]
     student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
@@ -492,13 +494,21 @@ def test_the_error_of_finite_differences_is_told(make_student):
     assert torch.equal(blind.estimates[0], rough.estimates[0])
 
 
-def test_discount_and_truncation_weigh_the_steps(make_student):
-    """With T = 3, full = g0 + g1 + g2; discount multiplies by gamma^0, 1, 2 back in time."""
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_discount_and_truncation_weigh_the_steps(make_student, name):
+    """With T = 3, full = g0 + g1 + g2; discount multiplies by gamma^0, 1, 2 back in time.
+
+    What a teacher remembers is a part of the state like any other.
+    """
     student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=3)
     loss = LossSpec("dense", "sigmoid")
+    teacher_spec = TeacherSpec(name, slots=3, init_scale=0.5, hidden=4)
 
     def gradient(**settings):
-        episode, teacher = build(student, loss=loss, spec=TrainingSpec(**settings))
+        spec = TrainingSpec(**settings)
+        episode, teacher = build(student, loss=loss, spec=spec, teacher_spec=teacher_spec)
+        if name == "lstm":
+            lively(teacher)
         return exact(episode, teacher, no_step).estimates[0]
 
     last, last_two, full = gradient(truncate=1), gradient(truncate=2), gradient()
