@@ -580,6 +580,43 @@ def test_a_buffer_may_be_written_or_bound_anew(fixed_shapes):
         assert torch.equal(estimate, found[0])
 
 
+class Counting(torch.nn.Module):
+    """6 -> 3, more and more of it with each pass in training."""
+
+    input_shape = (6,)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1.0
+        return torch.tanh(self.layer(x)) * self.passes.sqrt()
+
+
+@pytest.mark.parametrize("hvp", ["finite-difference", "one-sided-difference"])
+def test_both_sides_of_a_difference_see_the_same_buffers(hvp):
+    student = ToyStudent(Counting, OptimiserSpec("momentum", 0.3), steps=6)
+    expected = exact(*build(student), no_step).estimates[0]
+    found = exact(*build(student, spec=TrainingSpec(hvp=hvp)), no_step)
+    assert float((found.estimates[0] - expected).norm() / expected.norm()) < 1e-4
+    assert found.way_back.hvp_error < 1e-4
+
+
+@pytest.mark.parametrize(("steps", "compared"), [(3, 1), (10, 2), (60, 8)])
+def test_a_few_steps_of_differences_are_held_against_exact_ones(
+    make_student, monkeypatch, steps, compared
+):
+    monkeypatch.setattr(Beside, "every", 5)
+    student = make_student("mlp", OptimiserSpec("sgd", 0.1), steps=steps + LOSS.warmup_steps)
+    calls, at = [], Exact.at
+    monkeypatch.setattr(Exact, "at", lambda *given: calls.append(given) or at(*given))
+    exact(*build(student, spec=TrainingSpec(hvp="finite-difference")), no_step)
+    assert len(calls) == compared
+
+
 def test_a_table_that_grows_is_put_back_as_it_was(make_student):
     student = make_student("mlp", OptimiserSpec("sgd", 0.3))
     student.module.register_buffer("table", torch.arange(3.0))
