@@ -14,6 +14,7 @@ from l2t_core.comparing.statistics import (
     best,
     bootstrap_means,
     compare_paired,
+    counted,
     deviation,
     grid_points,
     mean,
@@ -74,6 +75,28 @@ def test_without_a_spread_of_the_differences_there_is_no_p() -> None:
     rounded = compare_paired([3.3, 3.5, 4.1], [3.2, 3.4, 4.0])
     assert rounded.t_p is None and not rounded.told_apart
     assert compare_paired([3.3, 3.51, 4.1], [3.2, 3.4, 4.0]).told_apart
+
+
+def test_five_per_cent_tell_apart() -> None:
+    theirs = [1.0, 2.0, 3.0, 4.0, 5.0]
+    for steps, least, most in (([2, 3, 1, 5, 0], 0.05, 0.1), ([2, 3, 1, 5, 1], 0.02, 0.05)):
+        found = compare_paired([a + b for a, b in zip(theirs, steps, strict=True)], theirs)
+        assert found.t_p is not None and least < found.t_p < most
+        assert found.told_apart == (most == 0.05)
+
+
+def test_no_number_of_resamples_makes_a_p_of_zero() -> None:
+    """Of 10,000 none is on the other side of zero; the differences themselves count as one more."""
+    found = compare_paired([3.1, 3.2, 3.4, 3.8], [1.0, 1.0, 1.0, 1.0])
+    assert found.low > 0.0 and found.bootstrap_p == pytest.approx(2 / 10_001)
+
+
+def test_a_student_that_diverged_counts_as_the_worst_there_is() -> None:
+    assert counted([3.0, None], 100.0, lower_is_better=True) == [3.0, 100.0]
+    assert counted([30.0, None], 0.0, lower_is_better=False) == [30.0, 0.0]
+    # 1 - TER is below zero where more is wrong than there are words.
+    assert counted([30.0, -5.0, None], 0.0, lower_is_better=False) == [30.0, -5.0, -5.0]
+    assert counted([130.0, None], 100.0, lower_is_better=True) == [130.0, 130.0]
 
 
 def test_two_pairs_are_too_few_for_a_p() -> None:

@@ -43,6 +43,11 @@ def test_parameters_that_share_memory_are_not_parted_without_a_word():
     module[1].weight = nn.Parameter(block[:, :3])
     module[0].weight = nn.Parameter(block[:, 3:])
     FlatParameters(module)
+    row = torch.randn(16)  # the last two of one are the first of the other
+    module[0].weight = nn.Parameter(row[:9].view(3, 3))
+    module[1].weight = nn.Parameter(row[7:].view(3, 3))
+    with pytest.raises(UserError, match=r"'0.weight' and '1.weight' share memory"):
+        FlatParameters(module)
 
 
 @pytest.mark.parametrize("how", ["module", "layer", "data", "fewer"])

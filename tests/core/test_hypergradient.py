@@ -150,14 +150,16 @@ def test_what_a_teacher_remembers_is_differentiated_too(make_student):
 
 @pytest.mark.parametrize("memory", [100, 2])
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
-def test_a_memory_beside_every_plan_and_way(make_student, hvp, memory):
+def test_a_memory_beside_every_plan_and_way(make_student, monkeypatch, hvp, memory):
     """Recomputed states and those of a comparison beside have the kept ones' memory."""
+    monkeypatch.setattr(Beside, "every", 1)  # all steps are held against exact ones
     spec = TeacherSpec("lstm", slots=3, init_scale=0.5, hidden=4)
 
     def found(**options):
         student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
-        episode, teacher = build(student, teacher_spec=spec, spec=TrainingSpec(**options))
-        return exact(episode, teacher, no_step)
+        training = TrainingSpec(discount=0.5, **options)
+        episode, teacher = build(student, teacher_spec=spec, spec=training)
+        return exact(episode, lively(teacher), no_step)
 
     expected = found().estimates[0]
     student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=9)
@@ -492,13 +494,21 @@ def test_the_error_of_finite_differences_is_told(make_student):
     assert torch.equal(blind.estimates[0], rough.estimates[0])
 
 
-def test_discount_and_truncation_weigh_the_steps(make_student):
-    """With T = 3, full = g0 + g1 + g2; discount multiplies by gamma^0, 1, 2 back in time."""
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_discount_and_truncation_weigh_the_steps(make_student, name):
+    """With T = 3, full = g0 + g1 + g2; discount multiplies by gamma^0, 1, 2 back in time.
+
+    What a teacher remembers is a part of the state like any other.
+    """
     student = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=3)
     loss = LossSpec("dense", "sigmoid")
+    teacher_spec = TeacherSpec(name, slots=3, init_scale=0.5, hidden=4)
 
     def gradient(**settings):
-        episode, teacher = build(student, loss=loss, spec=TrainingSpec(**settings))
+        spec = TrainingSpec(**settings)
+        episode, teacher = build(student, loss=loss, spec=spec, teacher_spec=teacher_spec)
+        if name == "lstm":
+            lively(teacher)
         return exact(episode, teacher, no_step).estimates[0]
 
     last, last_two, full = gradient(truncate=1), gradient(truncate=2), gradient()
@@ -568,6 +578,43 @@ def test_a_buffer_may_be_written_or_bound_anew(fixed_shapes):
         found.append(exact(*build(student, spec=spec), no_step).estimates[0])
     for estimate in found[1:]:
         assert torch.equal(estimate, found[0])
+
+
+class Counting(torch.nn.Module):
+    """6 -> 3, more and more of it with each pass in training."""
+
+    input_shape = (6,)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1.0
+        return torch.tanh(self.layer(x)) * self.passes.sqrt()
+
+
+@pytest.mark.parametrize("hvp", ["finite-difference", "one-sided-difference"])
+def test_both_sides_of_a_difference_see_the_same_buffers(hvp):
+    student = ToyStudent(Counting, OptimiserSpec("momentum", 0.3), steps=6)
+    expected = exact(*build(student), no_step).estimates[0]
+    found = exact(*build(student, spec=TrainingSpec(hvp=hvp)), no_step)
+    assert float((found.estimates[0] - expected).norm() / expected.norm()) < 1e-4
+    assert found.way_back.hvp_error < 1e-4
+
+
+@pytest.mark.parametrize(("steps", "compared"), [(3, 1), (10, 2), (60, 8)])
+def test_a_few_steps_of_differences_are_held_against_exact_ones(
+    make_student, monkeypatch, steps, compared
+):
+    monkeypatch.setattr(Beside, "every", 5)
+    student = make_student("mlp", OptimiserSpec("sgd", 0.1), steps=steps + LOSS.warmup_steps)
+    calls, at = [], Exact.at
+    monkeypatch.setattr(Exact, "at", lambda *given: calls.append(given) or at(*given))
+    exact(*build(student, spec=TrainingSpec(hvp="finite-difference")), no_step)
+    assert len(calls) == compared
 
 
 def test_a_table_that_grows_is_put_back_as_it_was(make_student):

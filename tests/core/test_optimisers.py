@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -70,8 +72,34 @@ def test_update_is_differentiable(spec):
     )
 
 
+def test_fairseqs_adam_is_that_of_its_code():
+    """fairseq/optim/adam.py: eps beside the uncorrected root, and weight decay on its own."""
+    spec = OptimiserSpec("adam", 0.05, beta1=0.8, beta2=0.9, eps=0.1, weight_decay=0.2)
+    optimiser = build_optimiser(spec, "fairseq")
+    omega, gradients = torch.tensor([1.0, -2.0]).double(), torch.tensor([[0.5, 3.0], [1.0, -1.0]])
+    state, m, v = optimiser.initial(omega), torch.zeros(2).double(), torch.zeros(2).double()
+    for step, g in enumerate(gradients.double()):
+        state = optimiser.update(state, g, step, 0.05)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        size = 0.05 * (1 - 0.9 ** (step + 1)) ** 0.5 / (1 - 0.8 ** (step + 1))
+        omega = omega - 0.05 * 0.2 * omega
+        omega = omega - size * m / (v.sqrt() + 0.1)
+        torch.testing.assert_close(state, torch.stack([omega, m, v]))
+
+
+def test_eps_root_is_added_under_the_root():
+    g = torch.tensor([0.0, 2.0]).double()
+    spec = OptimiserSpec("adam", 0.1, beta1=0.5, beta2=0.75, eps=0.3, eps_root=3.0)
+    optimiser = build_optimiser(spec)
+    state = optimiser.update(optimiser.initial(torch.zeros(2).double()), g, 0, 0.1)
+    # First moment 1, corrected 2; second 1, so that its root is 2, corrected 4.
+    torch.testing.assert_close(state[0], torch.tensor([0.0, -0.1 * 2.0 / 4.3]).double())
+
+
 @pytest.mark.parametrize("eps_form", ["torch", "fairseq"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [*SPECS, OptimiserSpec("adam", 0.05, eps_root=0.3)], ids=lambda s: s.name
+)
 def test_the_written_vjp_is_autograds(spec, eps_form):
     optimiser = build_optimiser(spec, eps_form)
     generator = torch.Generator().manual_seed(1)
@@ -120,6 +148,7 @@ def test_adam_at_zero_moments_has_a_finite_derivative():
         ("constant", [0.5, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1 - 4 / 9, 1 - 8 / 9]),
         ("inverse_sqrt", [0.5, 1.0, (1 / 5) ** 0.5, (1 / 9) ** 0.5]),
+        ("cosine", [0.5, 1.0, *((1 + math.cos(math.pi * k / 9)) / 2 for k in (4, 8))]),
     ],
 )
 def test_schedules_by_hand(name, expected):

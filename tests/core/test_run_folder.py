@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from l2t_core.errors import UserError
 from l2t_core.runs import folder as run_folder
-from l2t_core.runs.files import claim
+from l2t_core.runs.files import atomic_write, claim
 from l2t_core.runs.folder import load_tensors_and_record, open_run, save_tensors_and_record
+from l2t_core.runs.tensor_digest import tensor_digest
 
 
 def test_of_two_long_commands_the_place_where_they_differ_is_shown(tmp_path):
@@ -78,6 +79,26 @@ def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
     path.unlink()
     path.mkdir()
     assert refused() == "is a folder, where a run keeps its state"
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path):
+    """Their temporary ones are for their owner alone: nobody else could read a teacher."""
+    (tmp_path / "plain").write_text("")
+    atomic_write(tmp_path / "ours", "")
+    plain, ours = ((tmp_path / name).stat().st_mode for name in ("plain", "ours"))
+    assert ours == plain
+
+
+def test_a_digest_is_of_names_kinds_shapes_bytes_and_text():
+    tensor = torch.arange(6.0)
+    whole = {"a": tensor, "b": tensor + 1}
+    others = [
+        {"a": tensor, "c": tensor + 1}, {"a": tensor.view(2, 3), "b": tensor + 1},
+        {"a": tensor.view(torch.int32), "b": tensor + 1}, {"a": tensor, "b": tensor + 2},
+    ]
+    digests = [tensor_digest(tensors, "text") for tensors in (whole, *others)]
+    assert len({*digests, tensor_digest(whole, "another")}) == 6
+    assert tensor_digest(dict(reversed(whole.items())), "text") == digests[0]
 
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):

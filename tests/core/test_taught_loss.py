@@ -139,6 +139,17 @@ def test_a_thrown_away_batch_changes_nothing(teacher_path):
     assert criterion.applied.state_dict() == before
 
 
+def test_a_look_at_dev_counts_from_the_next_batch_on(teacher_path):
+    """Of the same step, where gradients are added up over several."""
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
+    logits, targets = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    criterion(logits, targets % 4)
+    before = criterion.applied.features.clone()
+    criterion.observe_dev(5.0 * logits, targets % 4)
+    criterion(logits, targets % 4)
+    assert not torch.equal(criterion.applied.features, before)
+
+
 def test_dev_logits_of_another_size_are_refused(teacher_path):
     criterion = TaughtLoss(teacher_path, 10, fresh()[1])
     with pytest.raises(UserError, match="4 classes, the logits have 3"):

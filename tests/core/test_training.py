@@ -305,6 +305,42 @@ def test_theta_goes_half_the_way_back_from_where_students_die(student, tmp_path)
     assert float((thetas[0] - start).abs().max()) > 0.01
 
 
+def test_the_last_theta_stays_as_it_was_measured(student, tmp_path):
+    """Where its student dies: no episode follows in which a theta half the way back might live."""
+    reset, predict, numbers, thetas = student.reset, student.predict, [], []
+    student.reset = lambda seed: (numbers.append(seed % 1_000_003), reset(seed))
+
+    def dies(batch):
+        log_probs, targets = predict(batch)
+        return (log_probs * float("nan") if numbers[-1] == 1 else log_probs), targets
+
+    student.predict = dies
+    path = tmp_path / "run/teacher_last.safetensors"
+
+    def look(event):
+        if event["event"] == "episode":
+            thetas.append([p.clone() for p in load_teacher(path)[0].parameters()])
+
+    result = run(student, tmp_path / "run", episodes=1, on_event=look)
+    assert [row["skipped"] for row in result.history] == [False, True]
+    assert all(torch.equal(a, b) for a, b in zip(*thetas, strict=True))
+
+
+@pytest.mark.parametrize("which", ["true_measure", "smoothed_measure"])
+def test_a_measure_that_is_no_number_is_no_life(student, tmp_path, which):
+    measure, calls = getattr(student, which), []
+
+    def lost_at_first(*seed):
+        calls.append(seed)
+        return measure(*seed) * (math.nan if len(calls) == 1 else 1.0)
+
+    setattr(student, which, lost_at_first)
+    result = run(student, tmp_path / "run", episodes=1)
+    assert [row["dev_measure"] is None for row in result.history] == [True, False]
+    assert [row["skipped"] for row in result.history] == [True, False]
+    assert result.best_episode == 1 and math.isfinite(result.best_measure)
+
+
 def test_several_students_are_averaged(student, tmp_path):
     """One update from three students is that of the mean of their hypergradients."""
     rows = []
@@ -340,6 +376,35 @@ def test_a_lost_student_leaves_the_others(student, tmp_path):
     result = run(student, tmp_path / "run", episodes=1, students=2)
     assert result.skipped == 0
     assert [row["students_lost"] for row in result.history] == [1, 1]
+
+
+def test_a_mix_needs_two_students(student, tmp_path):
+    """One estimate of each kind has no variance: of two students none may be lost."""
+    reset, predict, numbers = student.reset, student.predict, []
+    student.reset = lambda seed: (numbers.append(seed % 1_000_003), reset(seed))
+
+    def dies(batch):
+        log_probs, targets = predict(batch)
+        return (log_probs * float("nan") if numbers[-1] == 1 else log_probs), targets
+
+    student.predict = dies
+    result = run(student, tmp_path / "run", episodes=1, differentiation="mixed", students=2)
+    assert [row["skipped"] for row in result.history] == [True, False]
+    assert [row["students_lost"] for row in result.history] == [1, 0]
+
+
+def test_no_two_lives_have_the_same_student_or_noise(student, tmp_path):
+    settings = spec(students=3, differentiation="antithetic-es")
+    training = TeacherTraining(student, LOSS, TEACHER, settings, open_run(tmp_path / "run", {}), {})
+    lives = []
+    training.differentiate = lambda life, teacher, on_step: iter([lives.append(life)])
+    for episode in range(3):
+        training.state.progress.episode = episode
+        for number in range(3):
+            list(training._life(number, lambda event: None))
+    assert len({life.noise_seed for life in lives}) == 9
+    assert len({life.student_seed for life in lives}) == 9
+    assert len({life.measure_seed for life in lives}) == 9
 
 
 def test_a_teacher_that_loses_students_is_not_the_best(student, tmp_path):
@@ -666,6 +731,24 @@ def test_a_killed_application_resumes_to_the_same_bits(student, tmp_path, taught
     assert not half.exists()
     assert snapshot.exists()  # until the caller has written what it makes of the student
     assert all(torch.equal(a, b) for a, b in zip(whole, student.module.parameters(), strict=True))
+
+
+def test_a_student_goes_on_with_the_threads_that_it_began_with(student, tmp_path):
+    before = torch.get_num_threads()
+
+    def kill(event):
+        if event["step"] == 4:
+            torch.set_num_threads(before + 1)
+            raise Killed
+
+    snapshot = tmp_path / "snapshot.safetensors"
+    try:
+        with pytest.raises(Killed):
+            train_student(student, 9, snapshot=snapshot, snapshot_every=2, on_event=kill)
+        train_student(student, 9, snapshot=snapshot)
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_resumed_student_lies_in_memory_as_a_new_one(student, tmp_path, monkeypatch):

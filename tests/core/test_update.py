@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from l2t_core.hypergradients.ways import Outcome
 from l2t_core.losses.forms import FORMS, neutral_coefficients
 from l2t_core.losses.taught import taught_loss
 from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
@@ -25,6 +27,7 @@ from l2t_core.training.update import (
     ends_calmly,
     phi_penalty,
     signal_to_noise,
+    unusable,
 )
 
 
@@ -119,7 +122,10 @@ def test_advice_names_the_remedy():
     assert "lower the student's peak rate" in restless and "discount" not in restless
     lost = advice({"largest": None, "reason": "the hypergradient is not finite"}, spec, calm=False)
     assert "left all bounds" in lost and "image.schedule.name=linear" in lost
-    assert "training.students (now 2)" in advice({"signal_to_noise": 0.9}, spec, calm=True)
+    assert "training.students (now 2)" in advice({"signal_to_noise": 1.1}, spec, calm=True)
+    assert advice({"signal_to_noise": 1.3}, spec, calm=True) == ""
+    assert "grew 110-fold" in advice({"largest": 110.0}, spec, calm=True)
+    assert advice({"largest": 90.0}, spec, calm=True) == ""
     # Small at the end, and it grows.
     rough = advice({"largest": 1e6, "hvp_error": 0.02}, spec, calm=True)
     assert "set training.hvp=exact; else lower" in rough
@@ -139,10 +145,32 @@ def test_a_rate_that_ends_at_zero_is_not_told_to():
     told = advice({"largest": 1e4}, TrainingSpec(), calm=True)
     assert "on its way back; lower the student's peak rate (image.optimiser.lr" in told
     assert "schedule" not in told
-    for name, calm in (("linear", True), ("cosine", True), ("constant", False)):
+    # That of inverse_sqrt ends at a quarter of its peak.
+    schedules = ("linear", True), ("cosine", True), ("constant", False), ("inverse_sqrt", False)
+    for name, calm in schedules:
         rates = functools.partial(learning_rate, ScheduleSpec(name, 3), 0.5, total_steps=40)
         student = SimpleNamespace(total_steps=40, learning_rate=rates)
         assert ends_calmly(student) == calm
+
+
+def test_a_flat_measure_within_a_life_is_no_failure():
+    """What a later window tells may be more; at a life's end there is nothing else to learn."""
+    flat = Outcome([torch.zeros(3)], 0.5)
+    assert unusable(flat, 0.0) == ""
+    assert unusable(replace(flat, true=0.5), 0.0) == FLAT
+
+
+def test_an_affine_teacher_is_kept_from_below_zero_to_the_last_bit():
+    """Where all of its units are as far as they go, and each takes what it may."""
+    torch.manual_seed(0)
+    for _ in range(200):
+        teacher = build_teacher(TeacherSpec("affine", slots=10), LossSpec("shared"), 7, 4, seed=1)
+        teacher.values["d"].data = torch.randn(10)
+        teacher.base["d"].data = torch.rand(1)
+        teacher.keys.data.zero_()
+        teacher.offsets.data = -1e4 * teacher.values["d"].data.sign()
+        teacher.keep_from_below_zero(("d", "s"))
+        assert 0.0 <= float(teacher(torch.zeros(4))["d"].detach()) < 1e-5
 
 
 def test_the_error_of_a_training_in_vain_ends_with_its_last_warning():

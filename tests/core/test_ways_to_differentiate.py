@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from l2t_core.hypergradients import readout, ways
+from l2t_core.hypergradients.diagnostics import WayBack
 from l2t_core.hypergradients.engine import Engine, Episode
 from l2t_core.hypergradients.unroll import run_forward
-from l2t_core.hypergradients.ways import DIFFERENTIATIONS, exact, spans
+from l2t_core.hypergradients.ways import DIFFERENTIATIONS, Outcome, exact, spans
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.students.life import Life
 from l2t_core.students.state import feature_count
@@ -57,6 +59,7 @@ def numeric(teacher, value, h=1e-5):
         {"average_last": 4},
         {"measure_points": 3},
         {"average_last": 2, "measure_points": 2},
+        {"measure_points": STEPS},  # one of them after the warm-up, before theta has a say
     ],
 )
 def test_calmer_readouts_are_differentiated_exactly(make_student, settings):
@@ -124,11 +127,9 @@ def test_the_cap_goes_by_the_latest_reading_that_has_a_gradient(make_student):
 
 def test_windows_are_truncated_gradients_at_their_ends(make_student):
     """The last window's is the truncated hypergradient; the first one's that of a short life."""
-    outcomes = list(
-        DIFFERENTIATIONS.get("windows")(
-            *build(make_student, TrainingSpec(differentiation="windows", window=4)), no_step
-        )
-    )
+    episode, teacher = build(make_student, TrainingSpec(differentiation="windows", window=4))
+    assert episode.engine.plan.steps == 4  # of one window: memory is planned for no more
+    outcomes = list(DIFFERENTIATIONS.get("windows")(episode, teacher, no_step))
     assert spans(1, STEPS, 4) == [range(1, 5), range(5, 9)]
     assert len(outcomes) == 2
     assert [o.true is None for o in outcomes] == [True, False]
@@ -162,6 +163,50 @@ def test_theta_may_change_between_windows(make_student, way):
     still, moved = lived(0.0), lived(0.5)
     assert still[0] == moved[0]
     assert still[1] != moved[1]
+
+
+@pytest.mark.parametrize("way", ["windows", "persistent-es"])
+def test_a_life_goes_on_from_each_window_with_its_own_buffers(make_student, way):
+    """Batch norm's move on the way back, and in the twin that takes turns in the same module."""
+    spec = TrainingSpec(differentiation=way, window=4, perturbation=1e-9)
+    outcomes = DIFFERENTIATIONS.get(way)(*build(make_student, spec, name="conv_bn"), no_step)
+    found = [outcome.smoothed for outcome in outcomes]
+    episode, teacher = build(make_student, TrainingSpec(), name="conv_bn")
+    life, expected = episode.life, []
+
+    def look(step, state):
+        if step in (5, 9):
+            expected.append(readout.smoothed_value(life, 0))
+
+    run_forward(life, episode.follow(teacher), life.begin(3), None, no_step, look)
+    assert found == pytest.approx(expected, rel=1e-7)
+
+
+def test_what_is_told_of_the_way_back_by_definition(make_student, monkeypatch):
+    """Norms go by that of M-tilde's whole derivative at the end, however it is shared out."""
+    episode, teacher = build(make_student, TrainingSpec(average_last=2, measure_points=2))
+    life, second = episode.life, episode.engine.second
+    at, measure, ends, curvatures = second.at, readout.smoothed_measure, [], []
+
+    def measured(*arguments):
+        value, gradient = measure(*arguments)
+        ends.append(float(gradient.norm()))
+        return value, gradient
+
+    def noted(step, phi, direction, gradient=None):
+        used = []
+        found = at(step, phi, lambda get: used.append(direction(get)) or used[0], gradient)
+        v, curved = used[0], life.flat.gather(found[0])
+        curvatures.append(0.3 * abs(float(v @ curved)) / float(v @ v))
+        return found
+
+    monkeypatch.setattr(readout, "smoothed_measure", measured)
+    monkeypatch.setattr(second, "at", noted)
+    told = exact(episode, teacher, no_step).way_back
+    assert [step for step, _ in told.norms] == list(reversed(range(1, STEPS)))
+    norms = [norm / ends[0] for _, norm in told.norms]
+    assert told.growth == pytest.approx(norms[-1]) and told.largest == pytest.approx(max(norms))
+    assert told.sharpness == pytest.approx(max(curvatures))
 
 
 def test_antithetic_estimates_are_directional_derivatives(make_student):
@@ -200,6 +245,20 @@ def test_mixed_estimates_come_from_the_same_lives(make_student):
     # phi_penalty sees the s_t of both lives.
     assert len(outcome.features) == len(alone.features) == 2 * (STEPS - LOSS.warmup_steps)
     torch.testing.assert_close(torch.stack(outcome.features), torch.stack(alone.features))
+
+
+@pytest.mark.parametrize("grew", [(3.0, 7.0), (7.0, 3.0)])
+def test_a_mix_tells_of_the_way_back_that_grew_most(make_student, monkeypatch, grew):
+    """``max_growth`` goes by it."""
+    found = iter(grew)
+
+    def exact(episode, teacher, on_step):
+        return Outcome([torch.ones(12)], 0.5, 0.5, [], WayBack(largest=next(found)))
+
+    monkeypatch.setattr(ways, "exact", exact)
+    spec = TrainingSpec(differentiation="mixed", students=2)
+    outcome = next(DIFFERENTIATIONS.get("mixed")(*build(make_student, spec), no_step))
+    assert outcome.way_back.largest == 7.0
 
 
 def test_persistent_estimates_add_up_to_the_gradient_of_the_mean_measure(make_student):

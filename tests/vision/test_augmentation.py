@@ -13,7 +13,13 @@ import torch.nn.functional as F
 
 from l2t_core.errors import UserError
 from l2t_core.students.train import train_student
-from l2t_vision.data.augmentation import AUGMENTATIONS, Augmentation, augmented
+from l2t_vision.data.augmentation import (
+    AUGMENTATIONS,
+    Augmentation,
+    augmented,
+    own_augmented,
+    seeded,
+)
 from l2t_vision.student import ImageStudent
 
 Make = Callable[..., ImageStudent]
@@ -185,6 +191,32 @@ def test_random_numbers_of_python_and_numpy_are_replayed(make_student: Make, nam
     plain.reset(5)
     steps = [f - plain.batch(s)[0] for s, f in enumerate(forward)]
     assert len({round(float(step.max()), 3) for step in steps}) > 2  # not always the same draw
+
+
+def test_all_of_a_seed_counts_for_numpy() -> None:
+    """It takes 32 bits at a time, and seeds of a run's students have more."""
+    images = torch.zeros(2, 1, 5, 5, dtype=torch.uint8)
+
+    def drawn(seed: int) -> torch.Tensor:
+        def draw(images: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(np.random.randint(0, 256, images.shape, dtype=np.uint8))
+
+        return own_augmented(images, draw, "own:draw", seed)
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(1 + 2**32))
+
+
+def test_images_are_not_moved_by_the_numbers_that_dropout_draws(make_student: Make) -> None:
+    student = make_student(augment="crop", batch_size=40)
+    student.reset(5)
+    plain = make_student(batch_size=40)
+    plain.reset(5)
+    with seeded(student.step_seed(3), torch.device("cpu")):
+        others = augmented(
+            plain.batch(3)[0], AUGMENTATIONS.get("crop"), torch.default_generator
+        )
+    assert not torch.equal(student.batch(3)[0], others)
 
 
 @pytest.mark.usefixtures("own_code")

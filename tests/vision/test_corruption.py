@@ -103,6 +103,12 @@ def test_long_tails_have_their_published_sizes(
     assert counts.tolist() == sorted(counts.tolist(), reverse=True)
 
 
+def test_what_is_a_whole_number_but_for_rounding_is_that_number() -> None:
+    labels = torch.arange(2).repeat(98)
+    assert 98 * 49.0**-1 < 2
+    assert labels[long_tail(labels, 49, 2)].bincount().tolist() == [98, 2]
+
+
 def test_a_class_never_vanishes() -> None:
     labels = torch.tensor([0] * 50 + [1] * 3)
     assert labels[long_tail(labels, 1000, 2)].bincount().tolist() == [50, 1]

@@ -100,6 +100,12 @@ def test_digits_come_stratified_and_whole() -> None:
     assert len(together.unique(dim=0)) == 1797
 
 
+def test_the_test_set_of_digits_is_always_the_same() -> None:
+    one, other = (load_data(ImageSpec(dev_size=700, data_seed=seed)) for seed in (1, 2))
+    assert torch.equal(one.test_x, other.test_x) and torch.equal(one.test_y, other.test_y)
+    assert not torch.equal(one.dev_x, other.dev_x)
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -188,3 +194,19 @@ def test_labels_of_ones_own_data_that_are_none(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=says):
         load(tmp_path, data=f"{module}:load")
+
+
+def test_ones_own_data_that_say_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pixels alike, which no deviation divides, and a class that the test set alone has."""
+    code = (
+        "import torch\n"
+        "def load(folder, train):\n"
+        "    labels = torch.tensor([0, 1] * 3 if train else [0, 2])\n"
+        "    return torch.full((len(labels), 3, 3), 7, dtype=torch.uint8), labels\n"
+    )
+    (tmp_path / "own_that_say_little.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    data = load(tmp_path, data="own_that_say_little:load", dev_size=2)
+    assert data.num_classes == 3
+    assert (float(data.mean), float(data.deviation)) == (7.0, 1.0)
+    assert not bool(data.standardised(data.train_x).any())

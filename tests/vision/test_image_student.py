@@ -166,6 +166,15 @@ def test_large_seeds_stay_within_torchs_64_bits(make_student: Make) -> None:
     assert student.step_seed(3) != student.step_seed(4)
 
 
+def test_students_of_neighbouring_seeds_share_no_masks(make_student: Make) -> None:
+    """Those of an episode, and of the next: their steps' seeds would be the same, moved by one."""
+    student, seeds = make_student(), []
+    for seed in range(1_000_003, 1_000_008):
+        student.reset(seed)
+        seeds += [student.step_seed(step) for step in range(5000)]
+    assert len(set(seeds)) == 5 * 5000
+
+
 def test_predict_is_in_train_mode_and_dev_in_eval_mode(make_student: Make) -> None:
     student = make_student(model="convnet", dropout=0.3)
     student.reset(1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from l2t_core.errors import UserError
@@ -29,8 +30,9 @@ def train_student(
 
     Steps, batches and random numbers are the same whatever the ``loss``; None is cross-entropy.
     With a ``snapshot`` path the run saves itself every ``snapshot_every`` steps and continues from
-    there to the same result. The last one stays, for the caller to remove once what it makes of the
-    student is written: a disk may be full.
+    there to the same result, on as many threads: a sum that others share out has other last bits.
+    The last one stays, for the caller to remove once what it makes of the student is written: a
+    disk may be full.
 
     Raises:
         UserError: if the snapshot is damaged, another student's, or cannot be written.
@@ -55,6 +57,8 @@ def train_student(
             life.buffers.load([tensors[f"buffer.{i}"] for i in range(count)])
             first = int(record["step"])
             loss.load_state_dict(record["applied"])
+            # Older ones do not say.
+            torch.set_num_threads(int(record.get("threads", torch.get_num_threads())))
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{snapshot} does not belong to this student; delete it to train it anew"
@@ -78,5 +82,7 @@ def _save_snapshot(
 ) -> None:
     tensors = {"state": state}
     tensors |= {f"buffer.{i}": b for i, b in enumerate(buffers)}
-    record = {"step": step, "applied": loss.state_dict()}
+    record = {
+        "step": step, "applied": loss.state_dict(), "threads": torch.get_num_threads(),
+    }
     save_tensors_and_record(path, tensors, record)
