@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from l2t_cli.copying import place_for, refuse_to_overwrite
 from l2t_cli.options import Force, help_alone
 from l2t_cli.screen import console
 from l2t_core.errors import UserError, suggestion
@@ -36,16 +37,13 @@ def cp(
     destination: Annotated[Path, typer.Argument(help="A file or a folder.")],
     force: Force = False,
 ) -> None:
-    """Copy a teacher, for `TaughtLoss` or `--l2t-teacher`."""
+    """Copy a teacher, to be kept with work of your own."""
     if name not in ready_teachers():
         raise UserError(
             f"no teacher {name!r} comes with l2t{suggestion(name, ready_teachers())} "
             "(`l2t teachers ls` lists them)"
         )
-    target = destination / f"{name}.safetensors" if destination.is_dir() else destination
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target}: a teacher file ends in .safetensors; name it so")
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; give --force to overwrite it, or another name")
+    target = place_for(destination, f"{name}.safetensors", (".safetensors",), "teacher")
+    refuse_to_overwrite(target, force)
     atomic_write(target, ready_teachers()[name].read_bytes())
     console.line(f"copied {name} to {console.shown(target)}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from l2t_cli.copying import place_for, refuse_to_overwrite
 from l2t_cli.errors import say
 from l2t_cli.options import Force, RecipeName, help_alone
 from l2t_cli.recipe_reading.files import find_recipe, read_yaml, recipe_text, shipped_recipes
@@ -48,13 +49,10 @@ def cp(
 ) -> None:
     """Copy a recipe, to be changed and given back by its path."""
     _, path = find_recipe(name)
-    target = destination / path.name if destination.is_dir() else destination
-    if target.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{target}: a recipe file ends in .yaml; name it so")
+    target = place_for(destination, path.name, (".yaml", ".yml"), "recipe")
     if target.exists() and no_clobber:
         return
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; give --force to overwrite it, or another name")
+    refuse_to_overwrite(target, force)
     atomic_write(target, recipe_text(path))
     console.line(f"copied {name} to {console.shown(target)}")
 
