@@ -99,6 +99,14 @@ def test_plans():
     assert make_plan(2000, 10, 30, file_free=10**6).where == "file"
     assert make_plan(2000, 10, 30, file_free=100).recomputed > 0
     assert make_plan(0, 10, 250).slots == 0
+    # Two recomputed steps for each are the most: 185 of 100 with six states, 221 with five.
+    assert make_plan(100, 10, 60, file_free=10**6).recomputed == 185
+    assert make_plan(100, 10, 50, file_free=10**6).where == "file"
+    # No more than half of what is free is taken.
+    assert make_plan(100, 10, 50, file_free=1901).where == "file"
+    assert make_plan(100, 10, 50, file_free=1900).recomputed == 221
+    assert make_plan(100, 10, 250, on_gpu=True, host_free=1501).where == "host"
+    assert make_plan(100, 10, 250, on_gpu=True, host_free=1500).recomputed > 0
 
 
 def test_impossible_plans_are_refused():

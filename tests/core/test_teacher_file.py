@@ -261,3 +261,9 @@ def test_fit_names_both_sizes(saved):
         check_fits(header, {**header.fingerprint, "sha256": "x"}, path)
     with pytest.raises(UserError, match="for 5 dictionary entries, the student has 5 classes"):
         check_fits(header, {"kind": "classes", "num_classes": 5}, path)
+    # Three numbers for all entries do not know which is which; a band's entries are in order.
+    header.loss.form = "shared"
+    check_fits(header, {**header.fingerprint, "sha256": "x"}, path)
+    header.loss.form = "banded"
+    with pytest.raises(UserError, match="another order"):
+        check_fits(header, {**header.fingerprint, "sha256": "x"}, path)
