@@ -26,6 +26,7 @@ from l2t_core.comparing.statistics import (
 )
 from l2t_core.losses.baselines import baseline
 from l2t_core.runs.files import atomic_write
+from l2t_core.specs import OF_TWO_LIVES
 from l2t_core.teachers.file import load_header
 
 COLUMNS = (
@@ -164,7 +165,9 @@ def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
     """
     header = load_header(path)
     training = header.record.get("training")
-    students = training.get("students", 1) if isinstance(training, dict) else 1
+    training = training if isinstance(training, dict) else {}
+    students = training.get("students", 1)
+    lives = 2 if training.get("differentiation") in OF_TWO_LIVES else 1
     episodes = header.record.get("episodes", 0)
     finals = header.record.get("final_students", 0)
     if not all(isinstance(number, int) for number in (episodes, students, finals)):
@@ -176,7 +179,7 @@ def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
     known = len(made) == episodes and sum(row.get("students", 0) for row in last) == finals
     known = known and all(isinstance(row.get("seconds"), float) for row in rows)
     seconds = sum(row["seconds"] for row in rows) if known else None
-    return seconds, (episodes * students + finals) * header.total_steps
+    return seconds, (episodes * students * lives + finals) * header.total_steps
 
 
 def _warnings(

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
-# Ways to differentiate (training.differentiation) that update theta within a student's life, and
-# those that take no derivatives of the student.
+# Ways to differentiate (training.differentiation) that update theta within a student's life, those
+# that take no derivatives of the student, and those that train each student twice.
 WITHIN_A_LIFE = ("windows", "persistent-es")
 WITHOUT_DERIVATIVES = ("antithetic-es", "persistent-es")
+OF_TWO_LIVES = ("antithetic-es", "persistent-es", "mixed")
 
 
 @dataclass

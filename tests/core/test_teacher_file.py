@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import struct
@@ -59,6 +60,8 @@ def test_warmup_and_dev_interval_scale_with_the_steps(saved):
     _, _, header = saved
     assert header.loss_for(1000).warmup_steps == 100
     assert header.loss_for(1000, warmup_steps=7).warmup_steps == 7
+    late = dataclasses.replace(header, loss=LossSpec(warmup_steps=99))
+    assert late.loss_for(10).warmup_steps == 9  # one step is taught, as there
     assert header.dev_interval_for(1000) == 100
     assert header.dev_interval_for(5) == 1
 

@@ -67,6 +67,8 @@ class TeacherHeader:
         """Return the loss for a student of ``total_steps``, its warm-up scaled by T'/T."""
         if warmup_steps is None:
             warmup_steps = round(self.loss.warmup_steps * total_steps / self.total_steps)
+            if self.loss.warmup_steps < self.total_steps:  # nor is it all of a short life
+                warmup_steps = min(warmup_steps, total_steps - 1)
         return dataclasses.replace(self.loss, warmup_steps=warmup_steps)
 
     def dev_interval_for(self, total_steps: int) -> int:

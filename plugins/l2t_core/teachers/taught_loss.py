@@ -41,7 +41,9 @@ class TaughtLoss(nn.Module):
     nothing of it. Targets of ``ignore_index`` are left out and logits may be [K], [N, K] or
     [N, K, d1, ...], as in ``nn.CrossEntropyLoss``. What that has besides is the teacher's business:
     class weights, label smoothing, other reductions than the mean, and targets that are
-    probabilities are not taken. It may be called within autocast; compile the model, not this.
+    probabilities are not taken; nor are classes masked by a logit of -inf, as most teachers' losses
+    weigh the log-probability of every class. It may be called within autocast; compile the model,
+    not this.
 
     Where a process group is initialised (DistributedDataParallel) every process has to call
     ``step`` at every step: the statistics of all are put together there, so that the teacher
