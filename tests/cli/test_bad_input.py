@@ -34,6 +34,7 @@ from l2t_cli.recipe_reading.values import problems, without_idle
         (["train-teacher", "digits", "training.hvp=x"], "error: the command line: training.hvp"),
         (["train-teacher", "demo-de-en", "nmt.measure=expected_blue"], "the command line: nmt.mea"),
         (["train-teacher", "demo-de-en", "nmt.candidates=bem"], "the command line: nmt.candidates"),
+        (["train-teacher", "demo-de-en", "nmt.steps=0"], "the command line: nmt.steps is 0"),
         (["recipes", "validate", "digits", "image.steps=3"], "give it to a command with --dry-run"),
         (["compare", "digits", "compare.seeds=0"], "error: the command line: compare.seeds is"),
         (["train-teacher", "digits", "training.episodes=many"], "expected a whole number"),
