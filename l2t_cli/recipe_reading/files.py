@@ -24,7 +24,7 @@ def shipped_recipes() -> dict[str, Path]:
         root = Path(str(importlib.resources.files("l2t_cli.recipes")))
     except ModuleNotFoundError:  # run from a checkout that is not installed
         root = Path(__file__).resolve().parents[2] / "recipes"
-    paths = sorted(root.glob("*/*.yaml"))
+    paths = sorted(root.glob("*/*.yaml"), key=lambda path: (path.parent.name, path.stem))
     return {f"{path.parent.name}/{path.stem}": path for path in paths}
 
 

@@ -165,6 +165,7 @@ def test_recipes_are_listed_and_valid(l2t: Run) -> None:
     assert len(SHIPPED) >= 25
     listed = l2t("recipes", "ls").out
     assert all(name in listed for name in SHIPPED)
+    assert listed.index("image/mnist-mlp ") < listed.index("image/mnist-mlp-noise40 ")
     outcome = l2t("recipes", "validate", *SHIPPED)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines() == [f"{name}: ok" for name in SHIPPED]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,20 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 def test_a_folder_that_can_never_be_made_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cannot write to /proc/none/run: No such file"):
         claim(Path("/proc/none/run"))
+
+
+def test_a_limit_on_files_is_told_as_that(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"allow larger files \(`ulimit -f`\) or "):
+            atomic_write(tmp_path / "large", b"more than ten bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_is_no_mapping_is_unreadable(tmp_path):
+    (tmp_path / "config.yaml").write_text("[1]")
+    with pytest.raises(UserError, match=r"config.yaml is unreadable \(its content is no mapping\)"):
+        open_run(tmp_path, {"lr": 0.1})

@@ -277,7 +277,12 @@ def test_a_static_teacher_wants_neither_optimizer_nor_dev(tmp_path):
     spec = TeacherSpec("static", features=["dev_nll", "log_learning_rate"])
     header = TeacherHeader(spec, LossSpec("shared"), 4, 10, 2, {"num_classes": 4})
     save_teacher(tmp_path / "t.safetensors", build_teacher(spec, header.loss, 4, 2, 1), header)
-    assert step_through(TaughtLoss(tmp_path / "t.safetensors", 30), 30) == []
+    assert step_through(TaughtLoss(tmp_path / "t.safetensors", 30), 40) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion = TaughtLoss(tmp_path / "t.safetensors", 30)
+        for _ in range(150):  # nor to be told of its steps
+            criterion(torch.zeros(4, 4), torch.arange(4))
 
 
 def test_ignored_targets_are_left_out_as_in_cross_entropy(teacher_path):
@@ -335,10 +340,34 @@ def test_a_teacher_that_misses_dev_says_so_once(teacher_path):
     assert re.search(r"in 13 steps: .* criterion.observe_dev\(.*\) every 6 s", str(found.message))
 
 
+def test_more_steps_than_were_said_are_told_once(teacher_path):
+    criterion = TaughtLoss(teacher_path, 6, fresh()[1])  # as where epochs were forgotten
+    assert step_through(criterion, 6, look_at=[0]) == []
+    found, *more = step_through(criterion, 3)
+    assert not more and found.filename == __file__
+    assert re.search(r"more than the 6 steps .* len\(loader\) \* epochs", str(found.message))
+
+
+@pytest.mark.parametrize("accumulated", [100, 101])
+def test_a_loop_without_step_is_told_once(teacher_path, accumulated):
+    criterion = TaughtLoss(teacher_path, 30, fresh()[1])
+    logits = torch.zeros(4, 4, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(accumulated):
+            criterion(logits, torch.arange(4))
+        criterion.step()
+        for _ in range(2 * accumulated):
+            criterion(logits, torch.arange(4))
+    told = [str(w.message) for w in caught]
+    assert len(told) == (accumulated > 100)
+    assert all("100 batches without criterion.step()" in text for text in told)
+
+
 @pytest.mark.parametrize("look_at", [0, 11])
 def test_a_teacher_that_saw_dev_says_nothing(teacher_path, look_at):
     criterion = TaughtLoss(teacher_path, 30, fresh()[1])
-    assert step_through(criterion, 30, [look_at]) == []
+    assert step_through(criterion, 29, [look_at]) == []
     resumed = TaughtLoss(teacher_path, 30, fresh()[1])
     resumed.load_state_dict(criterion.state_dict())
     assert step_through(resumed, 1) == []

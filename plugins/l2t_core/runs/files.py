@@ -23,6 +23,10 @@ from l2t_core.errors import UserError
 DAMAGED = (tarfile.TarError, EOFError, KeyError, zlib.error, lzma.LZMAError, OSError, ValueError)
 # In a student's folder: itself on its way, until its result is written.
 SNAPSHOT = "snapshot.safetensors"
+_FULL = "free some space there or "
+_MENDS = {
+    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: "allow larger files (`ulimit -f`) or ",
+}
 _LONG_AGO = 3600.0  # seconds; another process may be writing what is younger
 _TRIES = 10  # at making a folder that others remove meanwhile
 
@@ -59,8 +63,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "free some space there or " if full else ""
+        mend = _MENDS.get(error.errno or 0, "")
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; {mend}choose another output folder"
         ) from error

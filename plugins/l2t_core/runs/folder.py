@@ -176,6 +176,8 @@ def _check_same_run(
     """Return the keys in which ``config`` differs from the stored one, if it may."""
     try:
         stored = json.loads(folder.config.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("its content is no mapping")
     except (ValueError, OSError) as error:
         raise UserError(f"{folder.config} is unreadable ({error}); choose another --out") from error
     now = flattened(json.loads(json.dumps(config)))

@@ -22,6 +22,9 @@ from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.file import load_header
 from l2t_core.teachers.ready import find_teacher
 
+# Batches before the first `step`; hardly any step accumulates the gradients of more.
+_MOST_WITHOUT_A_STEP = 100
+
 
 class TaughtLoss(nn.Module):
     """The loss that a trained teacher writes for this student, step by step.
@@ -35,15 +38,15 @@ class TaughtLoss(nn.Module):
 
     and, where the teacher looks at dev statistics, ``criterion.observe_dev(logits, targets)``
     after each validation; where the first one is overdue, a warning says so once, with how often
-    the teacher is used to it. Without ``step`` the teacher would keep writing its first loss. The
-    module has no parameters; ``state_dict`` carries the student's state for a resume. In
-    evaluation mode and under ``torch.no_grad`` it is plain cross-entropy, and the teacher learns
-    nothing of it. Targets of ``ignore_index`` are left out and logits may be [K], [N, K] or
-    [N, K, d1, ...], as in ``nn.CrossEntropyLoss``. What that has besides is the teacher's business:
-    class weights, label smoothing, other reductions than the mean, and targets that are
-    probabilities are not taken; nor are classes masked by a logit of -inf, as most teachers' losses
-    weigh the log-probability of every class. It may be called within autocast; compile the model,
-    not this.
+    the teacher is used to it. Without ``step`` the teacher keeps writing its first loss, and after
+    ``total_steps`` its last: warnings say either once. The module has no parameters; ``state_dict``
+    carries the student's state for a resume. In evaluation mode and under ``torch.no_grad`` it is
+    plain cross-entropy, and the teacher learns nothing of it. Targets of ``ignore_index`` are left
+    out and logits may be [K], [N, K] or [N, K, d1, ...], as in ``nn.CrossEntropyLoss``. What that
+    has besides is the teacher's business: class weights, label smoothing, other reductions than the
+    mean, and targets that are probabilities are not taken; nor are classes masked by a logit of
+    -inf, as most teachers' losses weigh the log-probability of every class. It may be called within
+    autocast; compile the model, not this.
 
     Where a process group is initialised (DistributedDataParallel) every process has to call
     ``step`` at every step: the statistics of all are put together there, so that the teacher
@@ -99,6 +102,10 @@ class TaughtLoss(nn.Module):
         self._device = torch.device("cpu")
         self._dev_interval = header.dev_interval_for(total_steps)
         self._may_miss_dev = header.reads_dev  # until it saw dev, or it was said
+        # One loss for the whole training does not mind how many steps are told.
+        follows = bool(header.sees) or self.applied.spec.warmup_steps > 0
+        self._may_miss_a_step = self._may_be_over = follows  # until it was said
+        self._batches = 0  # until the first step
 
     @property
     def applied(self) -> AppliedTeacher:
@@ -118,6 +125,7 @@ class TaughtLoss(nn.Module):
             return -target_log_probs(log_probs, targets).mean()
         self._check_classes(log_probs)
         self._device = logits.device
+        self._tell_if_no_step_comes()
         # Read now: a scheduler may have moved the rate since the last step.
         rate = float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
         self.applied.begin_step(rate)
@@ -137,20 +145,42 @@ class TaughtLoss(nn.Module):
         if examples:
             self.applied.commit(TrainStatistics(nll / examples, right / examples))
             self._tell_if_dev_is_missed()
+            self._tell_if_it_is_over()
         self._seen = (0.0, 0.0, 0)
+
+    def _tell_if_no_step_comes(self) -> None:
+        if self.applied.step or not self._may_miss_a_step:
+            return
+        self._batches += 1
+        if self._batches == _MOST_WITHOUT_A_STEP + 1:
+            _warn(
+                f"{_MOST_WITHOUT_A_STEP} batches without criterion.step(): the teacher keeps "
+                "writing its first loss; call it after each optimizer.step()",
+                stacklevel=5,  # where the user's loop calls this module
+            )
+
+    def _tell_if_it_is_over(self) -> None:
+        total = self.applied.state.total_steps
+        if self._may_be_over and self.applied.step > total:
+            self._may_be_over = False
+            _warn(
+                f"more than the {total} steps that were said: the teacher takes each further one "
+                "for the last; give it all optimiser steps of the training as total_steps, such as "
+                "len(loader) * epochs",
+                stacklevel=4,
+            )
 
     def _tell_if_dev_is_missed(self) -> None:
         # One interval late is a loop that validates at the end of its epochs.
         if not self._may_miss_dev or self.applied.step <= 2 * self._dev_interval:
             return
         self._may_miss_dev = False
-        if not _several() or dist.get_rank() == 0:
-            warnings.warn(
-                f"TaughtLoss: the teacher looks at dev and has not seen it in {self.applied.step} "
-                "steps: it takes the student for one that still guesses; call "
-                f"criterion.observe_dev(logits, targets) every {self._dev_interval} steps or so",
-                stacklevel=3,  # where the user's loop calls step
-            )
+        _warn(
+            f"the teacher looks at dev and has not seen it in {self.applied.step} steps: it takes "
+            "the student for one that still guesses; call criterion.observe_dev(logits, targets) "
+            f"every {self._dev_interval} steps or so",
+            stacklevel=4,  # where the user's loop calls step
+        )
 
     def observe_dev(self, logits: Tensor, targets: Tensor) -> None:
         """Show the teacher logits [N, K, ...] and targets [N, ...] of dev after a validation.
@@ -224,6 +254,12 @@ class TaughtLoss(nn.Module):
         self.applied.load_state_dict(state)
         if state["state"]["dev"]:
             self._may_miss_dev = False
+
+
+def _warn(text: str, stacklevel: int) -> None:
+    """Warn, in the first process alone."""
+    if not _several() or dist.get_rank() == 0:
+        warnings.warn(f"TaughtLoss: {text}", stacklevel=stacklevel)
 
 
 def _first(mine: Any) -> Any:

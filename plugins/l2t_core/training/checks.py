@@ -44,7 +44,8 @@ def problems(
     ``num_classes`` is the student's K; None where it is not known yet.
     """
     found = _unknown(loss, teacher, spec, num_classes or 2)
-    total_steps = max(total_steps, 1)  # the field says what is wrong with fewer
+    if total_steps < 1:  # the field says what is wrong with that; here all fits into such a life
+        total_steps = 10**9
     found += out_of_range("training", _training_limits(spec, total_steps))
     found += out_of_range("teacher", _teacher_limits(teacher))
     found += out_of_range("loss", _loss_limits(loss, total_steps))

@@ -68,6 +68,8 @@ def parse_flags(data_bin: Path, flags: str) -> Any:
             f"nmt.train: fairseq does not accept the flags ({reason}); mend the recipe"
         ) from None
     except Exception as error:  # fairseq and omegaconf raise all kinds on a user's mistake
+        if isinstance(error, RuntimeError) and not str(error):  # fairseq has no word for this one
+            raise UserError("nmt.train: give --arch, such as --arch transformer") from error
         raise UserError(
             f"nmt.train: fairseq does not accept the flags ({_one_line(error)}); mend the recipe"
         ) from error
@@ -109,6 +111,8 @@ def _refuse(namespace: Any, config: Any) -> None:
         raise UserError("nmt.train: --quant-noise-* cannot be differentiated twice; leave it out")
     if config.dataset.max_tokens is None and config.dataset.batch_size is None:
         raise UserError("nmt.train: give --max-tokens or --batch-size")
+    if config.optimizer is None:
+        raise UserError("nmt.train: give --optimizer, such as --optimizer adam")
 
 
 def refuse_empty_split(
