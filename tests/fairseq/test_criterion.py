@@ -228,6 +228,21 @@ def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -
     assert applied == {"step": 40, "state": {"train": None, "dev": None}}
 
 
+def test_a_new_state_sees_the_dev_set_as_soon_as_the_first_one(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation", dev_interval=2)
+    for batch in bench.batches[:4]:
+        bench.trainer.train_step([batch])
+    bench.validate("valid")
+    assert bench.state()["dev_counted_at"] == 4
+    with metrics.aggregate(new_root=True):
+        for update in (0, 1):  # as after --reset-optimizer
+            bench.criterion.begin_update(update, 0.001)
+            bench.criterion.finish_update(TrainStatistics(1.0, 0.5))
+    bench.validate("valid")
+    assert bench.state()["dev_counted_at"] == 2
+    assert bench.state()["applied"]["state"]["dev"] is not None
+
+
 def test_fairseq_sees_no_parameters(make_bench: MakeBench) -> None:
     bench = make_bench("--task", "l2t_translation")
     criterion = bench.criterion
