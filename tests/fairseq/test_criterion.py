@@ -14,6 +14,7 @@ from toy_trainer import Bench, taught_bench
 
 from l2t_core.errors import UserError
 from l2t_core.losses.taught import step_loss
+from l2t_core.students.state import TrainStatistics
 
 pytest.importorskip("fairseq")
 
@@ -207,6 +208,15 @@ def test_a_dev_pass_counts_only_when_the_teacher_expects_one(make_bench: MakeBen
     assert seen[3] == seen[4]
 
 
+def test_a_dev_pass_of_before_is_no_part_of_a_loaded_state(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation")
+    bench.trainer.train_step([bench.batches[0]])
+    before = bench.state()
+    bench.validate("valid")
+    bench.criterion.load_teacher_state(before)
+    assert bench.state() == before
+
+
 def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -> None:
     bench = make_bench("--task", "l2t_translation")
     for batch in bench.batches[:3]:
@@ -216,6 +226,21 @@ def test_a_jump_in_the_update_number_starts_a_new_state(make_bench: MakeBench) -
     applied = bench.state()["applied"]
     assert not any(applied.pop("memory")["content"])
     assert applied == {"step": 40, "state": {"train": None, "dev": None}}
+
+
+def test_a_new_state_sees_the_dev_set_as_soon_as_the_first_one(make_bench: MakeBench) -> None:
+    bench = make_bench("--task", "l2t_translation", dev_interval=2)
+    for batch in bench.batches[:4]:
+        bench.trainer.train_step([batch])
+    bench.validate("valid")
+    assert bench.state()["dev_counted_at"] == 4
+    with metrics.aggregate(new_root=True):
+        for update in (0, 1):  # as after --reset-optimizer
+            bench.criterion.begin_update(update, 0.001)
+            bench.criterion.finish_update(TrainStatistics(1.0, 0.5))
+    bench.validate("valid")
+    assert bench.state()["dev_counted_at"] == 2
+    assert bench.state()["applied"]["state"]["dev"] is not None
 
 
 def test_fairseq_sees_no_parameters(make_bench: MakeBench) -> None:
@@ -245,6 +270,22 @@ def test_a_loss_per_token_on_request(make_bench: MakeBench) -> None:
 
 
 @pytest.mark.parametrize(
+    ("training", "with_gradient"), [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_only_a_training_step_is_taught(
+    make_bench: MakeBench, training: bool, with_gradient: bool
+) -> None:
+    bench = make_bench("--task", "l2t_translation", warmup_steps=0)
+    bench.criterion.train(training)
+    bench.criterion.begin_update(0, 0.001)
+    with torch.set_grad_enabled(with_gradient):
+        loss, _, outputs = bench.criterion(bench.model, bench.batches[0])
+    taught = training and with_gradient
+    assert outputs["l2t_training"] == int(taught)
+    assert bool(torch.isclose(loss, outputs["nll_loss"])) is not taught
+
+
+@pytest.mark.parametrize(
     ("flags", "steps", "warmup"),
     [
         ([], 20, 4),  # 2 of the teacher's 10 steps are 4 of 20
@@ -263,6 +304,37 @@ def test_sentence_avg_is_as_in_cross_entropy(make_bench: MakeBench) -> None:
     bench = make_bench("--task", "l2t_translation", "--sentence-avg")
     _, size, outputs = bench.criterion(bench.model, bench.batches[0])
     assert size == outputs["sample_size"] == bench.batches[0]["target"].size(0)
+
+
+def test_averages_over_updates_are_those_of_cross_entropy() -> None:
+    """With ``--sentence-avg`` an update's loss weighs as many as it has sentences."""
+    from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+
+    averages = []
+    for kind in (CrossEntropyCriterion, L2TDynamicCriterion):
+        with metrics.aggregate(new_root=True) as logged:
+            for loss, tokens, sentences in ((60.0, 20, 2), (9.0, 6, 3)):
+                output = {"loss": loss, "nll_loss": loss, "ntokens": tokens, "n_correct": 1,
+                          "nsentences": sentences, "sample_size": sentences}  # fmt: skip
+                kind.reduce_metrics([output])
+        averages.append({name: logged[name].avg for name in ("loss", "nll_loss")})
+    assert averages[0] == averages[1]
+    assert averages[0]["loss"] == pytest.approx(69 / 5 / math.log(2))
+
+
+def test_the_summary_of_phi_is_of_the_last_update(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rate is, and no mean over the updates since the last line of the log."""
+    criterion = make_bench("--task", "l2t_translation").criterion
+    monkeypatch.setattr(criterion.applied, "commit", lambda statistics: None)
+    with metrics.aggregate(new_root=True) as logged:
+        for middle in (1.0, 5.0, 3.0):
+            phi = {"d": torch.tensor([middle - 1.0, middle, middle + 1.0])}
+            monkeypatch.setattr(criterion.applied, "coefficients", phi)
+            criterion.finish_update(TrainStatistics(1.0, 0.5))
+    assert logged.get_smoothed_value("l2t_d") == 3.0
+    assert logged.get_smoothed_value("l2t_d_std") == 1.0
 
 
 def dictionary(*symbols: str) -> Any:

@@ -22,6 +22,7 @@ from l2t_core.students.measures import corpus_bleu, ranked_by_length
 from l2t_core.students.train import train_student
 from l2t_fairseq.checks import problems
 from l2t_fairseq.corpora.prepare import prepare_corpus, read_lines
+from l2t_fairseq.corpora.text_form import TextForm
 from l2t_fairseq.measures.sampling import Candidate, candidate_log_probs, length_limit
 from l2t_fairseq.measures.sentence_scores import build_measure
 from l2t_fairseq.recipe import NmtSpec
@@ -249,6 +250,12 @@ def test_teacher_and_checkpoint_are_scored_on_the_same_text(
         by_fairseq, texts, _ = score_dev(checkpoints, name, flags, tmp_path / "fairseq")
         assert texts == hypotheses
         assert by_fairseq.score == scored.score
+
+
+@pytest.mark.parametrize(("language", "text"), [("fr", "l'homme"), ("en", "l' homme")])
+def test_text_is_detokenised_by_the_rules_of_its_language(language, text):
+    form = TextForm("words").as_generated(["--tokenizer", "moses"], language)
+    assert form.detokenised("l' homme") == text
 
 
 def test_references_lose_what_the_tokenizer_did(tokenised):

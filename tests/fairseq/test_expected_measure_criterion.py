@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -157,6 +158,25 @@ def test_it_teaches_what_it_measures(toy_data: Path, tmp_path: Path) -> None:
     logged = [bench.trainer.train_step([bench.batches[i % 2]]) for i in range(30)]
     measured = [entry["l2t_measure"] for entry in logged]
     assert sum(measured[-4:]) / 4 > sum(measured[:4]) / 4 + 0.05
+
+
+def test_candidates_are_weighed_with_dropout(toy_data: Path, tmp_path: Path) -> None:
+    """As any training step computes: other masks, other weights of the same candidates."""
+    bench = make_bench(toy_data, tmp_path, "--dropout", "0.3")
+    criterion, sample, words = bench.criterion, bench.batches[0], bench.task.target_dictionary
+    net_input = sample["net_input"]
+    bench.model.eval()
+    found = criterion.source.draw(
+        criterion.spec, bench.model, net_input, length_limit(bench.model, net_input), 1, words
+    )
+    criterion.source = dataclasses.replace(criterion.source, draw=lambda *given: found)
+    criterion._scores = lambda of, sample: [[i / 10 for i in range(len(c))] for c in of]
+    bench.model.train()
+    values = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        values.append(criterion.expectations(bench.model, sample).detach())
+    assert torch.equal(values[0], values[2]) and not torch.equal(values[0], values[1])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ def test_tokenised_text_is_not_tokenised_again():
     smoothed = BLEU(smooth_method="add-k", smooth_value=1, effective_order=True, tokenize="none")
     assert found == pytest.approx(smoothed.sentence_score(hypothesis, [reference]).score / 100)
     assert found != sentence_bleu(hypothesis, reference)
+    # What it adds to a set's: of three words two are right, and of two pairs one is.
+    for tokenize, counts in (("none", [2, 1, 0, 0, 3, 2, 1, 0, 3, 4]),
+                             ("13a", [4, 3, 2, 1, 4, 3, 2, 1, 4, 4])):  # fmt: skip
+        of_the_set = build_measure("expected_corpus_bleu", tokenize)
+        assert of_the_set.statistics([[hypothesis]], [reference]) == [[counts]]
 
 
 OWN = """
