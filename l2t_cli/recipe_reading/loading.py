@@ -34,7 +34,7 @@ COMPARE = "compare"
 
 COMMAND_LINE = "the command line"
 # torch raises on a number beyond single precision, 3.4e38; what is made of one has room left.
-_TOO_LARGE = 1e30
+_TOO_LARGE = 1e31
 _LIST: Any = typing.List  # noqa: UP006 - omegaconf 2.0 knows this spelling only
 
 
@@ -215,7 +215,7 @@ def _apply(
         return f"{key} = {value!r} is not a finite number"
     numbers = taken if isinstance(taken, list) else [taken]
     if any(isinstance(n, float) and _TOO_LARGE <= abs(n) < math.inf for n in numbers):
-        return f"{key} = {value!r} is too large for single precision; numbers lie below 1e30"
+        return f"{key} = {value!r} is too large for single precision; numbers lie below 1e31"
     nan_inside = isinstance(taken, list) and any(map(_is_nan, taken))
     if changed or nan_inside or (isinstance(value, bool) and not isinstance(taken, bool)):
         return f"{key} = {value!r} {_mismatch(value, expected)}"

@@ -74,7 +74,7 @@ from l2t_cli.recipe_reading.values import problems, without_idle
         (["train-teacher", "demo-de-en"], "no data folder data/demo"),
         (["train-teacher", "digits", "image.dev_size=0"], "image.dev_size"),
         (["train-teacher", "digits", "image.optimiser.lr=inf"], "must be above 0, but finite"),
-        (["train-teacher", "digits", "image.optimiser.lr=1e39"], "numbers lie below 1e30"),
+        (["train-teacher", "digits", "image.optimiser.lr=1e39"], "numbers lie below 1e31"),
         (["compare", "digits", "compare.lr=[.1,1e300]"], "= [0.1, 1e+300] is too large for single"),
         (["train-teacher", "digits", "image.optimiser.eps=inf"], "must be 0 or more, but finite"),
         (["train-teacher", "digits", "teacher.init_scale=inf"], "must be 0 or more, but finite"),
