@@ -20,7 +20,7 @@ app.callback(invoke_without_command=True)(help_alone)
 
 USES = {
     "wrong-labels": "classification where labels are wrong at random, any number of classes: a "
-    "loss that doubts unlikely labels, learnt on MNIST with 40 % wrong ones (docs/results.md)",
+    "loss that doubts unlikely labels, learnt on MNIST with 40 % wrong ones",
 }
 
 
