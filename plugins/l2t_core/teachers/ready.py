@@ -24,9 +24,10 @@ def find_teacher(given: str | Path) -> Path:
     Raises:
         UserError: if it is neither, and nearly such a name, which is suggested.
     """
-    path, name, ready = Path(given), str(given), ready_teachers()
+    path, name = Path(given), str(given)
     if path.suffix or len(path.parts) != 1 or path.exists():
         return path
+    ready = ready_teachers()
     if name in ready or not (hint := suggestion(name, ready)):
         return ready.get(name, path)
     raise UserError(

@@ -103,8 +103,8 @@ class TaughtLoss(nn.Module):
         self._dev_interval = header.dev_interval_for(total_steps)
         self._may_miss_dev = header.reads_dev  # until it saw dev, or it was said
         # One loss for the whole training does not mind how many steps are told.
-        follows = bool(header.sees) or self.applied.spec.warmup_steps > 0
-        self._may_miss_a_step = self._may_be_over = follows  # until it was said
+        self._counts_steps = bool(header.sees) or self.applied.spec.warmup_steps > 0
+        self._may_be_over = self._counts_steps  # until it was said
         self._batches = 0  # until the first step
 
     @property
@@ -149,7 +149,7 @@ class TaughtLoss(nn.Module):
         self._seen = (0.0, 0.0, 0)
 
     def _tell_if_no_step_comes(self) -> None:
-        if self.applied.step or not self._may_miss_a_step:
+        if self.applied.step or not self._counts_steps:
             return
         self._batches += 1
         if self._batches == _MOST_WITHOUT_A_STEP + 1:
