@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from l2t_core.errors import UserError, suggestion
+from l2t_core.teachers.ready import ready_teachers
 
 _RUN_CONFIG = "config.yaml"
 
@@ -44,9 +45,10 @@ def find_recipe(name: str) -> tuple[str, Path]:
                 f"no recipe file {name}; `l2t recipes ls` lists those that come with l2t"
             )
         return path.stem, path
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or name in ready_teachers():
+        what = "teacher's file" if path.suffix else "teacher"
         raise UserError(
-            f"{name} is a teacher's file and no recipe; write `l2t apply-teacher TEACHER RECIPE` "
+            f"{name} is a {what} and no recipe; write `l2t apply-teacher TEACHER RECIPE` "
             "or `l2t compare RECIPE --teacher TEACHER`"
         )
     short = [full for full in shipped if full.split("/")[1] == name]

@@ -49,6 +49,8 @@ def test_every_command_takes_one_by_name(l2t: Run, tmp_path: Path, monkeypatch: 
     for asked in (["--teacher", "wrong-labels"], ["compare.teachers=[wrong-labels]"]):
         shown = l2t("compare", "digits", *changes, *grid, *asked, "--dry-run")
         assert shown.code == 0 and "taught" in shown.out, shown.err
+    swapped = l2t("apply-teacher", "digits", "wrong-labels").error()
+    assert "wrong-labels is a teacher and no recipe; write `l2t apply-teacher TEACHER" in swapped
     assert l2t("transfer", "wrong-labels", "digits", *changes, *grid, "--dry-run").code == 0
     assert "any other number" in l2t("inspect", "wrong-labels").out
 
