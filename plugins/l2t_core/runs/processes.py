@@ -203,6 +203,11 @@ def _ended_at_once() -> Iterator[None]:
 
 def _form_group(backend: str) -> None:
     """Meet the others soon, to wait for them as long as it takes from then on."""
+    # Its functions keep the group that there is at import as a default. Were it imported later,
+    # as optimisers do, leaving the group would leave gloo's threads, and one that lets go of a
+    # tensor while Python ends aborts the process (exit code 134).
+    import torch.distributed.nn.functional  # noqa: F401
+
     store, rank, world = next(dist.rendezvous("env://", timeout=_MEETING))
     here = dist.PrefixStore("here", store)
     here.set(str(rank), "")
