@@ -172,6 +172,26 @@ def in_order(generated: dict[int, str], count: int, log: Path) -> list[str]:
     return [generated[number] for number in range(count)]
 
 
+def language_pairs(data_bin: Path, split: str) -> list[str]:
+    """Return the pairs of languages, as ``de-en``, that a folder has ``split`` in."""
+    names = [index.name[len(split) + 1 :] for index in data_bin.glob(f"{split}.*-*.*.idx")]
+    return sorted({name.split(".")[0] for name in names})
+
+
+def refuse_several_pairs(data_bin: Path, split: str) -> None:
+    """Refuse a folder of several pairs of languages where nobody says which is meant.
+
+    Raises:
+        UserError: if ``split`` is there in more than one pair.
+    """
+    pairs = language_pairs(data_bin, split)
+    if len(pairs) > 1:
+        raise UserError(
+            f"{data_bin} holds the split {split!r} in several pairs of languages "
+            f"({', '.join(pairs)}); say which by --source-lang and --target-lang"
+        )
+
+
 def language_pair(
     data_bin: Path, split: str, wanted: tuple[str, str] | None = None
 ) -> tuple[str, str]:
@@ -183,8 +203,7 @@ def language_pair(
         UserError: if the split is not there, not in the languages that are wanted, or in several
             pairs of which none is.
     """
-    names = [index.name[len(split) + 1 :] for index in data_bin.glob(f"{split}.*-*.*.idx")]
-    pairs = sorted({name.split(".")[0] for name in names})
+    pairs = language_pairs(data_bin, split)
     if not pairs:
         raise UserError(f"{data_bin} holds no split {split!r}; prepare the data again")
     if wanted is not None:
@@ -194,10 +213,6 @@ def language_pair(
                 f"{'-'.join(wanted)}; mend --source-lang and --target-lang, or prepare that pair"
             )
         return wanted
-    if len(pairs) > 1:
-        raise UserError(
-            f"{data_bin} holds the split {split!r} in several pairs of languages "
-            f"({', '.join(pairs)}); say which by --source-lang and --target-lang in the command"
-        )
+    refuse_several_pairs(data_bin, split)
     source, _, target = pairs[0].partition("-")
     return source, target

@@ -327,6 +327,24 @@ def test_training_data_in_several_parts_is_learnt_from_whole(prepared_toy, tmp_p
     assert len(both.dataset("train")) == 3 * len(alone.dataset("train"))
 
 
+def test_one_of_several_pairs_of_languages_has_to_be_named(prepared_toy, tmp_path):
+    """fairseq takes the first that it meets, in the order of the file system."""
+    import shutil
+
+    from l2t_fairseq.students.setup import FairseqSetup
+
+    folder = tmp_path / "data-bin"
+    shutil.copytree(prepared_toy / "data-bin", folder)
+    for path in list(folder.glob("*.de-en.*")):
+        other = path.name.replace("de-en.de", "fr-en.fr").replace("de-en", "fr-en")
+        shutil.copy(path, folder / other)
+    shutil.copy(folder / "dict.de.txt", folder / "dict.fr.txt")
+    with pytest.raises(UserError, match=r"several pairs .*\(de-en, fr-en\); say which by --source"):
+        FairseqSetup(folder, TRANSFORMER + RUN)
+    named = FairseqSetup(folder, TRANSFORMER + RUN + " -s fr -t en")
+    assert named.task.source_dictionary is not None and named.config.task.source_lang == "fr"
+
+
 def test_an_empty_dev_set_is_one_line(prepared_toy, tmp_path):
     import shutil
 

@@ -27,6 +27,7 @@ from l2t_fairseq.commands.taught import refuse_unteachable
 from l2t_fairseq.commands.train import FairseqCommand, value_of
 from l2t_fairseq.compat import newer_settings, quiet_fairseq
 from l2t_fairseq.predictions import refuse_other_model
+from l2t_fairseq.scoring import refuse_several_pairs
 from l2t_fairseq.students.start import fill, starting_parameters
 
 # What a command may do that is taught, and a student whose life is differentiated may not.
@@ -143,6 +144,9 @@ class FairseqSetup:
         self._start = starting_parameters(self.starts_from)
         refuse_empty_split(data_bin, self.valid_subset)
         self._data_bin = data_bin
+        task = self.config.task
+        if not (task.source_lang and task.target_lang):
+            refuse_several_pairs(data_bin, self.valid_subset)  # of which fairseq would take any
         with self._loading():
             self.task = tasks.setup_task(self.config.task)
             # With its further parts (train1, ...), as fairseq-train does.
