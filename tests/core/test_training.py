@@ -663,10 +663,11 @@ def test_impossible_settings_are_refused(student, tmp_path, loss, changes, messa
         train_teacher(student, loss, TEACHER, spec(**changes), folder, record={})
 
 
-def test_a_teacher_needs_slots(student, tmp_path):
+@pytest.mark.parametrize("slots", [-1, 10**11])
+def test_a_teacher_needs_slots_that_fit_a_memory(student, tmp_path, slots):
     folder = open_run(tmp_path / "run", {})
-    with pytest.raises(UserError, match=r"teacher\.slots is -1; it must be at least 1"):
-        train_teacher(student, LOSS, TeacherSpec(slots=-1), spec(), folder, record={})
+    with pytest.raises(UserError, match=rf"teacher\.slots is {slots}; it must be in \[1, 4,096\]"):
+        train_teacher(student, LOSS, TeacherSpec(slots=slots), spec(), folder, record={})
 
 
 @pytest.mark.parametrize(

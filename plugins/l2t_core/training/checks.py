@@ -30,6 +30,8 @@ PARALLELS = ("students", "data")
 PAIRS_LIMIT = 1000
 # A cell of more units has more numbers than most students, four times its square.
 HIDDEN_LIMIT = 4096
+# Many times what was ever of use (10), and little enough for any memory.
+SLOTS_LIMIT = 4096
 
 
 def problems(
@@ -168,7 +170,10 @@ def _training_limits(spec: TrainingSpec, total_steps: int) -> list[Limit]:
 
 def _teacher_limits(teacher: TeacherSpec) -> list[Limit]:
     return [
-        ("slots", teacher.slots, teacher.slots >= 1, "at least 1"),
+        (
+            "slots", teacher.slots, 1 <= teacher.slots <= SLOTS_LIMIT,
+            f"in [1, {SLOTS_LIMIT:,}]",
+        ),
         (
             "hidden", teacher.hidden, 1 <= teacher.hidden <= HIDDEN_LIMIT,
             f"in [1, {HIDDEN_LIMIT:,}]",
