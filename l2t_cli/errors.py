@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -51,6 +52,16 @@ def say(message: str) -> None:
     """Print one line on stderr, if anybody can read it."""
     with suppress(OSError):
         print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def tell_before_sigterm() -> None:
+    """Pass over SIGTERM from now on: torchrun sends it as soon as a process has died.
+
+    One of the survivors is to tell of that before they end. (A mask would not do: any other thread
+    would take the signal for this one.)
+    """
+    # Not SIG_IGN: of one that has come already Python would complain.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
 
 
 def _have_met() -> bool:

@@ -28,9 +28,10 @@ from l2t_cli import (
 from l2t_cli.applying import command as apply_teacher
 from l2t_cli.comparing import command as compare
 from l2t_cli.comparing import transfer
-from l2t_cli.errors import INTERRUPTED, Terminated, exit_code_of, say
+from l2t_cli.errors import INTERRUPTED, Terminated, exit_code_of, say, tell_before_sigterm
 from l2t_cli.options import help_alone
 from l2t_cli.recipe_reading import command as recipe_commands
+from l2t_core.errors import PeerLost
 
 app = typer.Typer(
     name="l2t",
@@ -102,7 +103,8 @@ def main(
 ) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 130 after Ctrl-C.
 
-    ``on_end`` is called when the command has ended, before a failure is told.
+    ``on_end`` is called when the command has ended, before a failure is told; where another process
+    was lost, after that.
     """
     try:
         _prepare_process()
@@ -116,13 +118,17 @@ def main(
             say("l2t: interrupted")
         sys.stdout.flush()  # what cannot be printed is told here
     except BaseException as error:
-        on_end()
+        if isinstance(error, PeerLost):
+            tell_before_sigterm()
+        else:
+            on_end()
         try:
             code = exit_code_of(error)
         except KeyboardInterrupt:  # one more, while the first is told
             code = INTERRUPTED
         if code is None:
             raise
+        on_end()
     # Nothing is left to be kept: Python would show where in its own end it was.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code if isinstance(code, int) else 0)

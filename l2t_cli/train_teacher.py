@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say
+from l2t_cli.errors import PEER_LOST, Interrupted, Terminated, say, tell_before_sigterm
 from l2t_cli.options import ChosenFormat, DryRun, RecipeName, changes, output_folder
 from l2t_cli.recipe_reading.loading import COMPARE, CORE_SECTIONS, Recipe, refuse_sections
 from l2t_cli.recipe_reading.values import load, refuse_impossible
@@ -213,6 +213,8 @@ def _tidy(opened: Any, before: FreshFolder, processes: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if processes.world > 1 and isinstance(error, (PeerLost, Terminated)):
+            tell_before_sigterm()
         kept = opened.state.exists()
         if not kept and not processes.rank:
             before.take_back()

@@ -34,6 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ".",
             "--no-deps",
             "--no-build-isolation",
+            "--no-index",
+            "--disable-pip-version-check",
             "--quiet",
             "-w",
             str(target),

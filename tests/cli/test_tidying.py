@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from checkout import end_of, start_python  # type: ignore[import-not-found]
 
 from l2t_cli.errors import exit_code_of
 from l2t_cli.tidying import FreshFolder
@@ -109,12 +110,50 @@ def test_only_the_first_process_takes_a_run_back(tmp_path: Path, rank: int, left
     """Another, a little ahead, may fail while the first is about to write its first state."""
     before = FreshFolder.before(tmp_path / "run")
     opened = open_run(tmp_path / "run", {})
-    with (
-        pytest.raises(PeerLost, match=r"gone; no episode was finished"),
-        _tidy(opened, before, Processes(rank, 2)),
-    ):
-        raise PeerLost("gone")
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            pytest.raises(PeerLost, match=r"gone; no episode was finished"),
+            _tidy(opened, before, Processes(rank, 2)),
+        ):
+            raise PeerLost("gone")
+    finally:
+        signal.signal(signal.SIGTERM, usual)
     assert (tmp_path / "run").exists() == left
+
+
+# torchrun ends all others as soon as a process has died, whatever they are about to say.
+SURVIVOR = """\
+import os, signal
+from pathlib import Path
+from types import SimpleNamespace
+from l2t_cli import train_teacher
+from l2t_cli.__main__ import main
+from l2t_cli.tidying import FreshFolder
+from l2t_core.errors import PeerLost
+from l2t_core.runs import processes
+def ended(place):
+    if os.environ["PLACE"] == place:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return True
+def run(*given, **named):
+    state = SimpleNamespace(exists=lambda: ended("tidied"))
+    both = processes.Processes(1, 2)
+    with train_teacher._tidy(SimpleNamespace(state=state), FreshFolder.before(Path("run")), both):
+        raise PeerLost("another one was lost")
+processes.is_first_to_tell_a_loss = lambda: ended("told")
+train_teacher.run = run
+main()
+"""
+
+
+@pytest.mark.parametrize("place", ["tidied", "told"])
+def test_a_survivor_tells_of_the_lost_one_before_it_is_ended(tmp_path: Path, place: str) -> None:
+    child = start_python("-c", SURVIVOR, "train-teacher", "digits", cwd=tmp_path, PLACE=place)
+    _, err = end_of(child)
+    said = "another one was lost; the finished episodes are kept; the same command continues"
+    assert (child.returncode, err) == (3, f"l2t: error: {said}\n")
+
 
 
 @pytest.mark.parametrize("first", [True, False])

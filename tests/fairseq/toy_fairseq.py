@@ -96,7 +96,8 @@ class Running:
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""
-        with contextlib.suppress(ProcessLookupError):
+        # It may have ended, or never have been started.
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(int(self.base.with_suffix(".pid").read_text()), signal.SIGKILL)
 
     def wait(self) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ nothing of this project is among them. Started by ``toy_fairseq``; reads one JSO
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -52,6 +53,9 @@ def serve() -> None:
         __import__(name)
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        with contextlib.suppress(ChildProcessError):  # those that have ended since
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         watcher = os.fork()
         if watcher:
             continue

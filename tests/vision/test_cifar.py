@@ -322,6 +322,7 @@ def test_offline_the_line_names_the_way_out(
 ) -> None:
     # Port 9 of this machine: refused at once, no name to look up.
     monkeypatch.setattr("l2t_vision.data.prepare.CIFAR_SITE", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(UserError, match=r"cannot download http://127.*--from"):
         prepare_cifar(CIFAR100, tmp_path / "out", None, quiet)
     assert not (tmp_path / "out").exists()

@@ -126,6 +126,7 @@ def test_the_second_mirror_steps_in(mirrors: list[Path], tmp_path: Path) -> None
 def test_offline_the_line_names_the_way_out(tmp_path: Path, monkeypatch) -> None:
     # Port 9 of this machine: refused at once, no name to look up.
     unreachable = ("http://127.0.0.1:9/a", "http://127.0.0.1:9/b")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prepare, "MNIST", dataclasses.replace(MNIST, mirrors=unreachable))
     with pytest.raises(UserError, match=r"cannot download http://127.*--from"):
         prepare_mnist(tmp_path / "out", None, quiet)
