@@ -83,16 +83,32 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("thread", ["this one", "another"])
 def test_a_signal_comes_after_all_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: str
 ) -> None:
-    """Ctrl-C once more, while the first one's clean-up is at its first file."""
+    """Ctrl-C once more, while the first one's clean-up is at its first file.
+
+    The system hands it to any thread that takes it, and torch has some.
+    """
+    begin = threading.Event()
+
+    def interrupt() -> None:
+        begin.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
     before = FreshFolder.before(tmp_path / "runs/tiny")
     written(tmp_path / "runs/tiny")
     unlink = Path.unlink
 
     def interrupted(path: Path, missing_ok: bool = False) -> None:
-        signal.raise_signal(signal.SIGINT)
+        if thread == "this one":
+            signal.raise_signal(signal.SIGINT)
+        else:
+            begin.set()
+            other.join()
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", interrupted)
@@ -101,6 +117,9 @@ def test_a_signal_comes_after_all_is_removed(
         with pytest.raises(KeyboardInterrupt):
             before.take_back()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        begin.set()
+        other.join()
         signal.signal(signal.SIGINT, usual)
     assert not list(tmp_path.iterdir())
 
