@@ -293,7 +293,9 @@ def test_every_form_is_twice_differentiable(form, constant):
         return step_loss(spec, logits.log_softmax(1), targets, named, 0)
 
     assert torch.autograd.gradcheck(losses, (logits, *phi))
-    assert torch.autograd.gradgradcheck(losses, (logits, *phi))
+    # Along random directions where phi has thousands of numbers: one by one takes minutes.
+    many = not constant and sum(part.numel() for part in phi) > 1000
+    assert torch.autograd.gradgradcheck(losses, (logits, *phi), fast_mode=many)
 
 
 @pytest.mark.parametrize("form", FORMS.names())
