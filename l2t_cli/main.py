@@ -118,7 +118,7 @@ def main(
             say("l2t: interrupted")
         sys.stdout.flush()  # what cannot be printed is told here
     except BaseException as error:
-        if isinstance(error, PeerLost):
+        if lost := isinstance(error, PeerLost):
             tell_before_sigterm()
         else:
             on_end()
@@ -128,7 +128,8 @@ def main(
             code = INTERRUPTED
         if code is None:
             raise
-        on_end()
+        if lost:
+            on_end()
     # Nothing is left to be kept: Python would show where in its own end it was.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code if isinstance(code, int) else 0)

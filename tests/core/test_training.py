@@ -664,7 +664,7 @@ def test_impossible_settings_are_refused(student, tmp_path, loss, changes, messa
 
 
 @pytest.mark.parametrize("slots", [-1, 10**11])
-def test_a_teacher_needs_slots_that_fit_a_memory(student, tmp_path, slots):
+def test_a_teacher_needs_slots_and_not_too_many(student, tmp_path, slots):
     folder = open_run(tmp_path / "run", {})
     with pytest.raises(UserError, match=rf"teacher\.slots is {slots}; it must be in \[1, 4,096\]"):
         train_teacher(student, LOSS, TeacherSpec(slots=slots), spec(), folder, record={})

@@ -30,7 +30,7 @@ PARALLELS = ("students", "data")
 PAIRS_LIMIT = 1000
 # A cell of more units has more numbers than most students, four times its square.
 HIDDEN_LIMIT = 4096
-# Many times what was ever of use (10), and little enough for any memory.
+# Many times the default, beyond which nothing was tried.
 SLOTS_LIMIT = 4096
 
 
