@@ -27,14 +27,14 @@ def test_the_student_of_ones_own_is_taught(tmp_path):
 
 def test_the_registries_are_where_the_page_says():
     table = PAGE.read_text("utf-8").split("| part | registry | an entry |\n", 1)[1]
-    named = set(re.findall(r"`([A-Z]+)`", table))
+    named = set(re.findall(r"`([A-Z_]+)`", table))
     found = {}
     for file in (ROOT / "plugins").glob("l2t_*/**/*.py"):
         for name in re.findall(r"^([A-Z_]+): Registry", file.read_text("utf-8"), re.MULTILINE):
             found.setdefault(name, []).append(file.relative_to(ROOT / "plugins").as_posix())
     for name in named - {"FIELDS"}:
         assert name in found, name
-    told = re.findall(r"`([A-Z]+)`, `(l2t_\w+/[\w/]+\.py)`", table)
+    told = re.findall(r"`([A-Z_]+)`, `(l2t_\w+/[\w/]+\.py)`", table)
     assert {name for name, _ in told} >= named
     for name, place in told:
         assert name == "FIELDS" or place in found[name]

@@ -26,7 +26,7 @@ from l2t_core.comparing.statistics import (
 )
 from l2t_core.losses.baselines import baseline
 from l2t_core.runs.files import atomic_write
-from l2t_core.specs import OF_TWO_LIVES
+from l2t_core.specs import LEARNED_RULES, OF_TWO_LIVES
 from l2t_core.teachers.file import load_header
 
 COLUMNS = (
@@ -167,7 +167,9 @@ def teacher_cost(path: Path, run: Path) -> tuple[float | None, int]:
     training = header.record.get("training")
     training = training if isinstance(training, dict) else {}
     students = training.get("students", 1)
-    lives = 2 if training.get("differentiation") in OF_TWO_LIVES else 1
+    twice = training.get("differentiation") in OF_TWO_LIVES
+    twice = twice or training.get("update_rule") in LEARNED_RULES
+    lives = 2 if twice else 1
     episodes = header.record.get("episodes", 0)
     finals = header.record.get("final_students", 0)
     if not all(isinstance(number, int) for number in (episodes, students, finals)):

@@ -14,6 +14,8 @@ from typing import Any
 WITHIN_A_LIFE = ("windows", "persistent-es")
 WITHOUT_DERIVATIVES = ("antithetic-es", "persistent-es")
 OF_TWO_LIVES = ("antithetic-es", "persistent-es", "mixed")
+# Rules of update (training.update_rule) that learn from what their updates lead to.
+LEARNED_RULES = ("lstm", "cold-lstm")
 
 
 @dataclass
@@ -80,7 +82,10 @@ class ScheduleSpec:
 
 @dataclass
 class TrainingSpec:
-    """Teacher training (Algorithm 1). ``lr`` and ``clip_norm`` are those of theta's Adam.
+    """Teacher training (Algorithm 1). ``lr`` and ``clip_norm`` are those of theta's updates.
+
+    ``update_rule`` makes them: adam, or lstm or cold-lstm, after L2T-DLN, an optimiser that learns
+    at ``rule_lr`` while it is used (in windows).
 
     ``bounded`` keeps theta, at its start and after each update, where no part of W is below zero
     if sigma is the identity, so that its loss does not reward certainty without bound. Lives
@@ -113,6 +118,8 @@ class TrainingSpec:
 
     episodes: int = 20
     lr: float = 0.01
+    update_rule: str = "adam"
+    rule_lr: float = 0.001
     clip_norm: float = 1.0
     bounded: bool = True
     patience: int = 0

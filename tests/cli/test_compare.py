@@ -51,7 +51,7 @@ from l2t_core.errors import UserError
 from l2t_core.losses.baselines import BASELINES
 from l2t_core.losses.steps import FixedLoss
 from l2t_core.runs.files import SNAPSHOT, claimed
-from l2t_core.specs import OF_TWO_LIVES
+from l2t_core.specs import LEARNED_RULES, OF_TWO_LIVES
 from l2t_core.students.train import train_student
 from l2t_core.teachers.file import load_teacher, save_teacher
 from l2t_vision.student import ImageStudent
@@ -230,9 +230,10 @@ def test_the_teachers_training_is_part_of_its_cost(watched: Watched, tmp_path: P
     assert teacher_cost(alone, tmp_path) == (taught["teacher_seconds"], 3 * 24)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows[:-1]))
     assert teacher_cost(alone, tmp_path) == (None, 3 * 24)
-    for way in OF_TWO_LIVES:
+    windows = [("windows", rule) for rule in LEARNED_RULES]
+    for way, rule in [*((way, "adam") for way in OF_TWO_LIVES), *windows]:
         network, header = load_teacher(alone)
-        header.record["training"]["differentiation"] = way
+        header.record["training"] |= {"differentiation": way, "update_rule": rule}
         save_teacher(alone, network, header)
         assert teacher_cost(alone, tmp_path)[1] == 2 * 3 * 24
 

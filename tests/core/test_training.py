@@ -147,6 +147,7 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
         {},
         {"finalists": 2},
         {"differentiation": "windows", "window": 2},
+        {"differentiation": "windows", "window": 3, "update_rule": "lstm"},
         {"differentiation": "persistent-es", "window": 3, "perturbation": 0.1},
         {"differentiation": "antithetic-es", "perturbation": 0.1},
     ],
@@ -437,6 +438,7 @@ def test_a_student_that_is_lost_on_the_way_back_tells_of_its_teacher(student, tm
     "changes",
     [
         {"differentiation": "windows", "window": 2},
+        {"differentiation": "windows", "window": 2, "update_rule": "lstm", "phi_penalty": 0.1},
         {"differentiation": "persistent-es", "window": 2},
         {"differentiation": "antithetic-es", "students": 2},
         {"differentiation": "mixed", "students": 2, "phi_penalty": 0.1},
@@ -654,6 +656,10 @@ def test_a_damaged_state_is_one_line(student, tmp_path):
         (LossSpec(warmup_smoothing=0.1), {}, "no effect with loss.warmup_steps=0; set that"),
         (LOSS, {"final_students": 5}, "final_students has no effect with training.finalists=1"),
         (LOSS, {"students": 3, "student_seeds": 2}, "same lives more than once"),
+        (LOSS, {"update_rule": "lstn"}, r"did you mean '(cold-)?lstm'"),
+        (LOSS, {"update_rule": "lstm"}, "learns from windows that are lived again, and tr.* exact"),
+        (LOSS, {"rule_lr": 0.1}, r"rule_lr has no effect with training\.update_rule=adam; use ls"),
+        (LOSS, {"rule_lr": 0.0}, "training.rule_lr is 0.0; it must be above 0"),
         (LOSS, {"measure_points": 2, "truncate": 3}, "in the first 3 steps, which are not diff"),
     ],
 )

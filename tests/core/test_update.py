@@ -18,6 +18,7 @@ from l2t_core.students.schedules import learning_rate
 from l2t_core.teachers.architectures import TEACHERS, build_teacher
 from l2t_core.training import update
 from l2t_core.training.episodes import nothing_usable
+from l2t_core.training.rules import AdamRule
 from l2t_core.training.update import (
     FLAT,
     FLAT_REMEDY,
@@ -199,7 +200,7 @@ def far_below_zero(name, form, sigma="identity"):
 def test_after_an_update_no_loss_rewards_certainty_without_bound(name, form):
     torch.manual_seed(0)
     teacher, loss, gradient = far_below_zero(name, form)
-    ascend(teacher, loss, gradient, torch.optim.Adam(teacher.parameters(), lr=1.0), TrainingSpec())
+    ascend(teacher, loss, gradient, AdamRule(teacher, TrainingSpec(lr=1.0)), TrainingSpec())
     # What no student has met: whatever the state, each target's loss rises as any class's
     # probability goes to nothing.
     for scale in (0.0, 1.0, 100.0, 100.0, 100.0):
@@ -227,7 +228,7 @@ def test_a_step_that_stays_on_the_safe_side_is_adams(name):
         for teacher in (ours, theirs):
             teacher.base["s"].data += 1.0
     gradient = torch.rand(sum(p.numel() for p in ours.parameters())) + 0.1
-    ascend(ours, loss, gradient, torch.optim.Adam(ours.parameters(), lr=0.01), TrainingSpec())
+    ascend(ours, loss, gradient, AdamRule(ours, TrainingSpec(lr=0.01)), TrainingSpec())
     start = 0
     for parameter in theirs.parameters():
         piece = gradient[start : start + parameter.numel()].view_as(parameter)
@@ -241,6 +242,6 @@ def test_a_step_that_stays_on_the_safe_side_is_adams(name):
 @pytest.mark.parametrize(("sigma", "bounded"), [("identity", False), ("sigmoid", True)])
 def test_weights_may_go_below_zero_where_asked_or_where_sigma_is_bounded(sigma, bounded):
     teacher, loss, gradient = far_below_zero("static", "shared", sigma)
-    spec = TrainingSpec(bounded=bounded)
-    ascend(teacher, loss, gradient, torch.optim.Adam(teacher.parameters(), lr=1.0), spec)
+    spec = TrainingSpec(bounded=bounded, lr=1.0)
+    ascend(teacher, loss, gradient, AdamRule(teacher, spec), spec)
     assert float(teacher(torch.zeros(4))["s"].detach()) < -0.5

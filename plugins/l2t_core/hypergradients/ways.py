@@ -8,6 +8,7 @@ yields an :class:`Outcome` wherever theta may be updated: ``exact``, ``antitheti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,9 @@ from l2t_core.hypergradients.engine import Episode
 from l2t_core.hypergradients.readout import Readout, smoothed_measure, smoothed_value
 from l2t_core.hypergradients.unroll import OnStep, StepBack, Trajectory, run_forward, walk_back
 from l2t_core.registry import Registry
-from l2t_core.students.flat import as_vector, pieces_of
+from l2t_core.specs import LEARNED_RULES
+from l2t_core.students.flat import as_vector, overwrite
+from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import Teacher
 
 
@@ -31,8 +34,9 @@ class Outcome:
 
     ``estimates`` are estimates [D] of d M-tilde / d theta, theta as one vector, to ascend: one,
     or two of different kinds. ``smoothed`` and ``true`` are the dev measures; ``true`` is None
-    within a life. ``features`` are the s_t that phi was computed from. ``failure`` says why there
-    is nothing else.
+    within a life. ``features`` are the s_t that phi was computed from. ``judges``: it tells of the
+    update that was made before this window was lived again, and calls for none. ``failure`` says
+    why there is nothing else.
     """
 
     estimates: list[Tensor] = field(default_factory=list)
@@ -40,7 +44,13 @@ class Outcome:
     true: float | None = None
     features: list[Tensor] = field(default_factory=list)
     way_back: WayBack = field(default_factory=WayBack)
+    judges: bool = False
     failure: str = ""
+
+    @property
+    def lived(self) -> bool:
+        """Whether there are measures: one that is lost for its hypergradient has lived."""
+        return math.isfinite(self.smoothed + (self.true or 0.0))
 
     def to(self, device: torch.device | str) -> Outcome:
         """Return the outcome with its tensors on ``device``."""
@@ -162,25 +172,51 @@ def windows(episode: Episode, teacher: Teacher, on_step: OnStep) -> Iterator[Out
     """Truncated hypergradients of the windows of one life, theta updated after each.
 
     Each is exact for M-tilde at the window's end as a function of theta within the window. Cheap,
-    and biased towards what pays at once.
+    and biased towards what pays at once. For a rule of update that learns, each window is lived
+    twice from where it begins, once to update theta and once under the theta that came of it, as
+    in L2T-DLN (Hai et al. 2023): the student goes on from the second, whose hypergradient judges
+    the update.
     """
     engine, life = episode.engine, episode.life
     total = life.student.total_steps
     applied = episode.follow(teacher)
     state = life.begin(episode.student_seed)
     state = run_forward(life, applied, state, None, on_step, span=range(engine.first))
-    for span in spans(engine.first, total, engine.spec.window):
-        trajectory = engine.trajectory(span.start, len(span))
-        state = run_forward(life, applied, state, trajectory, on_step, span=span)
-        after, buffers = state.clone(), life.buffers.copy()
-        smoothed, d_omega = smoothed_measure(life, episode.measure_seed)
-        true = life.student.true_measure() if span.stop == total else None
-        cotangent = torch.zeros_like(state)
-        cotangent[0] = d_omega
-        gradient, way_back = _back(episode, teacher, trajectory, cotangent, on_step)
-        yield Outcome([gradient], smoothed, true, _taught(trajectory), way_back)
-        state = after
-        life.buffers.load(buffers)
+    twice = engine.spec.update_rule in LEARNED_RULES
+    for number, span in enumerate(spans(engine.first, total, engine.spec.window)):
+        sample = (episode.measure_seed * 1_009 + number) % 2**63  # of dev: another each window
+        if twice:
+            before, buffers = state.clone(), life.buffers.copy()
+            rehearsal, _ = _window(episode, applied.fork(), state, span, sample, on_step)
+            yield rehearsal
+            life.buffers.load(buffers)
+            state = before
+        outcome, state = _window(episode, applied, state, span, sample, on_step)
+        outcome.judges = twice
+        if span.stop == total:
+            outcome.true = life.student.true_measure()
+        yield outcome
+
+
+def _window(
+    episode: Episode, applied: AppliedTeacher, state: Tensor, span: range, sample: int,
+    on_step: OnStep,
+) -> tuple[Outcome, Tensor]:
+    """Live the steps of ``span`` from ``state``, and walk them back; return what came, true aside.
+
+    With it the state after them, which the module shows, with its buffers. ``sample`` draws the
+    dev examples of M-tilde.
+    """
+    life, trajectory = episode.life, episode.engine.trajectory(span.start, len(span))
+    state = run_forward(life, applied, state, trajectory, on_step, span=span)
+    after, buffers = state.clone(), life.buffers.copy()
+    smoothed, d_omega = smoothed_measure(life, sample)
+    cotangent = torch.zeros_like(state)
+    cotangent[0] = d_omega
+    gradient, way_back = _back(episode, applied.teacher, trajectory, cotangent, on_step)
+    life.show(after[0])
+    life.buffers.load(buffers)
+    return Outcome([gradient], smoothed, None, _taught(trajectory), way_back), after
 
 
 def _noise(episode: Episode, teacher: Teacher, draw: int = 0) -> Tensor:
@@ -195,24 +231,13 @@ def _noise(episode: Episode, teacher: Teacher, draw: int = 0) -> Tensor:
 @contextmanager
 def _moved(teacher: Teacher, by: Tensor) -> Iterator[None]:
     """Move theta by ``by`` [D] for the while."""
-    theta = parameters_to_vector(teacher.parameters()).detach()
+    parameters = list(teacher.parameters())
+    theta = parameters_to_vector(parameters).detach()
     try:
-        _put(teacher, theta + by)
+        overwrite(parameters, theta + by)
         yield
     finally:
-        _put(teacher, theta)
-
-
-def _put(teacher: Teacher, theta: Tensor) -> None:
-    """Overwrite the teacher's parameters by ``theta`` [D], in place.
-
-    In place, for products of matrices may round differently where memory is aligned differently,
-    and a resumed run has the bits of one that was not interrupted.
-    """
-    parameters = list(teacher.parameters())
-    with torch.no_grad():
-        for parameter, piece in zip(parameters, pieces_of(theta, parameters), strict=True):
-            parameter.copy_(piece)
+        overwrite(parameters, theta)
 
 
 def _evolutionary(episode: Episode, plus: float, minus: float, noise: Tensor) -> Tensor:

@@ -41,6 +41,17 @@ def pieces_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view_as(p) for piece, p in zip(split, like, strict=True)]
 
 
+def overwrite(parameters: Sequence[Tensor], vector: Tensor) -> None:
+    """Overwrite ``parameters`` by the pieces of ``vector``, as :func:`as_vector` makes it.
+
+    In place, for products of matrices may round differently where memory is aligned differently,
+    and a resumed run has the bits of one that was not interrupted.
+    """
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, pieces_of(vector, parameters), strict=True):
+            parameter.copy_(piece)
+
+
 class FlatParameters:
     """Makes all trainable parameters of ``module`` views of one vector omega [P].
 

@@ -6,6 +6,7 @@ One class serves the unroll of teacher training, the image application, the fair
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class AppliedTeacher:
         classes = header.num_classes if fingerprint is None else int(fingerprint["num_classes"])
         loss = header.loss_for(total_steps, warmup_steps)
         return cls(teacher, loss, header.teacher.features, classes, total_steps, header)
+
+    def fork(self) -> AppliedTeacher:
+        """Return one that follows the student from here on by itself, under the same teacher."""
+        other = copy.copy(self)
+        other.state = copy.deepcopy(self.state)
+        other._moved = {}
+        return other
 
     def begin_step(self, learning_rate: float, step: int | None = None) -> Coefficients:
         """Return phi_t for the coming step, without gradient; ``step`` overrides the counter."""

@@ -15,6 +15,7 @@ from l2t_core.losses.forms import FORMS, weights_to_bound
 from l2t_core.losses.taught import SIGMAS
 from l2t_core.registry import unknown_names
 from l2t_core.specs import (
+    LEARNED_RULES,
     WITHIN_A_LIFE,
     WITHOUT_DERIVATIVES,
     LossSpec,
@@ -24,6 +25,7 @@ from l2t_core.specs import (
 from l2t_core.students.life import PRECISIONS
 from l2t_core.students.state import feature_count
 from l2t_core.teachers.architectures import TEACHERS, Teacher
+from l2t_core.training.rules import UPDATE_RULES
 
 PARALLELS = ("students", "data")
 # Pairs of more classes than this take more memory than any student of that size.
@@ -84,6 +86,7 @@ def _unknown(
             ("teacher.name", TEACHERS, teacher.name),
             ("training.differentiation", DIFFERENTIATIONS, spec.differentiation),
             ("training.hvp", SECOND, spec.hvp),
+            ("training.update_rule", UPDATE_RULES, spec.update_rule),
         ]
     )
     for name, word, known in (
@@ -132,6 +135,7 @@ def _training_limits(spec: TrainingSpec, total_steps: int) -> list[Limit]:
     return [
         ("episodes", spec.episodes, spec.episodes >= 1, "at least 1"),
         ("lr", spec.lr, 0 < spec.lr < math.inf, "above 0"),
+        ("rule_lr", spec.rule_lr, 0 < spec.rule_lr < math.inf, "above 0"),
         ("clip_norm", spec.clip_norm, spec.clip_norm >= 0, "0 (off) or more"),
         ("patience", spec.patience, spec.patience >= 0, "0 (off) or more"),
         ("truncate", spec.truncate, spec.truncate >= 0, "0 (off) or more"),
@@ -223,6 +227,15 @@ def _wrong_way(spec: TrainingSpec, total_steps: int) -> Iterator[str]:
         "spill": without,
         "perturbation": way in ("exact", "windows"),
     }
+    learns = spec.update_rule in LEARNED_RULES
+    if learns and way != "windows":
+        yield (
+            f"training.update_rule={spec.update_rule} learns from windows that are lived again, "
+            f"and training.differentiation is {way}; set that to windows, with training.window"
+        )
+    if spec.rule_lr != TrainingSpec.rule_lr and not learns:
+        mend = f"use {' or '.join(LEARNED_RULES)}, or leave it out"
+        yield NoEffect("training.rule_lr", "training.update_rule", spec.update_rule, mend)
     for name, without_effect in idle.items():
         usual = getattr(TrainingSpec, name)
         if without_effect and getattr(spec, name) != usual:

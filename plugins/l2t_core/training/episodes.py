@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from l2t_core.errors import UserError
-from l2t_core.hypergradients.diagnostics import finite, largest, mean
+from l2t_core.hypergradients.diagnostics import finite
 from l2t_core.hypergradients.engine import Engine, Episode, describe_plan
 from l2t_core.hypergradients.ways import DIFFERENTIATIONS, Outcome, true_measure
 from l2t_core.runs.folder import RunFolder
@@ -34,10 +34,12 @@ from l2t_core.training.checks import check_processes, check_settings
 from l2t_core.training.state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.training.update import (
     FLAT_REMEDY,
+    account,
     advice,
     ascend,
     combine,
     ends_calmly,
+    judge,
     keep_bounded,
     penalised,
     signal_to_noise,
@@ -102,7 +104,7 @@ class TeacherTraining:
         self.engine = processes.agree(lambda: Engine(self.life, loss, spec, folder.path))
         # theta lives where omega does: phi enters the student's graph.
         self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
-        self.state = TrainingState(self.teacher, spec.lr, spec.finalists)
+        self.state = processes.agree(lambda: TrainingState(self.teacher, spec))
         self._resume()
         if processes.rank == 0:
             folder.adopt()
@@ -264,55 +266,37 @@ class TeacherTraining:
             yield Outcome(failure=str(error))
 
     def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
-        """Take outcomes in: remember the best theta, then make one Adam step of ascent."""
+        """Take outcomes in: remember the best theta, then update it, or judge the last update."""
         p, spec = self.state.progress, self.spec
-        # A student that is lost for its hypergradient has lived, and tells of its teacher.
-        lived = [not o.failure and math.isfinite(o.smoothed + (o.true or 0.0)) for o in outcomes]
-        scores = [
-            o.true if well else None
-            for o, well in zip(outcomes, lived, strict=True) if o.failure or o.true is not None
-        ]
+        telling = [o for o in outcomes if o.true is not None or not o.lived]
+        scores = [o.true if o.lived else None for o in telling]
         for outcome in outcomes:
             outcome.failure = outcome.failure or unusable(outcome, spec.max_growth)
-        alive = [o for o in outcomes if not o.failure]
         needed = 2 if spec.differentiation == "mixed" else 1
-        usable = len(alive) >= needed
-        # Those that were left out for what they met on the way back tell most about it.
-        back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
-        row: dict[str, Any] = {
-            "smoothed": mean([o.smoothed for o, well in zip(outcomes, lived, strict=True) if well]),
-            "dev_measure": mean([s for s in scores if s is not None]),
-            "measure": self.student.measure_name,
-            "students": len(outcomes),
-            "students_lost": len(outcomes) - len(alive),
-            "growth": mean([way.growth for way in back]),
-            "largest": largest([way.largest for way in back]),
-            "sharpness": largest([way.sharpness for way in back]),
-            "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
-            "tail_error": largest([w.tail_error for w in back if w.tail_error is not None]),
-            "skipped": not usable, "best": False, "hypergradient_norm": None,
-            "signal_to_noise": None,
-        }
+        row = account(outcomes, self.student.measure_name, needed)
         if row["dev_measure"] is not None:
             row["best"] = self.state.offer(chosen_by(scores))
-        if not usable:
+        if row["skipped"]:
             p.skipped += 1
             p.skipped_in_a_row += 1
             if p.episode < spec.episodes:
                 self._retreat()
-            return row | {"reason": next(o.failure for o in outcomes if o.failure)}
+            return row
         p.skipped_in_a_row = 0
-        return row | self._ascend(alive)
+        return row | self._update([o for o in outcomes if not o.failure])
 
-    def _ascend(self, alive: list[Outcome]) -> dict[str, Any]:
-        spec = self.spec
+    def _update(self, alive: list[Outcome]) -> dict[str, Any]:
+        spec, rule = self.spec, self.state.rule
         estimates = torch.stack([torch.stack(o.estimates) for o in alive])
         features = [f for o in alive for f in o.features]
         gradient = penalised(combine(estimates), self.teacher, self.loss, features, spec)
         norm = float(gradient.norm())
         if self.state.progress.episode < spec.episodes:
-            self.state.sound = self.state.theta()
-            ascend(self.teacher, self.loss, gradient, self.state.optimiser, spec)
+            if alive[0].judges:
+                judge(gradient, rule, spec)
+            else:
+                self.state.sound = self.state.theta()
+                ascend(self.teacher, self.loss, gradient, rule, spec)
         return {
             "hypergradient_norm": norm,
             "signal_to_noise": finite(signal_to_noise(estimates[:, 0])),
@@ -380,7 +364,7 @@ def train_teacher(
     """Train a teacher (Algorithm 1), or continue the run that ``folder`` holds.
 
     Each episode trains fresh students (or the next of ``spec.student_seeds``) under the current
-    teacher, measures them on dev, and makes one Adam step on theta, or one a window. The last of
+    teacher, measures them on dev, and updates theta once, or once a window. The last of
     ``spec.episodes`` + 1 episodes measures the last teacher. A student without a finite
     hypergradient is left out; without any, the episode is skipped and counted and theta goes half
     the way back. With ``spec.finalists`` above 1, so many of the best teachers then teach the same

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from l2t_core.hypergradients.diagnostics import mean
+from l2t_core.specs import TrainingSpec
 from l2t_core.teachers.architectures import Teacher
+from l2t_core.training.rules import UPDATE_RULES, part
 
 Theta = dict[str, Tensor]
 
@@ -91,16 +93,16 @@ def chosen_by(scores: Sequence[float | None]) -> float:
 
 
 class TrainingState:
-    """Theta in its teacher, its Adam, the best thetas so far and the numbers.
+    """Theta in its teacher, the rule of its updates, the best thetas so far and the numbers.
 
     ``sound`` is the last theta whose students told something. ``leaders`` are the best by their
     own episode's measure, at most ``keep`` of them, the best first and of equals the earliest;
     until an episode has given a measure, the theta of the start stands for it.
     """
 
-    def __init__(self, teacher: Teacher, lr: float, keep: int) -> None:
-        self.teacher, self.keep = teacher, keep
-        self.optimiser = torch.optim.Adam(teacher.parameters(), lr=lr)
+    def __init__(self, teacher: Teacher, spec: TrainingSpec) -> None:
+        self.teacher, self.keep = teacher, spec.finalists
+        self.rule = UPDATE_RULES.get(spec.update_rule)(teacher, spec)
         self.sound = self.theta()
         self.leaders = [Leader(-1, -math.inf, self.theta())]
         self.progress = Progress()
@@ -137,8 +139,7 @@ class TrainingState:
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything as tensors by name and a JSON-compatible record."""
         tensors = _named("theta", self.teacher.state_dict()) | _named("sound", self.sound)
-        for index, slots in self.optimiser.state_dict()["state"].items():
-            tensors |= _named(f"adam.{index}", slots)
+        tensors |= self.rule.pack()
         leaders = []
         for index, leader in enumerate(self.leaders):
             tensors |= _named(f"leader.{index}", leader.theta)
@@ -165,17 +166,12 @@ class TrainingState:
         device = next(self.teacher.parameters()).device
         self.progress = Progress(**record["progress"])
         self.leaders = [
-            Leader(theta=_part(tensors, f"leader.{index}."), **numbers)
+            Leader(theta=part(tensors, f"leader.{index}."), **numbers)
             for index, numbers in enumerate(record["leaders"])
         ]
-        self.teacher.load_state_dict(_part(tensors, "theta."))
-        self.sound = {k: v.to(device) for k, v in _part(tensors, "sound.").items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _part(tensors, "adam.").items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.teacher.load_state_dict(part(tensors, "theta."))
+        self.sound = {k: v.to(device) for k, v in part(tensors, "sound.").items()}
+        self.rule.unpack(tensors)
         torch.set_num_threads(int(record["threads"]))
         if self.progress.ended and self.progress.episode <= episodes:
             self._reopen()
@@ -192,7 +188,3 @@ class TrainingState:
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}

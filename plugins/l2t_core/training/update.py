@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from l2t_core.hypergradients.diagnostics import largest, mean
 from l2t_core.hypergradients.ways import Outcome
 from l2t_core.losses.forms import neutral_coefficients, weights_to_bound
 from l2t_core.specs import LossSpec, TrainingSpec
-from l2t_core.students.flat import as_vector, pieces_of
+from l2t_core.students.flat import as_vector
 from l2t_core.students.optimisers import clip_by_norm
 from l2t_core.students.protocol import Student
 from l2t_core.teachers.architectures import Teacher
+from l2t_core.training.rules import UpdateRule
 
 # Growth of the cotangent's norm beyond which runs were seen to learn nothing, and the ratio that
 # pure noise would have on average, with some margin.
@@ -118,19 +120,20 @@ def ascend(
     teacher: Teacher,
     loss: LossSpec,
     gradient: Tensor,
-    optimiser: torch.optim.Optimizer,
+    rule: UpdateRule,
     spec: TrainingSpec,
 ) -> None:
     """Make one step of theta along M-tilde's ``gradient`` [D], clipped at ``spec.clip_norm``.
 
     Then, if ``spec.bounded``, to a theta near by whose loss is bounded below in any state.
     """
-    theta = list(teacher.parameters())
-    descent = -clip_by_norm(gradient, spec.clip_norm)
-    for parameter, piece in zip(theta, pieces_of(descent, theta), strict=True):
-        parameter.grad = piece
-    optimiser.step()
+    rule.step(-clip_by_norm(gradient, spec.clip_norm))
     keep_bounded(teacher, loss, spec)
+
+
+def judge(gradient: Tensor, rule: UpdateRule, spec: TrainingSpec) -> None:
+    """Let ``rule`` learn from M-tilde's ``gradient`` [D] at the theta that it has made."""
+    rule.learn(-clip_by_norm(gradient, spec.clip_norm))
 
 
 def keep_bounded(teacher: Teacher, loss: LossSpec, spec: TrainingSpec) -> None:
@@ -189,6 +192,33 @@ def advice(
             f"training.students (now {spec.students}) or lower training.lr"
         )
     return ""
+
+
+def account(outcomes: Sequence[Outcome], measure: str, needed: int) -> dict[str, object]:
+    """Return what an episode's row tells of its students, whose failures are known by now.
+
+    ``measure`` names the true dev measure; ``needed`` is how many students an update takes.
+    """
+    # Those that were left out for what they met on the way back tell most about it.
+    back = [o.way_back for o in outcomes if o.way_back.norms or not o.failure]
+    lost = sum(bool(o.failure) for o in outcomes)
+    row: dict[str, object] = {
+        "smoothed": mean([o.smoothed for o in outcomes if o.lived]),
+        "dev_measure": mean([o.true for o in outcomes if o.lived and o.true is not None]),
+        "measure": measure,
+        "students": len(outcomes),
+        "students_lost": lost,
+        "growth": mean([way.growth for way in back]),
+        "largest": largest([way.largest for way in back]),
+        "sharpness": largest([way.sharpness for way in back]),
+        "hvp_error": largest([w.hvp_error for w in back if w.hvp_error is not None]),
+        "tail_error": largest([w.tail_error for w in back if w.tail_error is not None]),
+        "skipped": len(outcomes) - lost < needed, "best": False, "hypergradient_norm": None,
+        "signal_to_noise": None,
+    }
+    if row["skipped"]:
+        row["reason"] = next(o.failure for o in outcomes if o.failure)
+    return row
 
 
 def unusable(outcome: Outcome, max_growth: float) -> str:
