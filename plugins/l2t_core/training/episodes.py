@@ -46,7 +46,8 @@ from l2t_core.training.update import (
     unusable,
 )
 
-# So many episodes in a row without a usable hypergradient end a run: more would not help.
+# So many episodes in a row, or windows of them, without a usable hypergradient end a run: more
+# would not help.
 MOST_SKIPPED = 8
 # Beyond the students of any run's episodes.
 FIRST_FINAL_STUDENT = 900_000
@@ -194,9 +195,10 @@ class TeacherTraining:
         p = self.state.progress
         began = time.monotonic()
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
+        seen: dict[str, Any] = {}
         for outcomes in self._outcomes(on_event):
-            row |= self._learn(outcomes)
-        row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
+            seen = self._learn(outcomes)  # of a life's windows the last one is told
+        row |= seen | {"seconds": round(time.monotonic() - began, 3), **p.skips()}
         remedy = getattr(self.student, "flat_remedy", FLAT_REMEDY)
         if warning := advice(row, self.spec, ends_calmly(self.student), remedy):
             row["warning"] = warning
@@ -207,7 +209,8 @@ class TeacherTraining:
         self._write_teachers()
         on_event(row)
         if p.skipped_in_a_row >= MOST_SKIPPED and not self._finished():
-            stuck = nothing_usable(f"none of the last {MOST_SKIPPED} episodes", row)
+            what = "windows" if self.spec.differentiation in WITHIN_A_LIFE else "episodes"
+            stuck = nothing_usable(f"none of the last {p.skipped_in_a_row} {what}", row)
             raise self.processes.told_once(stuck)
 
     def _outcomes(self, on_event: OnEvent) -> Iterator[list[Outcome]]:
@@ -220,7 +223,8 @@ class TeacherTraining:
             gathered = self._together([o.to("cpu") for o in outcomes])
             together = [o.to(self.life.flat.vector.device) for o in gathered]
             yield together
-            if spec.differentiation in WITHIN_A_LIFE and any(o.failure for o in together):
+            # A window without a usable hypergradient ends no life, a death does for all processes.
+            if not all(o.lived for o in together):
                 return
 
     def _mine(self, count: int) -> range:
