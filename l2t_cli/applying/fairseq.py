@@ -19,7 +19,12 @@ from l2t_core.errors import UserError
 from l2t_core.runs.files import atomic_write, file_digest
 from l2t_core.teachers.file import load_header
 from l2t_fairseq.commands.shell_script import split_flags
-from l2t_fairseq.commands.taught import TaughtCommand, teach_command, without_criterion_flags
+from l2t_fairseq.commands.taught import (
+    TaughtCommand,
+    keeps_the_worst,
+    teach_command,
+    without_criterion_flags,
+)
 from l2t_fairseq.commands.train import (
     FairseqCommand,
     parse_command,
@@ -130,7 +135,7 @@ class FairseqApplication:
         test_set.check(teacher)
 
     def notes(self, teacher: Path, baseline: bool) -> list[str]:
-        """Return one line: criterion and task that were replaced and what went with them."""
+        """Return what was replaced and what went with it, in one line, and what looks wrong."""
         said = [
             change
             for change in self._teach(teacher).changes
@@ -138,7 +143,9 @@ class FairseqApplication:
         ]
         if baseline:
             said.append("the student to compare with trains by plain cross-entropy")
-        return [f"changed: {'; '.join(said)}"] if said else []
+        lines = [f"changed: {'; '.join(said)}"] if said else []
+        worst = keeps_the_worst(self.command)
+        return [*lines, f"warning: {worst}"] if worst else lines
 
     def test_set(self) -> TestSet:
         """Return what the student is scored on."""

@@ -20,7 +20,12 @@ from l2t_cli.user_dir import plugin_of
 from l2t_core.errors import UserError
 from l2t_core.losses.baselines import complete_settings
 from l2t_fairseq.commands.shell_script import split_flags
-from l2t_fairseq.commands.taught import refuse_other_user_dir, resumable, without_criterion_flags
+from l2t_fairseq.commands.taught import (
+    keeps_the_worst,
+    refuse_other_user_dir,
+    resumable,
+    without_criterion_flags,
+)
 from l2t_fairseq.commands.train import (
     FairseqCommand,
     has_flag,
@@ -88,8 +93,8 @@ class FairseqTrials:
             refuse_other_user_dir(command, plugin_of(command).folder)
 
     def notes(self) -> list[str]:
-        """Return nothing: translation data have no classes that may be missing."""
-        return []
+        """Return what looks wrong in the command."""
+        return [text for text in [keeps_the_worst(self.application.command)] if text]
 
     def identity(self) -> dict[str, Any]:
         """Return the command without rate and seed, the data's record, and the versions."""

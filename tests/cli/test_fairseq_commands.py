@@ -129,6 +129,11 @@ def test_script_dry_run_prints_the_command_only(l2t: Run, data_bin: Path, tmp_pa
     assert "--criterion=l2t_dynamic" in taught and "--label-smoothing" not in taught
     assert "--criterion=cross_entropy" in baseline and "--label-smoothing" not in baseline
     assert taught.count("--seed 5") == 1
+    script.write_text(script.read_text().replace("--seed 5", "--best-checkpoint-metric bleu"))
+    outcome = l2t("apply-teacher", teacher, script, "--dry-run")
+    assert outcome.code == 0 and set(tmp_path.iterdir()) == before
+    warning = outcome.out.splitlines()[1]
+    assert warning.startswith("# warning: with --best-checkpoint-metric bleu alone fairseq keeps")
 
 
 @pytest.mark.parametrize(

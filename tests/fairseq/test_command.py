@@ -13,7 +13,7 @@ from checkout import ROOT  # type: ignore[import-not-found]
 from l2t_core.errors import UserError
 from l2t_core.specs import LossSpec, TeacherSpec
 from l2t_core.teachers.file import TeacherHeader
-from l2t_fairseq.commands.taught import resumable, teach_command
+from l2t_fairseq.commands.taught import keeps_the_worst, resumable, teach_command
 from l2t_fairseq.commands.train import (
     FairseqCommand,
     has_flag,
@@ -96,6 +96,21 @@ def test_the_old_criterions_accuracy_is_renamed_not_lost() -> None:
         "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"
     )
     assert taught[taught.index("--best-checkpoint-metric") + 1] == "l2t_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("", False),
+        ("--best-checkpoint-metric nll_loss", False),
+        ("--best-checkpoint-metric bleu --maximize-best-checkpoint-metric", False),
+        ("--best-checkpoint-metric bleu", True),
+        ("--best-checkpoint-metric=l2t_accuracy", True),
+    ],
+)
+def test_a_command_that_keeps_its_worst_checkpoint_is_told(flags: str, told: bool) -> None:
+    said = keeps_the_worst(parse_command(shlex.split(f"{BASE} {flags}")))
+    assert ("add --maximize-best-checkpoint-metric" in said) == told
 
 
 def test_a_folder_with_the_plugin_in_it_and_a_task_built_on_ours_stay() -> None:

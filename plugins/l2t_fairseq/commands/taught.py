@@ -38,6 +38,8 @@ OWN_FLAGS = {
     "--l2t-warmup-steps": True,
     "--l2t-debug": False,
 }
+# What --best-checkpoint-metric may name that is not a loss.
+HIGHER_IS_BETTER = ("accuracy", "bleu", "l2t_accuracy", "l2t_measure")
 _REMAKE = "--update-epoch-batch-itr"  # batches made anew for each epoch
 
 
@@ -96,6 +98,17 @@ def teach_command(
             command = with_value(command, flag, value)
             changes.append(f"{flag} {value}")
     return TaughtCommand(command, changes)
+
+
+def keeps_the_worst(command: FairseqCommand) -> str:
+    """Return a warning where fairseq would keep the checkpoint that is worst on dev, else ""."""
+    metric = value_of(command, "--best-checkpoint-metric")
+    if metric not in HIGHER_IS_BETTER or has_flag(command, "--maximize-best-checkpoint-metric"):
+        return ""
+    return (
+        f"with --best-checkpoint-metric {metric} alone fairseq keeps the checkpoint that "
+        "has least of it, and that one is scored; add --maximize-best-checkpoint-metric"
+    )
 
 
 def without_criterion_flags(command: FairseqCommand) -> FairseqCommand:
