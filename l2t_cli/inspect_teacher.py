@@ -113,6 +113,7 @@ def _sizes(teacher: Any) -> list[str]:
     return {
         "attention": [f"{teacher.slots} slots"],
         "affine": [f"{teacher.slots} units"],
+        "timed": [f"{teacher.slots} stretches of a life"],
         "lstm": [f"{teacher.slots} slots", f"{teacher.hidden} units that remember"],
     }.get(teacher.name, [])
 

@@ -123,7 +123,8 @@ def run(
         Interrupted: after Ctrl-C; what was finished is kept.
     """
     from l2t_core.runs.processes import join_processes
-    from l2t_core.training.episodes import nothing_usable, train_teacher
+    from l2t_core.training.episodes import train_teacher
+    from l2t_core.training.update import nothing_usable
 
     processes = join_processes(_end)
     # The first process alone reports; a mistake that all make is told once.
@@ -167,7 +168,7 @@ def run(
     processes.close()
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
-        _say_next(asked, result.best_path, folder == default_folder(recipe), log_format)
+        _say_next(asked, result.lived_path or result.best_path, folder == default_folder(recipe), log_format)
     return result.best_path
 
 
@@ -308,10 +309,12 @@ def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Pa
         ("time", console.duration(seconds)),
     ]
     console.table("Teacher trained", ["", ""], rows)
+    lived = [("lived", result.lived_path)] if result.lived_path else []
     console.files(
         [
             ("teacher", result.best_path),
             ("last", result.last_path),
+            *lived,
             ("plot", picture),
             ("log", folder / "metrics.jsonl"),
         ]

@@ -17,7 +17,6 @@ from l2t_core.specs import LossSpec, ScheduleSpec, TeacherSpec, TrainingSpec
 from l2t_core.students.schedules import learning_rate
 from l2t_core.teachers.architectures import TEACHERS, build_teacher
 from l2t_core.training import update
-from l2t_core.training.episodes import nothing_usable
 from l2t_core.training.rules import AdamRule
 from l2t_core.training.update import (
     FLAT,
@@ -26,6 +25,7 @@ from l2t_core.training.update import (
     ascend,
     combine,
     ends_calmly,
+    nothing_usable,
     phi_penalty,
     signal_to_noise,
     unusable,

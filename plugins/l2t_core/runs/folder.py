@@ -6,6 +6,7 @@ metrics.jsonl              one JSON object per finished episode or event
 state.safetensors          everything needed to go on, replaced whole after every episode
 teacher_best.safetensors   the teacher with the best true dev measure
 teacher_last.safetensors   the teacher after the last episode
+teacher_lived.safetensors  the losses that the best one's own student had, where they changed
 =========================  =======================================================================
 """
 
@@ -53,11 +54,13 @@ class RunFolder:
         self.state = path / "state.safetensors"
         self.teacher_best = path / "teacher_best.safetensors"
         self.teacher_last = path / "teacher_last.safetensors"
+        self.teacher_lived = path / "teacher_lived.safetensors"
 
     def files(self) -> list[Path]:
         """Return the files that a run writes, there or not."""
         return [
-            self.config, self.metrics, self.state, self.teacher_best, self.teacher_last
+            self.config, self.metrics, self.state, self.teacher_best, self.teacher_last,
+            self.teacher_lived,
         ]
 
     def adopt(self) -> None:

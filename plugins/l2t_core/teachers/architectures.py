@@ -32,12 +32,14 @@ _LONGEST_MEMORY = 1000.0
 class Teacher(nn.Module):
     """What every teacher is: a module from what it sees, s_t and m_t [F + M], to phi_t.
 
-    ``num_features`` is F, ``memory`` M. ``sees`` tells whether phi_t depends on s_t at all.
+    ``num_features`` is F, ``memory`` M. ``sees`` tells whether phi_t depends on s_t at all,
+    ``features`` is all that a teacher can look at where that is not for the recipe to say.
     ``settings`` are those of the spec's sizes that it reads.
     """
 
     memory = 0
     sees = True
+    features: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("slots", "hidden")
 
     def __init__(
@@ -218,6 +220,34 @@ class StaticTeacher(Teacher):
     def forward(self, features: Tensor) -> Coefficients:
         """Return the same phi whatever ``features`` [F] says."""
         return {name: slots[0] for name, slots in self.values.items()}
+
+    def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
+        """Raise what is below zero in these parts, in place, to zero."""
+        _raise_to_zero(self.values, parts)
+
+
+@TEACHERS.register("timed")
+class TimedTeacher(Teacher):
+    """phi by time alone: one for each of ``slots`` stretches of a life, all of the same length.
+
+    Dynamic, and blind: what a student does changes nothing.
+    """
+
+    features = ("progress",)
+    settings = ("slots",)
+
+    def __init__(
+        self, spec: TeacherSpec, loss: LossSpec, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__(spec, loss, num_classes, num_features)
+        self.values = _slots(loss, num_classes, spec.slots, spec.init_scale)
+
+    def forward(self, features: Tensor) -> Coefficients:
+        """Return the phi of the stretch that ``features`` [F], the progress in [-1, 1], is in."""
+        count = len(next(iter(self.values.values())))
+        # A little more: rounding must not leave a stretch's first step to the one before.
+        at = (0.5 * (features[:1] + 1.0) * count + 1e-3).long().clamp(0, count - 1)
+        return {name: slots.index_select(0, at)[0] for name, slots in self.values.items()}
 
     def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:
         """Raise what is below zero in these parts, in place, to zero."""

@@ -124,6 +124,12 @@ def _wrong_together(
             f"teacher.name={teacher.name} has no keep_from_below_zero, which training.bounded "
             "needs with loss.sigma=identity; write it or set training.bounded=false"
         )
+    seen = TEACHERS.get(teacher.name).features
+    if seen and teacher.features and tuple(teacher.features) != seen:
+        yield (
+            f"teacher.name={teacher.name} looks at {', '.join(seen)} alone; leave "
+            "teacher.features out"
+        )
     if SECOND.get(spec.hvp).approximate and spec.precision != "float32":
         yield (
             f"training.hvp={spec.hvp} takes differences that are too small for "

@@ -19,6 +19,7 @@ from l2t_core.hypergradients.ways import DIFFERENTIATIONS, Outcome, true_measure
 from l2t_core.runs.folder import RunFolder
 from l2t_core.runs.processes import ALONE, Processes
 from l2t_core.specs import (
+    LEARNED_RULES,
     WITHIN_A_LIFE,
     WITHOUT_DERIVATIVES,
     LossSpec,
@@ -28,9 +29,10 @@ from l2t_core.specs import (
 from l2t_core.students.life import Life, precision_of
 from l2t_core.students.protocol import Student
 from l2t_core.students.state import feature_count
-from l2t_core.teachers.architectures import Teacher, build_teacher
+from l2t_core.teachers.architectures import TEACHERS, Teacher, build_teacher
 from l2t_core.teachers.file import TeacherHeader, save_teacher
 from l2t_core.training.checks import check_processes, check_settings
+from l2t_core.training.lived import joined, timed_teacher
 from l2t_core.training.state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.training.update import (
     FLAT_REMEDY,
@@ -41,6 +43,7 @@ from l2t_core.training.update import (
     ends_calmly,
     judge,
     keep_bounded,
+    nothing_usable,
     penalised,
     signal_to_noise,
     unusable,
@@ -57,7 +60,11 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What teacher training leaves: files, the best true dev measure and the episodes' log."""
+    """What teacher training leaves: files, the best true dev measure and the episodes' log.
+
+    ``lived_path`` is the file of the losses that the best one's student lived under, None where
+    that is one loss, or what a teacher wrote that looked at the student.
+    """
 
     best_path: Path
     last_path: Path
@@ -65,18 +72,7 @@ class TrainingResult:
     best_episode: int
     skipped: int
     history: list[dict[str, Any]]
-
-
-def nothing_usable(episodes: str, last: dict[str, Any]) -> UserError:
-    """Return what to say where no hypergradient of ``episodes`` could be followed.
-
-    The row of the ``last`` one may have a warning with a remedy of its own.
-    """
-    reason, mend = last["reason"], "lower the student's learning rate, or training.lr"
-    if "measure" in reason:  # its students have lived
-        mend = f"look at the measure first (image.measure, nmt.measure), and if it is sound {mend}"
-    said = last.get("warning") or f"{reason}; {mend}"
-    return UserError(f"{episodes} gave a usable hypergradient; the last: {said}")
+    lived_path: Path | None = None
 
 
 class TeacherTraining:
@@ -95,7 +91,8 @@ class TeacherTraining:
         self.processes = processes
         processes.agree(lambda: self._check(student, loss, teacher_spec, spec))
         self.student, self.loss, self.spec, self.folder = student, loss, spec, folder
-        names = tuple(teacher_spec.features) or student.default_features
+        own = TEACHERS.get(teacher_spec.name).features
+        names = tuple(teacher_spec.features) or own or student.default_features
         self.teacher_spec = dataclasses.replace(teacher_spec, features=list(names))
         self.record = record
         self.differentiate = DIFFERENTIATIONS.get(spec.differentiation)
@@ -105,6 +102,7 @@ class TeacherTraining:
         self.engine = processes.agree(lambda: Engine(self.life, loss, spec, folder.path))
         # theta lives where omega does: phi enters the student's graph.
         self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
+        self.lived: list[Theta] = []  # by window, of the present episode
         self.state = processes.agree(lambda: TrainingState(self.teacher, spec))
         self._resume()
         if processes.rank == 0:
@@ -141,9 +139,10 @@ class TeacherTraining:
         if len(self.state.leaders) > 1:
             self._finals(on_event)
         best, folder, p = self._write_teachers(), self.folder, self.state.progress
+        lived = folder.teacher_lived if best.lived else None
         return TrainingResult(
             folder.teacher_best, folder.teacher_last, best.mark(), best.episode, p.skipped,
-            p.history,
+            p.history, lived,
         )
 
     def _write_teachers(self) -> Leader:
@@ -153,6 +152,8 @@ class TeacherTraining:
             header = self._header(best.episode, best.mark())
             save_teacher(self.folder.teacher_best, self._teacher_of(best.theta), header)
             save_teacher(self.folder.teacher_last, self.teacher, self._header(*last))
+            if best.lived:
+                save_teacher(self.folder.teacher_lived, *timed_teacher(best.lived, header))
         return best
 
     def _finals(self, on_event: OnEvent) -> None:
@@ -196,6 +197,7 @@ class TeacherTraining:
         began = time.monotonic()
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
         seen: dict[str, Any] = {}
+        self.lived = []
         for outcomes in self._outcomes(on_event):
             seen = self._learn(outcomes)  # of a life's windows the last one is told
         row |= seen | {"seconds": round(time.monotonic() - began, 3), **p.skips()}
@@ -272,6 +274,7 @@ class TeacherTraining:
     def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """Take outcomes in: remember the best theta, then update it, or judge the last update."""
         p, spec = self.state.progress, self.spec
+        self._note(outcomes)
         telling = [o for o in outcomes if o.true is not None or not o.lived]
         scores = [o.true if o.lived else None for o in telling]
         for outcome in outcomes:
@@ -279,7 +282,8 @@ class TeacherTraining:
         needed = 2 if spec.differentiation == "mixed" else 1
         row = account(outcomes, self.student.measure_name, needed)
         if row["dev_measure"] is not None:
-            row["best"] = self.state.offer(chosen_by(scores))
+            lived = joined(self.lived, self.engine.first, self.student.total_steps, spec.window)
+            row["best"] = self.state.offer(chosen_by(scores), lived)
         if row["skipped"]:
             p.skipped += 1
             p.skipped_in_a_row += 1
@@ -288,6 +292,13 @@ class TeacherTraining:
             return row
         p.skipped_in_a_row = 0
         return row | self._update([o for o in outcomes if not o.failure])
+
+    def _note(self, outcomes: list[Outcome]) -> None:
+        """Remember the loss of a window that a student has lived for good."""
+        rehearsed = self.spec.update_rule in LEARNED_RULES and not outcomes[0].judges
+        changes = self.spec.differentiation == "windows" and self.teacher_spec.name == "static"
+        if changes and not rehearsed:
+            self.lived.append(self.state.theta())
 
     def _update(self, alive: list[Outcome]) -> dict[str, Any]:
         spec, rule = self.spec, self.state.rule

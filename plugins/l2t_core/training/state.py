@@ -54,6 +54,7 @@ class Progress:
 class Leader:
     """A teacher that may become the best: theta, and its own episode's true dev measure.
 
+    ``lived`` has the losses of its student's windows, as :func:`l2t_core.training.lived.joined`.
     ``scores`` are the true dev measures of the final students that it has taught, None for one
     that died, and ``seconds`` the time that they took.
     """
@@ -61,6 +62,7 @@ class Leader:
     episode: int
     measure: float
     theta: Theta
+    lived: Theta = field(default_factory=dict)
     scores: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -111,9 +113,9 @@ class TrainingState:
         """Return a copy of theta."""
         return {k: v.clone() for k, v in self.teacher.state_dict().items()}
 
-    def offer(self, measure: float) -> bool:
+    def offer(self, measure: float, lived: Theta) -> bool:
         """Let the present theta be a leader if it is good enough; tell whether it is the first."""
-        new = Leader(self.progress.episode, measure, self.theta())
+        new = Leader(self.progress.episode, measure, self.theta(), lived)
         known = [leader for leader in self.leaders if leader.episode >= 0]
         self.leaders = sorted([*known, new], key=lambda leader: -leader.measure)[: self.keep]
         return self.leaders[0] is new
@@ -143,7 +145,8 @@ class TrainingState:
         leaders = []
         for index, leader in enumerate(self.leaders):
             tensors |= _named(f"leader.{index}", leader.theta)
-            numbers = {k: v for k, v in vars(leader).items() if k != "theta"}
+            tensors |= _named(f"lived.{index}", leader.lived)
+            numbers = {k: v for k, v in vars(leader).items() if k not in ("theta", "lived")}
             leaders.append(numbers)
         return tensors, {
             "progress": dataclasses.asdict(self.progress), "leaders": leaders,
@@ -166,7 +169,10 @@ class TrainingState:
         device = next(self.teacher.parameters()).device
         self.progress = Progress(**record["progress"])
         self.leaders = [
-            Leader(theta=part(tensors, f"leader.{index}."), **numbers)
+            Leader(
+                theta=part(tensors, f"leader.{index}."), lived=part(tensors, f"lived.{index}."),
+                **numbers,
+            )
             for index, numbers in enumerate(record["leaders"])
         ]
         self.teacher.load_state_dict(part(tensors, "theta."))

@@ -6,12 +6,13 @@ Pure functions over estimates [N, E, D]: N students, E kinds of estimate, D numb
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from l2t_core.errors import UserError
 from l2t_core.hypergradients.diagnostics import largest, mean
 from l2t_core.hypergradients.ways import Outcome
 from l2t_core.losses.forms import neutral_coefficients, weights_to_bound
@@ -235,3 +236,15 @@ def unusable(outcome: Outcome, max_growth: float) -> str:
         # Adam would go on by momentum, away from where there was something to learn.
         return FLAT
     return ""
+
+
+def nothing_usable(episodes: str, last: Mapping[str, object]) -> UserError:
+    """Return what to say where no hypergradient of ``episodes`` could be followed.
+
+    The row of the ``last`` one may have a warning with a remedy of its own.
+    """
+    reason, mend = str(last["reason"]), "lower the student's learning rate, or training.lr"
+    if "measure" in reason:  # its students have lived
+        mend = f"look at the measure first (image.measure, nmt.measure), and if it is sound {mend}"
+    said = last.get("warning") or f"{reason}; {mend}"
+    return UserError(f"{episodes} gave a usable hypergradient; the last: {said}")
