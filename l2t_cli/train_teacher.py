@@ -168,7 +168,8 @@ def run(
     processes.close()
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
-        _say_next(asked, result.lived_path or result.best_path, folder == default_folder(recipe), log_format)
+        teacher = result.lived_path or result.best_path
+        _say_next(asked, teacher, folder == default_folder(recipe), log_format)
     return result.best_path
 
 
