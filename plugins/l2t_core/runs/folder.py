@@ -6,7 +6,7 @@ metrics.jsonl              one JSON object per finished episode or event
 state.safetensors          everything needed to go on, replaced whole after every episode
 teacher_best.safetensors   the teacher with the best true dev measure
 teacher_last.safetensors   the teacher after the last episode
-teacher_lived.safetensors  the losses that the best one's own student had, where they changed
+teacher_lived.safetensors  the losses of the best life whose loss changed within it
 =========================  =======================================================================
 """
 

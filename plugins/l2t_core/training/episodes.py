@@ -49,8 +49,7 @@ from l2t_core.training.update import (
     unusable,
 )
 
-# So many episodes in a row, or windows of them, without a usable hypergradient end a run: more
-# would not help.
+# So many episodes, or windows, in a row without a usable hypergradient end a run.
 MOST_SKIPPED = 8
 # Beyond the students of any run's episodes.
 FIRST_FINAL_STUDENT = 900_000
@@ -62,8 +61,8 @@ OnEvent = Callable[[dict[str, Any]], None]
 class TrainingResult:
     """What teacher training leaves: files, the best true dev measure and the episodes' log.
 
-    ``lived_path`` is the file of the losses that the best one's student lived under, None where
-    that is one loss, or what a teacher wrote that looked at the student.
+    ``lived_path`` is the file of the losses of the best life whose loss changed, None where none
+    did, or where it was for a teacher that looked at the student.
     """
 
     best_path: Path
@@ -102,7 +101,6 @@ class TeacherTraining:
         self.engine = processes.agree(lambda: Engine(self.life, loss, spec, folder.path))
         # theta lives where omega does: phi enters the student's graph.
         self.teacher = self._new_teacher(features).to(self.life.flat.vector.device)
-        self.lived: list[Theta] = []  # by window, of the present episode
         self.state = processes.agree(lambda: TrainingState(self.teacher, spec))
         self._resume()
         if processes.rank == 0:
@@ -139,7 +137,7 @@ class TeacherTraining:
         if len(self.state.leaders) > 1:
             self._finals(on_event)
         best, folder, p = self._write_teachers(), self.folder, self.state.progress
-        lived = folder.teacher_lived if best.lived else None
+        lived = folder.teacher_lived if self.state.life else None
         return TrainingResult(
             folder.teacher_best, folder.teacher_last, best.mark(), best.episode, p.skipped,
             p.history, lived,
@@ -152,8 +150,9 @@ class TeacherTraining:
             header = self._header(best.episode, best.mark())
             save_teacher(self.folder.teacher_best, self._teacher_of(best.theta), header)
             save_teacher(self.folder.teacher_last, self.teacher, self._header(*last))
-            if best.lived:
-                save_teacher(self.folder.teacher_lived, *timed_teacher(best.lived, header))
+            if life := self.state.life:
+                header = self._header(life.episode, life.measure)
+                save_teacher(self.folder.teacher_lived, *timed_teacher(life.theta, header))
         return best
 
     def _finals(self, on_event: OnEvent) -> None:
@@ -197,7 +196,7 @@ class TeacherTraining:
         began = time.monotonic()
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
         seen: dict[str, Any] = {}
-        self.lived = []
+        self.lived: list[Theta] = []  # by window
         for outcomes in self._outcomes(on_event):
             seen = self._learn(outcomes)  # of a life's windows the last one is told
         row |= seen | {"seconds": round(time.monotonic() - began, 3), **p.skips()}
@@ -282,8 +281,11 @@ class TeacherTraining:
         needed = 2 if spec.differentiation == "mixed" else 1
         row = account(outcomes, self.student.measure_name, needed)
         if row["dev_measure"] is not None:
-            lived = joined(self.lived, self.engine.first, self.student.total_steps, spec.window)
-            row["best"] = self.state.offer(chosen_by(scores), lived)
+            row["best"] = self.state.offer(chosen_by(scores))
+            if p.episode < spec.episodes:  # the last one's loss stays as it is
+                steps = self.student.total_steps
+                lived = joined(self.lived, self.engine.first, steps, spec.window)
+                self.state.offer_life(chosen_by(scores), lived)
         if row["skipped"]:
             p.skipped += 1
             p.skipped_in_a_row += 1

@@ -54,7 +54,6 @@ class Progress:
 class Leader:
     """A teacher that may become the best: theta, and its own episode's true dev measure.
 
-    ``lived`` has the losses of its student's windows, as :func:`l2t_core.training.lived.joined`.
     ``scores`` are the true dev measures of the final students that it has taught, None for one
     that died, and ``seconds`` the time that they took.
     """
@@ -62,7 +61,6 @@ class Leader:
     episode: int
     measure: float
     theta: Theta
-    lived: Theta = field(default_factory=dict)
     scores: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -99,7 +97,8 @@ class TrainingState:
 
     ``sound`` is the last theta whose students told something. ``leaders`` are the best by their
     own episode's measure, at most ``keep`` of them, the best first and of equals the earliest;
-    until an episode has given a measure, the theta of the start stands for it.
+    until an episode has given a measure, the theta of the start stands for it. ``life`` is the best
+    of the lives whose loss has changed (:mod:`l2t_core.training.lived`), with theta of all of it.
     """
 
     def __init__(self, teacher: Teacher, spec: TrainingSpec) -> None:
@@ -107,18 +106,24 @@ class TrainingState:
         self.rule = UPDATE_RULES.get(spec.update_rule)(teacher, spec)
         self.sound = self.theta()
         self.leaders = [Leader(-1, -math.inf, self.theta())]
+        self.life: Leader | None = None
         self.progress = Progress()
 
     def theta(self) -> Theta:
         """Return a copy of theta."""
         return {k: v.clone() for k, v in self.teacher.state_dict().items()}
 
-    def offer(self, measure: float, lived: Theta) -> bool:
+    def offer(self, measure: float) -> bool:
         """Let the present theta be a leader if it is good enough; tell whether it is the first."""
-        new = Leader(self.progress.episode, measure, self.theta(), lived)
+        new = Leader(self.progress.episode, measure, self.theta())
         known = [leader for leader in self.leaders if leader.episode >= 0]
         self.leaders = sorted([*known, new], key=lambda leader: -leader.measure)[: self.keep]
         return self.leaders[0] is new
+
+    def offer_life(self, measure: float, theta: Theta) -> None:
+        """Let the life that has just ended be remembered if it is the best so far."""
+        if theta and (self.life is None or measure > self.life.measure):
+            self.life = Leader(self.progress.episode, measure, theta)
 
     def winner(self) -> Leader:
         """Return the leader with the best mark, of equals the first."""
@@ -145,10 +150,12 @@ class TrainingState:
         leaders = []
         for index, leader in enumerate(self.leaders):
             tensors |= _named(f"leader.{index}", leader.theta)
-            tensors |= _named(f"lived.{index}", leader.lived)
-            numbers = {k: v for k, v in vars(leader).items() if k not in ("theta", "lived")}
+            numbers = {k: v for k, v in vars(leader).items() if k != "theta"}
             leaders.append(numbers)
+        life = self.life
+        tensors |= _named("life", life.theta if life else {})
         return tensors, {
+            "life": {"episode": life.episode, "measure": life.measure} if life else None,
             "progress": dataclasses.asdict(self.progress), "leaders": leaders,
             "threads": torch.get_num_threads(),
         }
@@ -169,15 +176,14 @@ class TrainingState:
         device = next(self.teacher.parameters()).device
         self.progress = Progress(**record["progress"])
         self.leaders = [
-            Leader(
-                theta=part(tensors, f"leader.{index}."), lived=part(tensors, f"lived.{index}."),
-                **numbers,
-            )
+            Leader(theta=part(tensors, f"leader.{index}."), **numbers)
             for index, numbers in enumerate(record["leaders"])
         ]
         self.teacher.load_state_dict(part(tensors, "theta."))
         self.sound = {k: v.to(device) for k, v in part(tensors, "sound.").items()}
         self.rule.unpack(tensors)
+        if life := record.get("life"):  # younger than some states
+            self.life = Leader(theta=part(tensors, "life."), **life)
         torch.set_num_threads(int(record["threads"]))
         if self.progress.ended and self.progress.episode <= episodes:
             self._reopen()
