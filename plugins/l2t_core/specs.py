@@ -45,7 +45,8 @@ class TeacherSpec:
     """The teacher mu_theta.
 
     ``name``: attention (over ``slots`` memory slots), lstm (the same, with ``hidden`` units that
-    remember the states before), affine (``slots`` units) or static.
+    remember the states before), affine (``slots`` units), static, or timed (one phi for each of
+    ``slots`` stretches of a life).
     ``features`` names the parts of the state s_t that it sees; empty means the field's default.
     ``init_scale`` is the deviation of the slots from the neutral coefficients at the start.
     """
