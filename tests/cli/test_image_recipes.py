@@ -23,6 +23,7 @@ GREY, COLOUR = (1, 28, 28), (3, 32, 32)
         ("mnist-mlp", GREY, 10, 397_510),
         ("mnist-lenet", GREY, 10, 431_080),
         ("mnist-mlp-noise40", GREY, 10, 397_510),
+        ("mnist-mlp-noise40-dln", GREY, 10, 397_510),
         ("mnist-long-tail", GREY, 10, 397_510),
         ("fashion-lenet", GREY, 10, 431_080),
         ("cifar10-resnet8", COLOUR, 10, 75_290),
