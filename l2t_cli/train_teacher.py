@@ -266,6 +266,7 @@ def _finish(result: Any, measure: str, recipe: Recipe, folder: Path, log_format:
         summary = {
             "event": "result",
             "teacher": str(result.best_path),
+            "lived": str(result.lived_path) if result.lived_path else None,
             "plot": str(picture),
             "best_dev_measure": result.best_measure,
             "best_episode": result.best_episode,

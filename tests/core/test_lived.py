@@ -16,7 +16,7 @@ from l2t_core.teachers.architectures import build_teacher
 from l2t_core.teachers.file import load_teacher
 from l2t_core.training.checks import SLOTS_LIMIT, problems
 from l2t_core.training.episodes import train_teacher
-from l2t_core.training.lived import joined
+from l2t_core.training.lived import can_be_told, joined
 
 LOSS = LossSpec("dense", "softplus")
 STATIC = TeacherSpec("static", init_scale=0.1)
@@ -24,7 +24,9 @@ WINDOWS = {"differentiation": "windows", "window": 2}
 RULES = [{}, {"update_rule": "lstm", "lr": 0.1}]
 
 
-@pytest.mark.parametrize(("steps", "stretches"), [(6, 3), (7, 3), (700, 100), (3000, 300), (3, 7)])
+@pytest.mark.parametrize(
+    ("steps", "stretches"), [(6, 3), (7, 3), (700, 100), (3000, 300), (3, 7), (64_000, 10)]
+)
 def test_each_stretch_of_a_life_has_its_own_phi(steps, stretches):
     teacher = build_teacher(TeacherSpec("timed", slots=stretches), LossSpec("shared"), 3, 1, 0)
     teacher.values["d"].data.copy_(torch.arange(stretches))
@@ -121,3 +123,11 @@ def test_there_is_none_where_no_such_losses_were_lived(student, tmp_path, teache
     assert not (tmp_path / "run/teacher_lived.safetensors").exists()
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
+
+
+def test_losses_with_too_many_numbers_are_not_kept():
+    loss = LossSpec("dense")
+    spec = TrainingSpec(differentiation="windows", window=10)
+    teacher = build_teacher(STATIC, loss, 100, 0, 1)
+    assert can_be_told(STATIC, teacher, spec, 49_500)  # 4,950 of 10,100 numbers
+    assert not can_be_told(STATIC, teacher, spec, 49_510)

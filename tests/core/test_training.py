@@ -214,16 +214,8 @@ def test_unusable_hypergradients_are_skipped_and_counted(student, tmp_path, fact
 def test_a_window_without_a_usable_hypergradient_ends_no_life(student, tmp_path, rule):
     """Its students go on, later windows teach, and the dev measure is known."""
     settings = {"differentiation": "windows", "window": 2, "update_rule": rule, "episodes": 1}
-    smoothed, calls = student.smoothed_measure, []
-
-    def lost_at_first(seed):
-        calls.append(seed)
-        # It is finite, and its gradient is not.
-        return smoothed(seed) * 1.0 + (_broken(smoothed(seed)) if len(calls) == 1 else 0.0)
-
-    student.smoothed_measure = lost_at_first
+    broken_at(student, {0})
     result = run(student, tmp_path / "run", **settings)
-    assert len(calls) == 2 * 3 * (2 if rule == "lstm" else 1)
     assert result.skipped == 1 and not result.history[0]["skipped"]
     assert result.history[0]["dev_measure"] is not None and "reason" not in result.history[0]
     first = TeacherTraining(
@@ -231,6 +223,48 @@ def test_a_window_without_a_usable_hypergradient_ends_no_life(student, tmp_path,
     ).teacher
     last, _ = load_teacher(result.last_path)
     assert not torch.equal(*(t.values["W"] for t in (first, last)))
+
+
+def broken_at(student, lost):
+    """Make the gradients of M-tilde NaN at those of its calls, counted from 0."""
+    smoothed, calls = student.smoothed_measure, []
+
+    def measured(seed):
+        calls.append(seed)
+        value = smoothed(seed)
+        return value + _broken(smoothed(seed)) if len(calls) - 1 in lost else value
+
+    student.smoothed_measure = measured
+
+
+def test_an_episode_is_skipped_where_none_of_its_windows_moved_theta(student, tmp_path):
+    settings = {"differentiation": "windows", "window": 2, "episodes": 1}
+    broken_at(student, {2, 3, 4, 5})
+    result = run(student, tmp_path / "run", **settings)
+    assert [row["skipped"] for row in result.history] == [False, True]
+    assert result.history[0]["reason"] == result.history[1]["reason"]  # of the last window
+    assert [row["skipped_total"] for row in result.history] == [1, 4]
+
+
+def test_an_update_that_is_not_judged_teaches_the_rule_nothing(student, tmp_path):
+    """Nor does it later: a run that is resumed in between knows of none."""
+    settings = {"differentiation": "windows", "window": 6, "update_rule": "lstm", "episodes": 3}
+    # The judged window of the first episode and the rehearsal of the second.
+    lost = {1, 2}
+    broken_at(student, lost)
+    run(student, tmp_path / "whole", **settings)
+
+    def kill(event):
+        if event["event"] == "episode" and event["episode"] == 0:
+            raise Killed
+
+    other = type(student)(type(student.module), OptimiserSpec("momentum", 0.3), steps=6,
+                          dtype=torch.float32)
+    broken_at(other, lost)
+    with pytest.raises(Killed):
+        run(other, tmp_path / "parts", on_event=kill, **settings)
+    run(other, tmp_path / "parts", **settings)
+    same_teachers(tmp_path / "whole", tmp_path / "parts")
 
 
 def _broken(value):

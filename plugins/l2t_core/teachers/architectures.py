@@ -246,7 +246,8 @@ class TimedTeacher(Teacher):
         """Return the phi of the stretch that ``features`` [F], the progress in [-1, 1], is in."""
         count = len(next(iter(self.values.values())))
         # A little more: rounding must not leave a stretch's first step to the one before.
-        at = (0.5 * (features[:1] + 1.0) * count + 1e-3).long().clamp(0, count - 1)
+        progress = 0.5 * (features[:1] + 1.0) + 1e-6
+        at = (progress * count).long().clamp(0, count - 1)
         return {name: slots.index_select(0, at)[0] for name, slots in self.values.items()}
 
     def keep_from_below_zero(self, parts: tuple[str, ...]) -> None:

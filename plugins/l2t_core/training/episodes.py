@@ -32,7 +32,7 @@ from l2t_core.students.state import feature_count
 from l2t_core.teachers.architectures import TEACHERS, Teacher, build_teacher
 from l2t_core.teachers.file import TeacherHeader, save_teacher
 from l2t_core.training.checks import check_processes, check_settings
-from l2t_core.training.lived import joined, timed_teacher
+from l2t_core.training.lived import can_be_told, joined, timed_teacher
 from l2t_core.training.state import Leader, Theta, TrainingState, chosen_by
 from l2t_core.training.update import (
     FLAT_REMEDY,
@@ -195,11 +195,13 @@ class TeacherTraining:
         p = self.state.progress
         began = time.monotonic()
         row: dict[str, Any] = {"event": "episode", "episode": p.episode}
-        seen: dict[str, Any] = {}
+        seen: list[dict[str, Any]] = []
         self.lived: list[Theta] = []  # by window
         for outcomes in self._outcomes(on_event):
-            seen = self._learn(outcomes)  # of a life's windows the last one is told
-        row |= seen | {"seconds": round(time.monotonic() - began, 3), **p.skips()}
+            seen.append(self._learn(outcomes))
+        # Of a life's windows the last one is told.
+        row |= seen[-1] | {"skipped": all(one["skipped"] for one in seen)}
+        row |= {"seconds": round(time.monotonic() - began, 3), **p.skips()}
         remedy = getattr(self.student, "flat_remedy", FLAT_REMEDY)
         if warning := advice(row, self.spec, ends_calmly(self.student), remedy):
             row["warning"] = warning
@@ -273,7 +275,10 @@ class TeacherTraining:
     def _learn(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """Take outcomes in: remember the best theta, then update it, or judge the last update."""
         p, spec = self.state.progress, self.spec
-        self._note(outcomes)
+        judged = any(o.judges for o in outcomes)  # of several students some may have died
+        rehearsed = spec.update_rule in LEARNED_RULES and not judged
+        if can_be_told(self.teacher_spec, self.teacher, spec, self.student.total_steps):
+            self.lived += [] if rehearsed else [self.state.theta()]
         telling = [o for o in outcomes if o.true is not None or not o.lived]
         scores = [o.true if o.lived else None for o in telling]
         for outcome in outcomes:
@@ -287,20 +292,14 @@ class TeacherTraining:
                 lived = joined(self.lived, self.engine.first, steps, spec.window)
                 self.state.offer_life(chosen_by(scores), lived)
         if row["skipped"]:
-            p.skipped += 1
-            p.skipped_in_a_row += 1
+            self.state.rule.forget()
+            p.skipped += not judged  # what is judged calls for no update
+            p.skipped_in_a_row += not judged
             if p.episode < spec.episodes:
                 self._retreat()
             return row
-        p.skipped_in_a_row = 0
+        p.skipped_in_a_row = p.skipped_in_a_row if judged else 0
         return row | self._update([o for o in outcomes if not o.failure])
-
-    def _note(self, outcomes: list[Outcome]) -> None:
-        """Remember the loss of a window that a student has lived for good."""
-        rehearsed = self.spec.update_rule in LEARNED_RULES and not outcomes[0].judges
-        changes = self.spec.differentiation == "windows" and self.teacher_spec.name == "static"
-        if changes and not rehearsed:
-            self.lived.append(self.state.theta())
 
     def _update(self, alive: list[Outcome]) -> dict[str, Any]:
         spec, rule = self.spec, self.state.rule
@@ -309,10 +308,10 @@ class TeacherTraining:
         gradient = penalised(combine(estimates), self.teacher, self.loss, features, spec)
         norm = float(gradient.norm())
         if self.state.progress.episode < spec.episodes:
+            self.state.sound = self.state.theta()
             if alive[0].judges:
                 judge(gradient, rule, spec)
             else:
-                self.state.sound = self.state.theta()
                 ascend(self.teacher, self.loss, gradient, rule, spec)
         return {
             "hypergradient_norm": norm,

@@ -12,10 +12,22 @@ import dataclasses
 import torch
 
 from l2t_core.hypergradients.ways import spans
+from l2t_core.specs import TeacherSpec, TrainingSpec
 from l2t_core.teachers.architectures import Teacher, build_teacher
 from l2t_core.teachers.file import TeacherHeader
 from l2t_core.training.checks import SLOTS_LIMIT
 from l2t_core.training.state import Theta
+
+# Of all windows' losses together: 200 MB, kept twice.
+NUMBERS_LIMIT = 50_000_000
+
+
+def can_be_told(spec: TeacherSpec, teacher: Teacher, training: TrainingSpec, total: int) -> bool:
+    """Tell whether the losses of a life of ``total`` steps can be kept: few, and blind to s_t."""
+    if spec.name != "static" or training.differentiation != "windows":
+        return False
+    numbers = sum(p.numel() for p in teacher.parameters())
+    return numbers * -(-total // training.window) <= NUMBERS_LIMIT
 
 
 def joined(lived: list[Theta], first: int, total: int, window: int) -> Theta:

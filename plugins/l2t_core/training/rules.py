@@ -25,7 +25,7 @@ from l2t_core.teachers.architectures import Teacher
 
 SIZES = (2, 64, 64, 64, 1)  # of the LSTM's input and its four cells, the authors' numbers
 _SMALLEST = 10.0  # p: of numbers below e^-p the LSTM sees the size itself, not its logarithm
-# Each number of theta has 400 of the LSTM's own: its cells' states, and as many gates.
+# Each number of theta has 386 of the LSTM's own, its cells' states, and twice as many gates.
 COORDINATES_LIMIT = 100_000
 
 
@@ -41,6 +41,9 @@ class UpdateRule(Protocol):
         It is called by ways that live a window again under the new theta
         (:data:`l2t_core.specs.LEARNED_RULES`).
         """
+
+    def forget(self) -> None:
+        """Let the last :meth:`step` go unjudged: what it led to is not known."""
 
     def pack(self) -> dict[str, Tensor]:
         """Return what the rule remembers, by name."""
@@ -72,6 +75,9 @@ class AdamRule:
 
     def learn(self, descent: Tensor) -> None:
         """Learn nothing."""
+
+    def forget(self) -> None:
+        """Do nothing."""
 
     def pack(self) -> dict[str, Tensor]:
         """Return Adam's moments."""
@@ -168,9 +174,13 @@ class LstmRule:
         # A number of theta that has been put back within its bounds would not have moved.
         kept = parameters_to_vector(self.theta).detach() == self._after
         self.optimiser.zero_grad()
-        self._change.backward(-self.lr * kept * descent)
+        self._change.backward(-self.lr * descent * kept)
         self._change = None
         self.optimiser.step()
+
+    def forget(self) -> None:
+        """Drop the last update's graph."""
+        self._change = None
 
     def pack(self) -> dict[str, Tensor]:
         """Return the LSTM's weights, its cells' states and its Adam's moments."""
