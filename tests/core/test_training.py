@@ -248,7 +248,7 @@ def test_an_episode_is_skipped_where_none_of_its_windows_moved_theta(student, tm
 
 def test_an_update_that_is_not_judged_teaches_the_rule_nothing(student, tmp_path):
     """Nor does it later: a run that is resumed in between knows of none."""
-    settings = {"differentiation": "windows", "window": 6, "update_rule": "lstm", "episodes": 3}
+    settings = {"differentiation": "windows", "window": 6, "update_rule": "lstm", "episodes": 5}
     # The judged window of the first episode and the rehearsal of the second.
     lost = {1, 2}
     broken_at(student, lost)
