@@ -43,7 +43,6 @@ from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import build_teacher
 from l2t_core.teachers.file import load_teacher
 from l2t_core.training.episodes import train_teacher
-from l2t_core.training.rules import UPDATE_RULES
 
 UNSEEN = (101, 102, 103, 104, 105)
 TUNING = (51, 52)
@@ -118,17 +117,6 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
             "linear", {"lr": 0.02}, {"form": form, "sigma": "identity"}, "smoothed_accuracy"
         )
         for form in ("diagonal", "dense", "network")
-    },
-    # L2T-DLN's way: an update every few steps, by Adam and by what learns to make them.
-    **{
-        f"to zero, {form} identity, windows of 25, {rule} {rate:g}": (
-            "linear",
-            {"differentiation": "windows", "window": 25, "update_rule": rule, "lr": rate},
-            {"form": form, "sigma": "identity"}, "smoothed_accuracy",
-        )
-        for form in ("shared", "network")
-        for rule in UPDATE_RULES.names()
-        for rate in (0.001, 0.005)
     },
 }
 
