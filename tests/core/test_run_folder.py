@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from l2t_core.errors import UserError
 from l2t_core.runs import folder as run_folder
-from l2t_core.runs.files import atomic_write, claim
+from l2t_core.runs.files import atomic_write, claim, with_usual_permissions
 from l2t_core.runs.folder import load_tensors_and_record, open_run, save_tensors_and_record
 from l2t_core.runs.tensor_digest import tensor_digest
 
@@ -88,6 +89,13 @@ def test_files_have_the_permissions_of_any_other(tmp_path):
     atomic_write(tmp_path / "ours", "")
     plain, ours = ((tmp_path / name).stat().st_mode for name in ("plain", "ours"))
     assert ours == plain
+    before = os.umask(0o027)  # a group's server
+    try:
+        (tmp_path / "folder").mkdir()
+        made = with_usual_permissions(Path(tempfile.mkdtemp(dir=tmp_path)))
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode == (tmp_path / "folder").stat().st_mode
 
 
 def test_a_digest_is_of_names_kinds_shapes_bytes_and_text():

@@ -57,11 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        # mkstemp makes files private; the result should have the permissions of any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with_usual_permissions(temporary).replace(path)
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "")
         raise UserError(
@@ -70,6 +66,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def with_usual_permissions(path: Path) -> Path:
+    """Give a file or folder of ``tempfile``, which makes them private, those of any other."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    return path
 
 
 def is_unfinished(path: Path, of: Path) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 from l2t_core.errors import UserError
 from l2t_core.registry import Registry
 from l2t_core.runs.download import OnEvent
-from l2t_core.runs.files import DAMAGED, file_digest, open_locked
+from l2t_core.runs.files import DAMAGED, file_digest, open_locked, with_usual_permissions
 from l2t_fairseq.commands.failure import reason
 from l2t_fairseq.corpora.segmentation import MODEL_FILES, SUBWORDS, Corpus
 from l2t_fairseq.corpora.text_form import TextForm
@@ -115,9 +115,8 @@ def prepare_corpus(
         out.parent.mkdir(parents=True, exist_ok=True)
         with _work_folder(out) as (work, lock):
             _build(work, lock, kept, {**settings, "dropped": dropped}, on_event)
-            work.chmod(0o755)  # mkdtemp makes folders private
             try:
-                work.replace(out)
+                with_usual_permissions(work).replace(out)
             except OSError:
                 # Another command may have been quicker, and made the same.
                 if (found := find_prepared(out, settings, on_event)) is None:
