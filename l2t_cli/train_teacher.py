@@ -77,6 +77,7 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     import yaml
 
     from l2t_core.hypergradients.engine import Engine, describe_plan
+    from l2t_core.hypergradients.ways import spans
     from l2t_core.students.life import Life
 
     student = _student(recipe)
@@ -87,9 +88,12 @@ def show_plan(recipe: Recipe, folder: Path) -> None:
     console.line(yaml.safe_dump(recipe.config(), sort_keys=False, width=96).rstrip())
     spec = recipe.training
     finals = spec.finalists * spec.final_students if spec.finalists > 1 else 0
+    # As many in each life as it has windows.
+    each = len(spans(engine.first, student.total_steps, spec.window)) if spec.window else 1
+    updates = spec.episodes * each
     console.line()
     console.line(
-        f"plan: {spec.episodes} updates of the teacher, "
+        f"plan: {updates:,} update{'s' if updates > 1 else ''} of the teacher, "
         f"{(spec.episodes + 1) * spec.students} students of {student.total_steps} steps each, "
         + (f"{finals} final ones, " if finals else "")
         + f"into {console.shown(folder)}"

@@ -200,6 +200,7 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(l2t: Run, tmp_pat
     before = set(tmp_path.iterdir())
     outcome = l2t("train-teacher", "digits", "image.optimiser.lr=3e-2", "--seed", "7", "--dry-run")
     config, plan = outcome.out.split("\nplan: ")
+    assert re.match(r"\d+ updates? of the teacher, \d+ students of \d+ steps each, into", plan)
     resolved = yaml.safe_load(config)
     assert resolved["image"]["optimiser"]["lr"] == 0.03
     assert resolved["training"]["seed"] == 7
