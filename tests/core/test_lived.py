@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from l2t_core.hypergradients.ways import Outcome
 from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.students.state import StudentState
@@ -15,7 +16,7 @@ from l2t_core.teachers.applied import AppliedTeacher
 from l2t_core.teachers.architectures import build_teacher
 from l2t_core.teachers.file import load_teacher
 from l2t_core.training.checks import SLOTS_LIMIT, problems
-from l2t_core.training.episodes import train_teacher
+from l2t_core.training.episodes import TeacherTraining, train_teacher
 from l2t_core.training.lived import can_be_told, joined
 
 LOSS = LossSpec("dense", "softplus")
@@ -123,6 +124,18 @@ def test_there_is_none_where_no_such_losses_were_lived(student, tmp_path, teache
     assert not (tmp_path / "run/teacher_lived.safetensors").exists()
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
+
+
+def test_a_life_is_told_where_another_processs_student_died_at_its_end(student, tmp_path):
+    settings = {"window": 3, "update_rule": "lstm", "episodes": 1, "memory": "10MiB"}
+    spec = TrainingSpec(**{**WINDOWS, **settings})
+    training = TeacherTraining(student, LOSS, STATIC, spec, open_run(tmp_path / "run", {}), {})
+    training.lived = [training.state.theta()]  # of the first of two windows
+    numbers = sum(p.numel() for p in training.teacher.parameters())
+    lived = Outcome([torch.ones(numbers)], smoothed=0.5, true=0.5, judges=True)
+    row = training._learn([Outcome(failure="the student diverged"), lived])
+    assert row["students_lost"] == 1 and not row["skipped"]
+    assert training.state.life is not None and len(training.state.life.theta["values.W"]) == 2
 
 
 def test_losses_with_too_many_numbers_are_not_kept():
