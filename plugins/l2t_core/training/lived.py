@@ -7,6 +7,7 @@ nor dev.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 
 import torch
@@ -42,7 +43,7 @@ def joined(lived: list[Theta], first: int, total: int, window: int) -> Theta:
     stops = [span.stop for span in spans(first, total, window)]
     count = min(SLOTS_LIMIT, -(-total // window))
     middles = [(i + 0.5) * total / count for i in range(count)]
-    chosen = [lived[next(n for n, stop in enumerate(stops) if middle < stop)] for middle in middles]
+    chosen = [lived[bisect.bisect_right(stops, middle)] for middle in middles]
     return {name: torch.cat([theta[name] for theta in chosen]) for name in lived[0]}
 
 
