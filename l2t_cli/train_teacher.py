@@ -172,8 +172,8 @@ def run(
     processes.close()
     if not processes.rank:
         _finish(result, student.measure_name, recipe, folder, log_format)
-        teacher = result.lived_path or result.best_path
-        _say_next(asked, teacher, folder == default_folder(recipe), log_format)
+        teachers = [path for path in (result.best_path, result.lived_path) if path]
+        _say_next(asked, teachers, folder == default_folder(recipe), log_format)
     return result.best_path
 
 
@@ -303,9 +303,11 @@ def run_log(metrics: Path) -> list[dict[str, Any]]:
 def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Path) -> None:
     measured = [r for r in result.history if r.get("dev_measure") is not None]
     seconds = sum(row["seconds"] for row in run_log(folder / "metrics.jsonl"))
+    # Windows update it within an episode.
+    what = "episodes that taught" if recipe.training.window else "teacher updates"
     rows = [
         ("recipe", recipe.name),
-        ("teacher updates", str(sum(not row["skipped"] for row in result.history[:-1]))),
+        (what, str(sum(not row["skipped"] for row in result.history[:-1]))),
         (f"dev {measure}, first teacher", f"{measured[0]['dev_measure']:.4f}" if measured else "-"),
         (
             f"dev {measure}, best teacher",
@@ -327,23 +329,26 @@ def _report(result: Any, measure: str, recipe: Recipe, folder: Path, picture: Pa
     )
 
 
-def _say_next(asked: Sequence[str], teacher: Path, usual: bool, log_format: LogFormat) -> None:
+def _say_next(
+    asked: Sequence[str], teachers: Sequence[Path], usual: bool, log_format: LogFormat
+) -> None:
     if asked and log_format.wordy:
         console.line("next, beside cross-entropy and others, each loss tuned alike on dev:")
-        console.line(f"  {next_command(asked, teacher, usual)}")
+        console.line(f"  {next_command(asked, teachers, usual)}")
 
 
-def next_command(asked: Sequence[str], teacher: Path, usual: bool) -> str:
-    """Return the ``l2t compare`` of a ``teacher`` on the students that it was trained on.
+def next_command(asked: Sequence[str], teachers: Sequence[Path], usual: bool) -> str:
+    """Return the ``l2t compare`` of a run's ``teachers`` on the students of their training.
 
     ``asked`` are recipe and changes; those of the teacher's own training are left out. A run in
     the ``usual`` folder is compared in the usual one, any other beside its own folder.
     """
     recipe, *changes = asked
     kept = [c for c in changes if c.split("=")[0].split(".")[0] not in CORE_SECTIONS]
-    words = ["l2t", "compare", recipe, *kept, "--teacher", console.shown(teacher)]
+    words = ["l2t", "compare", recipe, *kept]
+    words += [word for path in teachers for word in ("--teacher", console.shown(path))]
     if not usual:
-        words += ["--out", f"{console.shown(teacher.parent)}-compare"]
+        words += ["--out", f"{console.shown(teachers[0].parent)}-compare"]
     return shlex.join(words)
 
 

@@ -59,6 +59,19 @@ def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_pat
     assert "\x1b" not in outcome.out  # no terminal, no colours
 
 
+def test_a_life_whose_loss_changed_leaves_its_losses_to_be_applied(l2t: Run, digits: Path) -> None:
+    changes = ("teacher.name=static", "training.differentiation=windows", "training.window=8")
+    done = l2t("train-teacher", digits, *changes, "training.update_rule=lstm")
+    assert done.code == 0, done.err
+    assert "episodes that taught" in done.out
+    files = [f"runs/tiny/teacher_{name}.safetensors" for name in ("best", "lived")]
+    last = f"  l2t compare {digits} --teacher {files[0]} --teacher {files[1]}"
+    assert done.out.splitlines()[-1] == last
+    assert "timed, 3 stretches of a life" in l2t("inspect", files[1]).out
+    taught = l2t("apply-teacher", files[1], digits)
+    assert taught.code == 0 and "test error" in taught.out, taught.err
+
+
 def test_a_training_ends_with_the_command_to_go_on_with(
     l2t: Run, digits: Path, tmp_path: Path
 ) -> None:
