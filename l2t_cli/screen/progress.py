@@ -60,6 +60,8 @@ class TeacherView:
         if event["event"] == "step":
             self._step(event)
             return
+        if event["event"] == "resumed":  # these were shown when they were made
+            return
         self._last = time.monotonic()
         if self.format is LogFormat.json:
             print(json.dumps(event), flush=True)
@@ -189,20 +191,30 @@ class ScalarLog:
     """TensorBoard scalars by episode; does nothing without a folder."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._writer: Any = None
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._folder, self._writer = folder, self._open(folder)
 
-            self._writer = SummaryWriter(str(folder))
+    def _open(self, folder: Path | None, purge_step: int | None = None) -> Any:
+        if folder is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=purge_step)
 
     def receive(self, event: Event) -> None:
-        """Write the numbers of a finished episode."""
-        if self._writer is None or event["event"] != "episode":
+        """Write the numbers of a finished episode; of a run that goes on, all that it has."""
+        if self._writer is None or event["event"] not in ("episode", "resumed"):
             return
-        for key in SCALARS:
-            value = event.get(key)
-            if value is not None and math.isfinite(value):
-                self._writer.add_scalar(f"teacher/{key}", value, event["episode"])
+        rows = [event]
+        if event["event"] == "resumed":
+            # A kill may have come before an episode was written, and a grown run's last is made
+            # again: TensorBoard lets go of all that there was.
+            self._writer.close()
+            self._writer, rows = self._open(self._folder, purge_step=0), event["history"]
+        for row in rows:
+            for key in SCALARS:
+                value = row.get(key)
+                if value is not None and math.isfinite(value):
+                    self._writer.add_scalar(f"teacher/{key}", value, row["episode"])
         self._writer.flush()
 
     def close(self) -> None:

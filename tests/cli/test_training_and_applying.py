@@ -59,6 +59,24 @@ def test_a_run_leaves_teacher_table_plot_and_log(l2t: Run, digits: Path, tmp_pat
     assert "\x1b" not in outcome.out  # no terminal, no colours
 
 
+def test_tensorboard_shows_each_episode_once_after_a_kill(l2t: Run, digits: Path) -> None:
+    """And in a run that has grown, whose last episode was made again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ("train-teacher", digits, "--tensorboard-logdir", "tb")
+    assert l2t(*command, "training.episodes=1").code == 0
+    for path in Path("tb").iterdir():
+        path.unlink()  # as if killed before it was written
+    assert l2t(*command, "training.episodes=3").code == 0
+    shown = EventAccumulator("tb").Reload().Scalars("teacher/dev_measure")
+    assert [event.step for event in shown] == [0, 1, 2, 3]
+    assert l2t(*command, "training.episodes=4").code == 0
+    shown = EventAccumulator("tb").Reload().Scalars("teacher/dev_measure")
+    assert [event.step for event in shown] == [0, 1, 2, 3, 4]
+    rows = [json.loads(x) for x in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [event.value for event in shown] == pytest.approx([r["dev_measure"] for r in rows])
+
+
 def test_a_life_whose_loss_changed_leaves_its_losses_to_be_applied(l2t: Run, digits: Path) -> None:
     changes = ("teacher.name=static", "training.differentiation=windows", "training.window=8")
     done = l2t("train-teacher", digits, *changes, "training.update_rule=lstm")

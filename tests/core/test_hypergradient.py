@@ -596,6 +596,28 @@ class Counting(torch.nn.Module):
         return torch.tanh(self.layer(x)) * self.passes.sqrt()
 
 
+class CountingAlways(Counting):
+    """The same, but for passes over dev, which count too."""
+
+    def forward(self, x):
+        self.passes += 0.0 if self.training else 1.0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("points", [1, 3])
+def test_a_look_at_dev_leaves_buffers_alone_and_so_every_plan_has_the_same_bits(points):
+    student, found = ToyStudent(CountingAlways, OptimiserSpec("momentum", 0.3), steps=6), []
+    size = build(student)[0].engine.plan.point_bytes
+    for states in (20, 4, 3):
+        spec = TrainingSpec(memory=f"{states * size}B", spill="none", measure_points=points)
+        found.append(exact(*build(student, spec=spec), no_step))
+    assert found[0].true == found[1].true == found[2].true
+    for outcome in found[1:]:
+        assert torch.equal(outcome.estimates[0], found[0].estimates[0])
+        assert outcome.smoothed == found[0].smoothed
+    check_against_differences(student)
+
+
 @pytest.mark.parametrize("hvp", ["finite-difference", "one-sided-difference"])
 def test_both_sides_of_a_difference_see_the_same_buffers(hvp):
     student = ToyStudent(Counting, OptimiserSpec("momentum", 0.3), steps=6)

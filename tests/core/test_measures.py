@@ -49,6 +49,15 @@ def test_smoothed_accuracy_sees_margins_and_no_scale():
     assert float(found) == pytest.approx((torch.sigmoid(torch.tensor([1.0, -3.0])).mean()).item())
 
 
+def test_smoothed_accuracy_of_a_student_that_knows_nothing_is_a_half():
+    """With a derivative by which it may begin: that of margins as they are."""
+    logits = torch.zeros(4, 3, requires_grad=True)
+    value = smoothed_accuracy(logits.log_softmax(1), torch.tensor([0, 1, 2, 0]), 0.5)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert float(value) == 0.5
+    assert float(gradient[1, 1]) == pytest.approx(0.25 / 0.5 / 4)
+
+
 @pytest.mark.parametrize(
     "measure", [expected_accuracy, log_likelihood, margin_surrogate, smoothed_accuracy]
 )

@@ -142,6 +142,15 @@ def test_adam_at_zero_moments_has_a_finite_derivative():
     assert all(torch.isfinite(p).all() for p in pulled)
 
 
+@pytest.mark.parametrize("eps", [1e-15, 1e-30])
+def test_adams_vjp_is_finite_where_there_never_was_a_gradient(eps):
+    """A unit of ReLU that is dead from the start; in float32 eps^2 may be 0."""
+    optimiser = build_optimiser(OptimiserSpec("adam", 0.1, eps=eps))
+    start, gradient = optimiser.initial(torch.ones(2)), torch.tensor([0.0, 1.0])
+    pulled = optimiser.pull_back(start, gradient, torch.ones(3, 2), 0, 0.1)
+    assert bool(pulled.isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -159,6 +159,36 @@ def test_taught_loss_writes_one_loss_for_all_processes(tmp_path, name):
     assert float((first[-1] - first[1]).abs().max()) > 1e-3
 
 
+def kept_look(path, processes):
+    """A look at dev, a checkpoint of the first process, and three losses from there."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(8, 4), torch.arange(8) % 4
+    criterion = TaughtLoss(path, 10)
+    for _ in range(3):
+        criterion(logits, targets)
+        criterion.step()
+    if processes.rank == 0:
+        criterion.observe_dev(10.0 * torch.eye(4), torch.arange(4))
+    kept = processes.from_first(criterion.state_dict())
+    again = TaughtLoss(path, 10)
+    again.load_state_dict(kept)
+    losses = []
+    for one in (criterion, again):
+        for _ in range(3):
+            losses.append(float(one(logits, targets)))
+            one.step()
+    return losses
+
+
+def test_a_checkpoint_keeps_a_look_at_dev_that_no_step_has_shared(tmp_path):
+    spec, loss = TeacherSpec(slots=3, init_scale=0.9, features=["dev_nll"]), LossSpec("dense")
+    header = TeacherHeader(spec, loss, 4, 10, 2, {"kind": "classes", "num_classes": 4})
+    path = tmp_path / "teacher.safetensors"
+    save_teacher(path, build_teacher(spec, loss, 4, 1, seed=2), header)
+    for losses in in_two_processes(tmp_path, functools.partial(kept_look, path)):
+        assert losses[:3] == losses[3:] and losses[1] != losses[0]
+
+
 def dev_warnings(path, processes):
     """Return how many warnings a process gives if none of them looks at dev, or the second."""
     logits, targets, counts = torch.zeros(4, 4), torch.arange(4), []

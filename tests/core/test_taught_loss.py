@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 
@@ -255,6 +256,53 @@ def test_logits_in_half_precision_are_taught_in_full(tmp_path, form, low):
         criterion.observe_dev(seen, targets)
     assert halved.applied.state_dict() == full.applied.state_dict()
     assert torch.equal(halved.eval()(logits, targets), full.eval()(logits.float(), targets))
+
+
+def test_a_checkpoint_within_an_accumulated_step_goes_on_as_without_it(teacher_path):
+    model, optimizer = fresh()
+    criterion, again = (TaughtLoss(teacher_path, 10, optimizer) for _ in range(2))
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    for _ in range(2):
+        criterion(model(x), y)
+        criterion.step()
+    criterion(model(x[:2]), y[:2])
+    again.load_state_dict(criterion.state_dict())
+    for one in (criterion, again):
+        one(model(x[2:]), y[2:])
+        one.step()
+    assert again.state_dict() == criterion.state_dict()
+    assert torch.equal(again(model(x), y), criterion(model(x), y))
+    criterion.step()
+    old = criterion.state_dict()  # a checkpoint from before it held that
+    del old["_extra_state"]["waiting"]
+    again.load_state_dict(old)
+    assert again.state_dict() == criterion.state_dict()
+
+
+def test_a_copy_of_the_model_follows_the_models_own_rate(teacher_path):
+    """As averages of weights copy it, together with its criterion; not its optimiser."""
+    model, optimizer = fresh()
+    criterion = TaughtLoss(teacher_path, 10, optimizer)
+    copied = copy.deepcopy(criterion)
+    optimizer.param_groups[0]["lr"] = 1e-4
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    for one in (criterion, copied):
+        for _ in range(3):
+            one(model(x), y)
+            one.step()
+    assert torch.equal(copied(model(x), y), criterion(model(x), y))
+    both, theirs = copy.deepcopy((optimizer, criterion))
+    assert theirs._optimizer is both is not optimizer
+    theirs.step()
+    assert (theirs.applied.step, criterion.applied.step) == (4, 3)
+
+
+@pytest.mark.parametrize("target", [-1, 4, 255])
+def test_a_target_that_is_no_class_is_named(teacher_path, target):
+    criterion = TaughtLoss(teacher_path, 10, fresh()[1])
+    targets = torch.tensor([0, -100, target, 1, 2])
+    with pytest.raises(UserError, match=rf"a target is {target}, the logits have 4 classes"):
+        criterion(torch.randn(5, 4), targets)
 
 
 def test_what_is_no_class_is_refused(teacher_path):

@@ -141,6 +141,7 @@ def test_other_files_are_refused(saved, tmp_path):
         (None, "dev_interval", "x"), ("teacher", "slots", -1), ("teacher", "slots", "3"),
         ("teacher", "features", None), ("teacher", "features", [1]), ("loss", "ce_mix", "a"),
         ("loss", "warmup_smoothing", 1.0), ("loss", "warmup_steps", -2), ("loss", "sigma", 1),
+        ("loss", "warmup_steps", 10**400),
         ("loss", "form", 3), (None, "fingerprint", None), (None, "teacher", 7),
         ("teacher", "name", None), ("teacher", "init_scale", "x"),
         ("teacher", "init_scale", math.nan), ("record", "dev_measure", "x"),
@@ -187,7 +188,7 @@ def test_other_files_are_refused(saved, tmp_path):
         load_teacher(other)
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.complex64, None], ids=str)
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64, torch.float8_e4m3fn, None], ids=str)
 def test_numbers_of_other_kinds_are_refused(saved, tmp_path, kind):
     """None: of two kinds."""
     path, teacher, _ = saved

@@ -14,6 +14,7 @@ import torch
 from toy_students import OpaqueNet, ToyStudent
 
 from l2t_core.errors import NoEffect, UserError
+from l2t_core.losses.forms import FORMS
 from l2t_core.runs.folder import open_run
 from l2t_core.specs import LossSpec, OptimiserSpec, TeacherSpec, TrainingSpec
 from l2t_core.students.train import train_student
@@ -174,7 +175,7 @@ def test_a_finished_run_goes_on_when_asked_for_more(student, tmp_path, changes, 
     assert skips[0] == skips[1] and (skips[0][4] >= 1) == (dies is not None)
     del events[:]
     run(student, tmp_path / "grown", episodes=4, on_event=events.append, **changes)
-    assert events == []
+    assert [e["event"] for e in events] == ["resumed"]
 
 
 def test_a_grown_run_keeps_its_patience(student, tmp_path):
@@ -187,13 +188,44 @@ def test_a_grown_run_keeps_its_patience(student, tmp_path):
     assert (result.best_episode, result.best_measure) == (3, 0.9)
 
 
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_a_grown_run_knows_the_leader_whose_place_its_last_episode_took(
+    student, tmp_path, finalists
+):
+    """That episode changed no theta within its life; made again it may do worse."""
+    settings = {"differentiation": "windows", "window": 2, "finalists": finalists}
+    settings["final_students"] = 1
+
+    def part(name, episodes, scores):
+        told = iter(scores)
+        student.true_measure = lambda: next(told, 0.1)  # which final students have
+        return run(student, tmp_path / name, episodes=episodes, **settings)
+
+    part("grown", 2, [0.5, 0.4, 0.6])
+    for result in (part("grown", 3, [0.3, 0.2]), part("whole", 3, [0.5, 0.4, 0.3, 0.2])):
+        assert [row["best"] for row in result.history] == [True, False, False, False]
+        assert result.best_episode == 0
+    same_teachers(tmp_path / "whole", tmp_path / "grown")
+
+
+@pytest.mark.parametrize("form", FORMS.names())
+def test_a_student_in_float64_is_taught_by_every_form(make_student, tmp_path, form):
+    """While theta is in float32, as everywhere."""
+    double = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=4)
+    result = train_teacher(
+        double, LossSpec(form, "softplus", rank=2), TEACHER, spec(episodes=1),
+        open_run(tmp_path / "run", {"run": 1}), record={"recipe": "toy"},
+    )
+    assert all(row["hypergradient_norm"] > 0.0 for row in result.history)
+
+
 def test_a_run_that_patience_ended_stays_ended(student, tmp_path):
     student.true_measure = lambda: 0.5
     settings = {"patience": 3, "finalists": 2}
     run(student, tmp_path / "run", episodes=50, **settings)
     events = []
     result = run(student, tmp_path / "run", episodes=60, on_event=events.append, **settings)
-    assert events == [] and len(result.history) == 4
+    assert [e["event"] for e in events] == ["resumed"] and len(result.history) == 4
 
 
 @pytest.mark.parametrize(("factor", "reason"), [(float("nan"), "not finite"), (0.0, "flat there")])
@@ -770,6 +802,14 @@ def test_sizes_that_a_teacher_does_not_read_are_told(name, idle):
     assert problems(LOSS, TeacherSpec(name), spec(), 6) == []
     (line,) = problems(LOSS, TeacherSpec("lstm", hidden=10_000), spec(), 6)
     assert line == "teacher.hidden is 10000; it must be in [1, 4,096]"
+
+
+def test_a_snapshot_takes_buffers_that_share_memory(student, tmp_path):
+    student.module.register_buffer("table", torch.ones(4))
+    student.module.register_buffer("view", student.module.table.view(2, 2))
+    snapshot = tmp_path / "snapshot.safetensors"
+    train_student(student, 9, snapshot=snapshot, snapshot_every=2)
+    assert snapshot.exists()
 
 
 @pytest.mark.parametrize("taught", [True, False])

@@ -20,18 +20,26 @@ def measure_steps(total_steps: int, points: int) -> list[int]:
 
 
 def smoothed_measure(life: Life, measure_seed: int) -> tuple[float, Tensor]:
-    """Return M-tilde and d M-tilde / d omega [P] at the module's parameters."""
+    """Return M-tilde and d M-tilde / d omega [P] at the module's parameters.
+
+    Its buffers are left as they were, as :func:`smoothed_value` does.
+    """
+    buffers = life.buffers.copy()
     # One derivative, but in evaluation mode, where cuDNN's recurrent kernels have none at all.
     with twice_differentiable(life.student.module):
         smoothed = life.student.smoothed_measure(measure_seed)
         cotangent = life.flat.gather(life.gradients(smoothed))
+    life.buffers.load(buffers)
     return float(smoothed.detach()), cotangent
 
 
 def smoothed_value(life: Life, measure_seed: int) -> float:
     """Return M-tilde at the module's parameters."""
+    buffers = life.buffers.copy()
     with torch.no_grad():
-        return float(life.student.smoothed_measure(measure_seed))
+        smoothed = float(life.student.smoothed_measure(measure_seed))
+    life.buffers.load(buffers)
+    return smoothed
 
 
 class Readout:
@@ -77,17 +85,12 @@ class Readout:
         self.life.show(state[0])
 
     def depart(self, step: int) -> None:
-        """Read M-tilde at the state before ``step``, which the module shows, if it is one of them.
-
-        The module's buffers are left as they were: the step is still to be walked back.
-        """
+        """Read M-tilde at the state before ``step``, if it is one; the module shows that state."""
         self.early = None
         if step not in self.steps or self.first is None or step <= self.first:
             return
-        buffers = self.life.buffers.copy()
         self.values[step], gradient = smoothed_measure(self.life, self.seed)
         self.early = gradient.div_(len(self.steps))
-        self.life.buffers.load(buffers)
 
     @property
     def smoothed(self) -> float:

@@ -46,7 +46,9 @@ def taught_loss(
     Raises:
         UserError: if the form or sigma is unknown.
     """
-    logit = FORMS.get(spec.form).logit(in_float32(log_probs), targets, phi)
+    log_probs = in_float32(log_probs)
+    phi = {name: part.to(log_probs.dtype) for name, part in phi.items()}  # of a student in float64
+    logit = FORMS.get(spec.form).logit(log_probs, targets, phi)
     return SIGMAS.get(spec.sigma)(logit)
 
 

@@ -269,8 +269,11 @@ def taught_step(
     statistics = life.statistics(log_probs, targets)
     del log_probs, targets  # of a large vocabulary they are large, and a pass over dev may follow
     applied.commit(statistics)
+    buffers = life.buffers.copy()
     dev = student.dev_statistics(step)
     if dev is not None:
+        # A look is no part of the training: a step made again, on the way back, has none before it.
+        life.buffers.load(buffers)
         applied.observe_dev(dev)
     return state, statistics
 

@@ -44,6 +44,8 @@ def smoothed_accuracy(log_probs: Tensor, targets: Tensor, width: float = 0.2) ->
     others = log_probs.scatter(1, targets.unsqueeze(1), -torch.inf).amax(1)
     margins = target_log_probs(log_probs, targets) - others
     size = margins.abs().mean()
+    # A last layer may begin at zero, and all margins with it: each counts half.
+    size = torch.where(size > 0.0, size, torch.ones_like(size))
     return torch.sigmoid(margins / (width * size)).mean()
 
 

@@ -228,7 +228,8 @@ class Adam:
         d_first.addcdiv_(d_scaled, denominator)
         # d root = -d_scaled first / denominator^2 / correction; d second = d root / (2 root), and
         # 0 where the root is, as _safe_root has it.
-        d_root = d_scaled.mul_(first).div_(denominator.square_())
+        # Divided twice: the square of an element that never had a gradient, eps^2, may be 0.
+        d_root = d_scaled.mul_(first).div_(denominator).div_(denominator)
         d_root.div_(root.masked_fill_(root == 0, torch.inf))
         d_second.add_(d_root, alpha=-0.5 / second_correction)
         d_direction = torch.mul(d_first, 1.0 - spec.beta1, out=root)

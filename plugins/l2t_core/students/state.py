@@ -58,6 +58,15 @@ class DevStatistics:
     accuracy: float
     class_accuracy: tuple[float, ...] = ()
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as plain Python values, for a checkpoint."""
+        return {**asdict(self), "class_accuracy": list(self.class_accuracy)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> DevStatistics:
+        """Return what :meth:`as_plain` was called on."""
+        return cls(plain["nll"], plain["accuracy"], tuple(plain["class_accuracy"]))
+
 
 def feature_count(feature_names: Sequence[str], num_classes: int) -> int:
     """Return F, the length of s_t, for these features and K = ``num_classes``.
@@ -182,20 +191,14 @@ class StudentState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running statistics as plain Python values."""
-        dev = asdict(self._dev) if self._dev else None
-        if dev:
-            dev["class_accuracy"] = list(dev["class_accuracy"])
+        dev = self._dev.as_plain() if self._dev else None
         return {"train": asdict(self._train) if self._train else None, "dev": dev}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         train, dev = state["train"], state["dev"]
         self._train = TrainStatistics(**train) if train else None
-        self._dev = (
-            DevStatistics(dev["nll"], dev["accuracy"], tuple(dev["class_accuracy"]))
-            if dev
-            else None
-        )
+        self._dev = DevStatistics.from_plain(dev) if dev else None
 
 
 def _scaled(fraction: float) -> float:

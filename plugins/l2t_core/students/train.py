@@ -81,7 +81,8 @@ def _save_snapshot(
     path: Path, state: Tensor, buffers: list[Tensor], step: int, loss: StepLoss
 ) -> None:
     tensors = {"state": state}
-    tensors |= {f"buffer.{i}": b for i, b in enumerate(buffers)}
+    # Copies: a file has no place for two that share memory.
+    tensors |= {f"buffer.{i}": b.clone() for i, b in enumerate(buffers)}
     record = {
         "step": step, "applied": loss.state_dict(), "threads": torch.get_num_threads(),
     }

@@ -29,6 +29,7 @@ from l2t_core.teachers.architectures import TEACHERS, Teacher, build_teacher
 
 FORMAT = "l2t-teacher"
 VERSION = 1
+_KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of theta's numbers
 
 
 @dataclass
@@ -155,7 +156,7 @@ def load_teacher(path: Path | str) -> tuple[Teacher, TeacherHeader]:
             f"{expected.get(wrong)}; the file is damaged, train the teacher again"
         )
     kinds = sorted({str(v.dtype) for v in tensors.values()})
-    if len(kinds) > 1 or not next(iter(tensors.values())).is_floating_point():
+    if len(kinds) > 1 or next(iter(tensors.values())).dtype not in _KINDS:
         raise UserError(
             f"{path}: its numbers are {' and '.join(kinds)}, a teacher's are of one floating-point "
             "kind; the file is damaged, train the teacher again"
@@ -246,7 +247,7 @@ def _check_values(header: TeacherHeader) -> None:
         if type(value) is not int or not least <= value < most:
             raise ValueError(f"{name} is {value!r}")
     warmup = header.loss.warmup_steps
-    if type(warmup) is not int or warmup < 0:
+    if type(warmup) is not int or not 0 <= warmup < 2**40:
         raise ValueError(f"loss.warmup_steps is {warmup!r}")
     for name in ("ce_mix", "warmup_smoothing"):
         share = getattr(header.loss, name)

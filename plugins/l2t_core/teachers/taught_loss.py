@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ class TaughtLoss(nn.Module):
         """Return the step's sums over all processes, and take over the first one's look at dev."""
         begun = self.applied.begun
         numbers = [*self._seen, float(self._dev is not None), float(begun)]
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=_exchanged_on(self._device))
         dist.all_reduce(sums)
         nll, right, examples, looked, knowing = sums.tolist()
         if self.applied.teacher.memory and 0 < knowing < dist.get_world_size():
@@ -230,7 +231,15 @@ class TaughtLoss(nn.Module):
             logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()
         targets = targets.long()  # first: in bytes -100 would be class 156
         kept = targets != self.ignore_index
-        if not bool(kept.all()):
+        sound = ~kept | ((targets >= 0) & (targets < logits.shape[1]))
+        all_kept, all_sound = torch.stack([kept.all(), sound.all()]).tolist()  # one wait for a GPU
+        if not all_sound:
+            raise UserError(
+                f"TaughtLoss: a target is {int(targets[~sound][0])}, the logits have "
+                f"{logits.shape[1]} classes; give class indices from 0, or "
+                f"{self.ignore_index} (ignore_index) where there is none"
+            )
+        if not all_kept:
             logits, targets = logits[kept], targets[kept]
         return in_float32(logits), targets
 
@@ -246,20 +255,51 @@ class TaughtLoss(nn.Module):
             )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the student's state, for ``state_dict``."""
-        return self.applied.state_dict()
+        """Return the student's state, for ``state_dict``, with what awaits the next :meth:`step`.
+
+        Of several processes each has its own share of that; a look at dev is in the state of the
+        one that looked.
+        """
+        dev = self._dev.as_plain() if self._dev else None
+        waiting = {"seen": list(self._seen), "dev": dev}
+        return {**self.applied.state_dict(), "waiting": waiting}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over the student's state, from ``load_state_dict``."""
         self.applied.load_state_dict(state)
-        if state["state"]["dev"]:
+        self._seen, self._dev = (0.0, 0.0, 0), None
+        if waiting := state.get("waiting"):  # younger than some checkpoints
+            nll, right, examples = waiting["seen"]
+            self._seen = (float(nll), float(right), int(examples))
+            self._dev = DevStatistics.from_plain(waiting["dev"]) if waiting["dev"] else None
+        if state["state"]["dev"] or self._dev:
             self._may_miss_dev = False
+        if self._dev and not _several():
+            self.applied.observe_dev(self._dev)
+            self._dev = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TaughtLoss:
+        """Copy it, but for the optimiser: an average of a model learns at the model's own rate."""
+        state, optimizer = self.__dict__.copy(), self._optimizer
+        del state["_optimizer"]
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new._optimizer = memo.get(id(optimizer), optimizer)
+        return new
 
 
 def _warn(text: str, stacklevel: int) -> None:
     """Warn, in the first process alone."""
     if not _several() or dist.get_rank() == 0:
         warnings.warn(f"TaughtLoss: {text}", stacklevel=stacklevel)
+
+
+def _exchanged_on(device: torch.device) -> torch.device:
+    """Return where numbers of a process that computes on ``device`` can be added up over all."""
+    if device.type == "cpu" and dist.get_backend() == "nccl":  # one that had no batch so far
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _first(mine: Any) -> Any:

@@ -127,6 +127,8 @@ class TeacherTraining:
 
     def run(self, on_event: OnEvent) -> TrainingResult:
         """Run the episodes that are left, saving after each, and the final students."""
+        if history := self.state.progress.history:
+            on_event({"event": "resumed", "history": history})
         if not self._finished():
             if self.spec.differentiation not in WITHOUT_DERIVATIVES:
                 self.processes.agree(lambda: self.engine.prepare(self.teacher))
@@ -314,7 +316,7 @@ class TeacherTraining:
             else:
                 ascend(self.teacher, self.loss, gradient, rule, spec)
         return {
-            "hypergradient_norm": norm,
+            "hypergradient_norm": finite(norm),
             "signal_to_noise": finite(signal_to_noise(estimates[:, 0])),
         }
 
@@ -346,8 +348,7 @@ class TeacherTraining:
         self.folder.write_metrics(self.state.rows())
 
     def _resume(self) -> None:
-        processes = self.processes
-        first = processes.rank == 0
+        processes, first = self.processes, self.processes.rank == 0
         mine = processes.agree(lambda: self.folder.load_state() if first else None)
         stored = processes.from_first(mine)
         if stored is None:

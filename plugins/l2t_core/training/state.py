@@ -97,7 +97,9 @@ class TrainingState:
 
     ``sound`` is the last theta whose students told something. ``leaders`` are the best by their
     own episode's measure, at most ``keep`` of them, the best first and of equals the earliest;
-    until an episode has given a measure, the theta of the start stands for it. ``life`` is the best
+    until an episode has given a measure, the theta of the start stands for it. ``ousted`` is the
+    one whose place the last of them took: a run that goes on takes its last episode back. ``life``
+    is the best
     of the lives whose loss has changed (:mod:`l2t_core.training.lived`), with theta of all of it.
     """
 
@@ -106,6 +108,7 @@ class TrainingState:
         self.rule = UPDATE_RULES.get(spec.update_rule)(teacher, spec)
         self.sound = self.theta()
         self.leaders = [Leader(-1, -math.inf, self.theta())]
+        self.ousted: list[Leader] = []
         self.life: Leader | None = None
         self.progress = Progress()
 
@@ -117,7 +120,8 @@ class TrainingState:
         """Let the present theta be a leader if it is good enough; tell whether it is the first."""
         new = Leader(self.progress.episode, measure, self.theta())
         known = [leader for leader in self.leaders if leader.episode >= 0]
-        self.leaders = sorted([*known, new], key=lambda leader: -leader.measure)[: self.keep]
+        ranked = sorted([*known, new], key=lambda leader: -leader.measure)
+        self.leaders, self.ousted = ranked[: self.keep], ranked[self.keep :]
         return self.leaders[0] is new
 
     def offer_life(self, measure: float, theta: Theta) -> None:
@@ -147,16 +151,18 @@ class TrainingState:
         """Return everything as tensors by name and a JSON-compatible record."""
         tensors = _named("theta", self.teacher.state_dict()) | _named("sound", self.sound)
         tensors |= self.rule.pack()
-        leaders = []
-        for index, leader in enumerate(self.leaders):
-            tensors |= _named(f"leader.{index}", leader.theta)
-            numbers = {k: v for k, v in vars(leader).items() if k != "theta"}
-            leaders.append(numbers)
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for name, leaders in {"leader": self.leaders, "ousted": self.ousted}.items():
+            kept[name] = []
+            for index, leader in enumerate(leaders):
+                tensors |= _named(f"{name}.{index}", leader.theta)
+                kept[name].append({k: v for k, v in vars(leader).items() if k != "theta"})
         life = self.life
         tensors |= _named("life", life.theta if life else {})
         return tensors, {
             "life": {"episode": life.episode, "measure": life.measure} if life else None,
-            "progress": dataclasses.asdict(self.progress), "leaders": leaders,
+            "progress": dataclasses.asdict(self.progress), "leaders": kept["leader"],
+            "ousted": kept["ousted"],
             "threads": torch.get_num_threads(),
         }
 
@@ -175,10 +181,14 @@ class TrainingState:
         """
         device = next(self.teacher.parameters()).device
         self.progress = Progress(**record["progress"])
-        self.leaders = [
-            Leader(theta=part(tensors, f"leader.{index}."), **numbers)
-            for index, numbers in enumerate(record["leaders"])
-        ]
+        self.leaders, self.ousted = (
+            [
+                Leader(theta=part(tensors, f"{name}.{index}."), **numbers)
+                for index, numbers in enumerate(found)
+            ]
+            # The second is younger than some states.
+            for name, found in (("leader", record["leaders"]), ("ousted", record.get("ousted", [])))
+        )
         self.teacher.load_state_dict(part(tensors, "theta."))
         self.sound = {k: v.to(device) for k, v in part(tensors, "sound.").items()}
         self.rule.unpack(tensors)
@@ -192,7 +202,8 @@ class TrainingState:
         p = self.progress
         p.take_back()
         # Until it is made again, some theta has to stand where its own was the only leader.
-        known = [x for x in self.leaders if x.episode != p.episode]
+        known = [x for x in [*self.leaders, *self.ousted] if x.episode != p.episode]
+        self.ousted = []
         self.leaders = known or [Leader(-1, -math.inf, self.sound)]
         for leader in self.leaders:
             leader.scores, leader.seconds = [], 0.0
