@@ -207,7 +207,7 @@ def _warnings(
         found.append(
             f"{label}: the best rate {point.lr:g} is the {edge} of compare.lr; widen it"
         )
-    if sides := untried_sides(point, tuning.grid(arm)):
+    if sides := untried_sides(point, tuning.grid(arm), tuning.rates):
         own = ", ".join(f"{name} {value:g}" for name, value in point.settings)
         found.append(
             f"{label}: no rate {' or '.join(sides)} the best, {point.lr:g}, was tried with {own}; "

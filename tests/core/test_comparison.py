@@ -155,9 +155,21 @@ def test_rates_that_were_left_out_beside_the_best_are_told() -> None:
     points = [
         *(Point(lr, low) for lr in (0.1, 0.2)), *(Point(lr, high) for lr in (0.05, 0.1, 0.4))
     ]
-    assert untried_sides(Point(0.2, low), points) == ["above"]
-    assert untried_sides(Point(0.1, low), points) == ["below"]
-    assert untried_sides(Point(0.1, high), points) == []
-    assert untried_sides(Point(0.4, high), points) == []  # the end of the grid is told elsewhere
-    assert untried_sides(Point(0.1, low), [Point(0.1, low), *points[2:]]) == ["below", "above"]
-    assert untried_sides(Point(0.1, low), []) == []
+    rates = [0.05, 0.1, 0.2, 0.4]
+    assert untried_sides(Point(0.2, low), points, rates) == ["above"]
+    assert untried_sides(Point(0.1, low), points, rates) == ["below"]
+    assert untried_sides(Point(0.1, high), points, rates) == []
+    # The end of the grid is told elsewhere.
+    assert untried_sides(Point(0.4, high), points, rates) == []
+    one = [Point(0.1, low), *points[2:]]
+    assert untried_sides(Point(0.1, low), one, rates) == ["below", "above"]
+    assert untried_sides(Point(0.1, low), [], rates) == []
+
+
+def test_a_rate_that_was_tried_with_no_settings_at_all_is_left_out_too() -> None:
+    """Of few points none may have the lowest rates."""
+    rates, own = [0.02, 0.1, 0.5, 2.5], {"q": [0.05, 0.1, 0.15]}
+    points = grid_points(rates, own, 4)
+    lowest = min(points, key=lambda point: point.lr)
+    assert lowest.lr == 0.5
+    assert untried_sides(lowest, points, rates)[0] == "below"

@@ -118,14 +118,16 @@ def at_edge(chosen: float, tried: Sequence[float], ratio: float = 1.0) -> str:
     return "highest" if chosen >= max(tried) / ratio else ""
 
 
-def untried_sides(chosen: Point, points: Sequence[Point]) -> list[str]:
-    """Return ``below`` and ``above`` where ``points`` have rates on that side, none as ``chosen``.
+def untried_sides(chosen: Point, points: Sequence[Point], rates: Sequence[float]) -> list[str]:
+    """Return ``below`` and ``above`` where ``rates`` has some on that side, ``points`` none.
 
-    A grid that is too large leaves rates out: the best of those tried with some settings may be the
-    last of them though it is within the grid.
+    That is none with the settings of ``chosen``. A grid that is too large leaves rates out: the
+    best of those tried with some settings may be the last of them though it is within the grid.
+    Without points, as of a search, nothing was left out.
     """
     alike = [point.lr for point in points if point.settings == chosen.settings]
-    rates = [point.lr for point in points]
+    if not alike:
+        return []
     below = any(lr < chosen.lr for lr in rates) and not any(lr < chosen.lr for lr in alike)
     above = any(lr > chosen.lr for lr in rates) and not any(lr > chosen.lr for lr in alike)
     return ["below"] * below + ["above"] * above
