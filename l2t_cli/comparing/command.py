@@ -204,7 +204,8 @@ class Comparison:
             finals = compare_plan.Finals(self.arms, chosen, self.seeds)
             run_trials(finals, self.store, pool, jobs, receive)
         summary = compare_report.summarise(
-            self.recipe.name, self.arms, self.tuning, finals, results, self.field
+            self.recipe.name, self.arms, self.tuning, finals, results, self.field,
+            self.store.finished({arm.origin for arm in self.arms}),
         )
         summary["warnings"] += self.field.notes()
         if len(self.seeds) < 5:

@@ -43,6 +43,11 @@ class Arm:
         """The hash of the teacher, nothing for a fixed loss."""
         return self.teacher.sha256 if self.teacher else ""
 
+    @property
+    def origin(self) -> tuple[str, str]:
+        """What tells the loss from every other: that of its trials."""
+        return self.loss, self.teacher_sha256
+
     def trial(self, point: Point, seed: int, final: bool) -> Trial:
         """Return the trial of ``point`` with ``seed``."""
         return Trial(

@@ -49,11 +49,15 @@ def summarise(
     finals: Finals,
     results: Mapping[Trial, Result],
     field_trials: FieldTrials,
+    spent: Mapping[Trial, Result],
 ) -> Summary:
-    """Return all that a comparison found, as plain values."""
+    """Return all that a comparison found, as plain values.
+
+    ``spent`` are all students that it cost, those of earlier grids, too.
+    """
     chosen = tuning.chosen()
     rows = [
-        _row(arm, chosen[arm.name], tuning, finals, results, field_trials) for arm in found
+        _row(arm, chosen[arm.name], tuning, finals, spent, field_trials) for arm in found
     ]
     reference = rows[0]["test"]
     for row in rows[1:]:
@@ -117,11 +121,11 @@ def _row(
     point: Point | None,
     tuning: Tuning,
     finals: Finals,
-    results: Mapping[Trial, Result],
+    spent: Mapping[Trial, Result],
     field_trials: FieldTrials,
 ) -> dict[str, Any]:
     last = [result for _, result in sorted(finals.results[arm.name].items())]
-    spent = [result for trial, result in results.items() if trial.arm == arm.name]
+    theirs = [result for trial, result in spent.items() if trial.origin == arm.origin]
     cost: tuple[float | None, int] = (0.0, 0)
     if arm.teacher:
         cost = teacher_cost(arm.teacher.path, arm.teacher.given.parent)
@@ -143,8 +147,8 @@ def _row(
             [r.test for r in last], field_trials.worst, field_trials.lower_is_better
         ),
         "diverged": sum(bool(r.diverged) for r in last),
-        "students_seconds": sum(r.seconds for r in spent),
-        "students_steps": sum(r.steps + r.steps_before for r in spent),
+        "students_seconds": sum(r.seconds for r in theirs),
+        "students_steps": sum(r.steps + r.steps_before for r in theirs),
         "teacher_seconds": cost[0],
         "teacher_steps": cost[1],
         "against_cross_entropy": None,

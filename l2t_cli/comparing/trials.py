@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -43,6 +43,11 @@ class Trial:
     lr: float
     seed: int
     final: bool
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """What tells the loss from every other; ``arm`` may change with what is beside it."""
+        return self.loss, self.teacher_sha256
 
     def title(self) -> str:
         """Return the trial in words."""
@@ -149,6 +154,20 @@ class TrialStore:
             return None
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged; delete it to run that trial again") from error
+
+    def finished(self, losses: Collection[tuple[str, str]]) -> dict[Trial, Result]:
+        """Return these students' finished trials of ``losses`` (origins), of whatever grid."""
+        found = {}
+        for path in sorted(self.folder.glob("trials/*.json")):
+            # What is damaged and still needed has been told by ``load``.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                said = content["trial"]
+                settings = tuple(said["settings"].items())
+                trial = Trial(**{**said, "settings": settings, "teacher": None})
+                if trial.origin in losses and self.key(trial) == path.stem:
+                    found[trial] = Result(**content["result"])
+        return found
 
     def save(self, trial: Trial, result: Result) -> None:
         """Write the trial's file; take its working folder away where nothing in it is of use."""

@@ -751,6 +751,27 @@ def test_a_damaged_trial_file_is_named(l2t: Run, tiny: Path, watched: Watched) -
     assert str(path) in line and "delete it" in line
 
 
+def test_students_of_earlier_grids_and_seeds_are_part_of_the_cost(l2t: Run, tiny: Path) -> None:
+    def spent(*changes: str) -> tuple[int, float]:
+        losses = "compare.losses=[cross_entropy]"
+        assert l2t("compare", tiny, losses, "--jobs", "1", *changes).code == 0
+        row = json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"][0]
+        return row["students_steps"], row["students_seconds"]
+
+    grid = ("compare.trials=2", "compare.lr=[0.1,0.2]")
+    steps, seconds = spent(*grid, "compare.seeds=3")
+    assert steps == (2 + 3) * 24
+    trials = Path("runs/tiny-compare/trials")
+    path = next(trials.glob("*.json"))
+    path.with_name("0123.json").write_text(path.read_text())  # as of another version: not counted
+    assert spent(*grid, "compare.seeds=2") == (steps, pytest.approx(seconds))
+    other = spent("compare.trials=2", "compare.lr=[1e-7,1e-6]", "compare.seeds=3")
+    kept = [json.loads(p.read_text())["result"] for p in trials.glob("*.json") if p.stem != "0123"]
+    assert other[0] == sum(result["steps"] for result in kept) == (2 + 3 + 2 + 3) * 24
+    assert other[1] == pytest.approx(sum(result["seconds"] for result in kept))
+    assert spent(*grid, "compare.seeds=3") == (other[0], pytest.approx(other[1]))
+
+
 def test_a_score_changes_in_points() -> None:
     """As the field tells BLEU: 33 to 34.5 is +1.5, not +4.5 %."""
     field: Any = SimpleNamespace(
@@ -766,7 +787,7 @@ def test_a_score_changes_in_points() -> None:
         results={n: {s: Result(1.0, 9, 1.0, 0.0, v) for s, v in enumerate(t)}
                  for n, t in tests.items()}
     )
-    summary = summarise("tiny", [Arm(n, n, {}) for n in tests], tuning, finals, {}, field)
+    summary = summarise("tiny", [Arm(n, n, {}) for n in tests], tuning, finals, {}, field, {})
     assert summary["change_unit"] == "points"
     assert [row["change"] for row in summary["losses"]] == [None, pytest.approx(1.5)]
     assert [row[4] for row in table_rows(summary)] == ["", "+1.50 points"]
