@@ -94,6 +94,34 @@ def test_a_damaged_archive_is_named(pets: Path, kind: str) -> None:
         load_image_folder(archive)
 
 
+CUT = r"pets\.tar is damaged or cut short .*; copy it again$"
+
+
+def test_an_archive_that_is_cut_between_two_files_is_refused(pets: Path) -> None:
+    archive = packed(pets, "")
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as opened:
+        *_, last, end = [member.offset for member in opened] + [opened.offset]
+    assert whole[end:].count(0) == len(whole) - end
+    for content in (whole[:last], whole[:end], whole[: end + 100]):
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=CUT):
+            load_image_folder(archive)
+    archive.write_bytes(whole[:last] + b"x" * 512 + whole[last + 512 :])  # a header like no other
+    with pytest.raises(UserError, match=CUT):
+        load_image_folder(archive)
+    archive.write_bytes(whole[: end + 512])  # one block of zeros is an end
+    assert len(load_image_folder(archive).test_y) == 6
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+def test_a_compressed_archive_without_its_last_bytes_is_refused(pets: Path, kind: str) -> None:
+    archive = packed(pets, kind)
+    archive.write_bytes(archive.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"or is cut short \(.*\); copy it again$"):
+        load_image_folder(archive)
+
+
 def test_grey_alone_has_one_channel(pets: Path) -> None:
     for split in ("train", "test"):
         for path in (pets / split / "cat").glob("0*.png"):

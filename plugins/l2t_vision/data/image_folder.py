@@ -35,8 +35,8 @@ from l2t_vision.data.raw import ImagesAndLabels, RawImages, checked_splits
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "test")
 # Of the cached file and of the way to decode: an archive's links and empty classes were once left
-# out without a word, and a file that was packed twice counted twice.
-_FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "5"
+# out without a word, a file that was packed twice counted twice, and cut archives were taken.
+_FOLDER_FORMAT, _ARCHIVE_FORMAT = "3", "6"
 
 Pictures = dict[tuple[str, str], np.ndarray]  # by class and name, as _decode returns them
 _TENSORS = ("train_x", "train_y", "test_x", "test_y")  # of RawImages
@@ -59,7 +59,8 @@ def load_image_folder(source: Path, size: int = 0) -> RawImages:
             return cached
         raw = _decode_all(source, size)
     except DAMAGED as error:
-        raise UserError(f"{source} cannot be read or is cut short ({error})") from error
+        mend = "" if isinstance(error, OSError) else "; copy it again"
+        raise UserError(f"{source} cannot be read or is cut short ({error}){mend}") from error
     _save(cache, raw)
     return raw
 
@@ -124,6 +125,24 @@ def _in_archive(source: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
                 yield path, handle.read()
             elif _is_in_class(path):
                 yield path, None
+        _refuse_cut_short(source, archive)
+
+
+def _refuse_cut_short(source: Path, archive: tarfile.TarFile) -> None:
+    """Refuse an ``archive``, read through, that does not end with its closing block of zeros.
+
+    tarfile takes the end of the file, and a damaged header, for the archive's end. What is behind
+    is read because a compressed file has its checksum there.
+    """
+    stream = archive.fileobj
+    assert stream is not None  # it is open
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(
+            f"{source} is damaged or cut short (it lacks a tar archive's end); copy it again"
+        )
+    while stream.read(1 << 20):
+        pass
 
 
 def _found(source: Path) -> Iterator[Path]:
