@@ -292,7 +292,8 @@ def _claim(checkpoints: Path, folder: Path, text: str) -> None:
             f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "
             "go on from; choose another --save-dir"
         )
-    atomic_write(mark, text + "\n")
+    # To be run, so a name that is not UTF-8 is written as it is.
+    atomic_write(mark, f"{text}\n".encode(errors="surrogateescape"))
 
 
 def checkpoint_of(folder: Path) -> Path:

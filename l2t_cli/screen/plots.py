@@ -32,7 +32,7 @@ def plot_dev_measure(
         axes.legend(frameon=False)
     axes.set_xlabel("episode")
     axes.set_ylabel(f"dev {measure}")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_drawn(title), fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _write_png(figure, to)
 
@@ -64,7 +64,7 @@ def plot_comparison(panels: Sequence[dict[str, Any]], to: Path) -> None:
             )
         axes.set_xticks(range(len(pairs)), [label for label, _ in pairs])
         axes.set_ylabel(panel["measure"])
-        axes.set_title(panel["title"], fontsize=10)
+        axes.set_title(_drawn(panel["title"]), fontsize=10)
         axes.margins(y=0.15)
     _write_png(figure, to)
 
@@ -92,7 +92,7 @@ def plot_learning_curves(
         style = _LINES[number // 10 % len(_LINES)]
         dot = "o" if len(steps) == 1 else ""  # no line leads through a single look at dev
         (line,) = axes.plot(
-            steps, means, style, marker=dot, color=f"C{number % 10}", label=label, lw=1.2
+            steps, means, style, marker=dot, color=f"C{number % 10}", label=_drawn(label), lw=1.2
         )
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
@@ -100,7 +100,7 @@ def plot_learning_curves(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel(what)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_drawn(title), fontsize=10)
     # Beside the curves: between ten of them there is no room.
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _write_png(figure, to)
@@ -118,11 +118,17 @@ def plot_scores(scores: Mapping[str, Sequence[float]], measure: str, title: str,
         axes.bar(position, mean(values), width=0.6, color=color, alpha=0.75,
                  yerr=deviation(values), capsize=4)
         axes.plot([position] * len(values), values, "o", color="black", ms=3)
-    axes.set_xticks(range(len(scores)), list(scores), rotation=20, ha="right", fontsize=8)
+    labels = [_drawn(label) for label in scores]
+    axes.set_xticks(range(len(scores)), labels, rotation=20, ha="right", fontsize=8)
     axes.set_ylabel(measure)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_drawn(title), fontsize=10)
     axes.margins(y=0.15)
     _write_png(figure, to)
+
+
+def _drawn(text: str) -> str:
+    """Return ``text`` with what is left of a name that is not UTF-8 in escapes, as in files."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _axes(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:

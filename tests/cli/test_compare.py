@@ -876,6 +876,21 @@ def test_an_image_recipe_has_no_sequences(l2t: Run, tiny: Path) -> None:
     assert "mrt does not exist for image recipes; remove it" in line
 
 
+def test_names_that_are_not_utf8_are_drawn_in_escapes(tmp_path: Path) -> None:
+    name, to = os.fsdecode(b"d\xe4r"), tmp_path / "plot.png"
+    curve, scores = [[1.0, 0.5], [2.0, 0.6]], [1.0, 2.0]
+    panel = {"title": name, "measure": "error %", "taught": scores, "cross_entropy": scores}
+    for draw in (
+        lambda: plots.plot_dev_measure([{"episode": 1, "dev_measure": 0.5}], 1, "BLEU", name, to),
+        lambda: plots.plot_comparison([panel], to),
+        lambda: plots.plot_learning_curves({name: [curve]}, "accuracy", name, to),
+        lambda: plots.plot_scores({name: scores}, "error %", name, to),
+    ):
+        to.unlink(missing_ok=True)
+        draw()
+        assert to.stat().st_size > 1000
+
+
 def test_no_two_learning_curves_look_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from l2t_cli.applying import fairseq_process
+from l2t_cli.applying.fairseq import _claim
 from l2t_cli.applying.fairseq_process import run_logged, train_to_end
 from l2t_core.errors import UserError
 from l2t_core.runs.files import lock
@@ -107,3 +108,8 @@ def test_half_a_checkpoint_to_go_on_from_is_named(tmp_path: Path, damage: str) -
         last.write_bytes(others)
         refuse_cut_short(last, "")
     refuse_cut_short(tmp_path / "none.pt", "")
+
+
+def test_a_command_is_kept_with_names_as_they_are(tmp_path: Path) -> None:
+    _claim(tmp_path / "checkpoints", tmp_path, os.fsdecode(b"fairseq-train d\xe4r"))
+    assert (tmp_path / "command.sh").read_bytes() == b"fairseq-train d\xe4r\n"

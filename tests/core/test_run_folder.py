@@ -83,6 +83,11 @@ def test_what_is_wrong_with_a_state_is_said_in_plain_words(tmp_path):
     assert refused() == "is a folder, where a run keeps its state"
 
 
+def test_a_name_that_is_not_utf8_is_written_in_escapes(tmp_path):
+    atomic_write(tmp_path / "report.md", f"dü {os.fsdecode(bytes([0xE4]))}")
+    assert (tmp_path / "report.md").read_text("utf-8") == "dü \\udce4"
+
+
 def test_files_have_the_permissions_of_any_other(tmp_path):
     """Their temporary ones are for their owner alone: nobody else could read a teacher."""
     (tmp_path / "plain").write_text("")

@@ -34,11 +34,13 @@ _TRIES = 10  # at making a folder that others remove meanwhile
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write ``data`` to ``path`` through a temporary file beside it and a rename.
 
+    Text is in UTF-8, with what is left of names that are not in escapes.
+
     Raises:
         UserError: if the folder cannot be created or written, or the disk is full.
     """
     with atomic_file(path) as handle:
-        handle.write(data.encode("utf-8") if isinstance(data, str) else data)
+        handle.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
