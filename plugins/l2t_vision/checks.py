@@ -78,8 +78,14 @@ def _impossible_numbers(spec: ImageSpec) -> list[str]:
             f"between 1 and image.steps, {spec.steps}, or dev is never looked at",
         ),
         ("hidden", spec.hidden, spec.hidden >= 1, "at least 1"),
-        ("depth", spec.depth, spec.depth >= 0, "0 (the paper's largest) or more"),
-        ("width", spec.width, spec.width >= 0, "0 (the paper's largest) or more"),
+        (
+            "depth", spec.depth, 0 <= spec.depth <= 10_000,
+            "between 0 (the paper's largest) and 10,000",
+        ),
+        (
+            "width", spec.width, 0 <= spec.width <= 100_000,
+            "between 0 (the paper's largest) and 100,000",
+        ),
         (
             "schedule.warmup_steps", spec.schedule.warmup_steps,
             0 <= spec.schedule.warmup_steps < max(1, spec.steps), "0 or more and below image.steps",
