@@ -117,6 +117,7 @@ def test_refined_grids_halve_the_widest_gap() -> None:
     assert refined([0.1, 0.4, 1.6], 5) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
     assert refined([0.3, 0.1, 0.2, 0.1], 2) == [0.1, 0.2, 0.3]
     assert refined([0.1], 5) == [0.1]
+    assert refined([1e-200, 1e-190], 4) == [1e-200, 3.16228e-198, 1e-195, 1e-190]
     grid = refined([0.05, 0.1, 0.2, 0.4], 12)
     assert len(grid) == len(set(grid)) == 12 and (grid[0], grid[-1]) == (0.05, 0.4)
 

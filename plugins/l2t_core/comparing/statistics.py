@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,7 +67,11 @@ def refined(values: Sequence[float], count: int) -> list[float]:
         # Rounded: equal ratios should be equal gaps.
         gaps = [round(math.log(b / a), 9) for a, b in itertools.pairwise(grid)]
         widest = gaps.index(max(gaps))
-        middle = math.sqrt(grid[widest] * grid[widest + 1])
+        low, high = grid[widest], grid[widest + 1]
+        # The product of very small rates is zero; that of others has the bits of published grids.
+        product = low * high
+        tiny = product < sys.float_info.min
+        middle = math.sqrt(low) * math.sqrt(high) if tiny else math.sqrt(product)
         grid.insert(widest + 1, float(f"{middle:.6g}"))
     return grid
 
