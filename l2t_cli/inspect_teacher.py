@@ -26,12 +26,12 @@ def command(
     import dataclasses
 
     from l2t_core.losses.forms import FORMS, square_parts
-    from l2t_core.teachers.file import load_header, load_teacher
+    from l2t_core.teachers.file import load_teacher
 
+    network, header = load_teacher(teacher)  # all of it, for JSON, too: its numbers may be damaged
     if as_json:
-        print(json.dumps(dataclasses.asdict(load_header(teacher)), indent=2, sort_keys=True))
+        print(json.dumps(dataclasses.asdict(header), indent=2, sort_keys=True))
         return
-    network, header = load_teacher(teacher)
     console.table(str(teacher), ["", ""], [*_header_rows(header), ("parameters", _count(network))])
     times = [f"t/T = {point:g}" for point in POINTS]
     written = _coefficients(network, header)

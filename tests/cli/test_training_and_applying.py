@@ -612,12 +612,14 @@ def test_damaged_and_foreign_teachers_are_refused(
         whole[:5],
         whole[:100],
         whole[:-8],
+        whole[:-8] + bytes(byte ^ 1 for byte in whole[-8:]),
         b"x" * 5000,
         torch.ones(3).numpy().tobytes(),
     ):
         bad.write_bytes(content)
         assert "bad.safetensors" in l2t("apply-teacher", bad, digits).error()
         assert "bad.safetensors" in l2t("inspect", bad).error()
+        assert "bad.safetensors" in l2t("inspect", bad, "--json").error()
     from safetensors.torch import save_file
 
     save_file({"weight": torch.ones(2)}, bad)
