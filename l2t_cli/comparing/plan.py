@@ -128,7 +128,7 @@ def _wrong_numbers(spec: CompareSpec) -> Iterator[str]:
     if len(set(spec.lr)) == 1:
         yield "compare.lr has one rate; give at least two, better four or more"
     ranges = [
-        ("trials", spec.trials, 2, 10**6),
+        ("trials", spec.trials, 2, 10_000),
         ("tuning_seeds", spec.tuning_seeds, 1, 10_000),
         ("seeds", spec.seeds, 2, 10_000),
         ("seed", spec.seed, 1, 2**31 - 20_000),

@@ -704,6 +704,7 @@ def test_no_number_is_broken_on_a_narrow_screen(
         ("compare.lr=[0.1,-1]", "above 0"),
         ("compare.lr=[fast]", "compare.lr"),
         ("compare.trials=1", "compare.trials is 1"),
+        ("compare.trials=10001", "compare.trials is 10001; it must be in [2, 10000]"),
         ("compare.lr=[0.1,0.2,0.3,0.4]", "compare.trials is 3, fewer than the 4 rates"),
         ("compare.seeds=1", "compare.seeds is 1"),
         ("compare.seed=900001", "share seeds"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import Counter
 
 import numpy as np
@@ -120,6 +122,15 @@ def test_refined_grids_halve_the_widest_gap() -> None:
     assert refined([1e-200, 1e-190], 4) == [1e-200, 3.16228e-198, 1e-195, 1e-190]
     grid = refined([0.05, 0.1, 0.2, 0.4], 12)
     assert len(grid) == len(set(grid)) == 12 and (grid[0], grid[-1]) == (0.05, 0.4)
+
+
+def test_a_large_grid_is_refined_at_once() -> None:
+    began = time.process_time()
+    grid = refined([0.05, 0.1, 0.2, 0.4], 10_000)
+    assert time.process_time() - began < 5.0  # it was a minute
+    assert len(grid) == 10_000 and grid == sorted(grid)
+    ratios = [high / low for low, high in itertools.pairwise(grid)]
+    assert max(ratios) < 1.001
 
 
 def test_every_loss_gets_as_many_points() -> None:

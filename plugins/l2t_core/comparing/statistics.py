@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import random
@@ -63,17 +64,27 @@ def refined(values: Sequence[float], count: int) -> list[float]:
     More values than ``count`` stay as they are, and so does a single one.
     """
     grid = sorted(set(values))
-    while len(grid) < count and len(grid) > 1:
-        # Rounded: equal ratios should be equal gaps.
-        gaps = [round(math.log(b / a), 9) for a, b in itertools.pairwise(grid)]
-        widest = gaps.index(max(gaps))
-        low, high = grid[widest], grid[widest + 1]
+    gaps = [_gap(low, high) for low, high in itertools.pairwise(grid)]
+    heapq.heapify(gaps)
+    while len(grid) < count and gaps:
+        _, low, high = heapq.heappop(gaps)
         # The product of very small rates is zero; that of others has the bits of published grids.
         product = low * high
         tiny = product < sys.float_info.min
-        middle = math.sqrt(low) * math.sqrt(high) if tiny else math.sqrt(product)
-        grid.insert(widest + 1, float(f"{middle:.6g}"))
-    return grid
+        root = math.sqrt(low) * math.sqrt(high) if tiny else math.sqrt(product)
+        middle = float(f"{root:.6g}")
+        grid.append(middle)
+        heapq.heappush(gaps, _gap(low, middle))
+        heapq.heappush(gaps, _gap(middle, high))
+    return sorted(grid)
+
+
+def _gap(low: float, high: float) -> tuple[float, float, float]:
+    """Return the gap between two values, so that the widest sorts first, of equal ones the lowest.
+
+    It is rounded: equal ratios should be equal gaps.
+    """
+    return -round(math.log(high / low), 9), low, high
 
 
 def grid_points(rates: Sequence[float], own: Values, count: int, seed: int = 0) -> list[Point]:
