@@ -107,6 +107,7 @@ class ImageApplication:
                     snapshot=snapshot,
                     on_event=on_event,
                 )
+                student.at_end()
             except FloatingPointError as error:
                 signature = self._signature(applied)
                 return Score(None, signature, recorded.seconds(), diverged=str(error))

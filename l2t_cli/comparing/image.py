@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from l2t_core.runs.files import SNAPSHOT
 
 if TYPE_CHECKING:
     from l2t_core.losses.steps import Recorded, StepLoss
+    from l2t_core.students.state import DevStatistics
 
 
 class ImageTrials:
@@ -83,7 +83,7 @@ class ImageTrials:
         seconds, before = 0.0, 0
         if first := "" if trial.teacher else baseline(trial.loss).first:
             snapshot = folder / "first.safetensors"
-            recorded, diverged = _trained(
+            recorded, _, diverged = _trained(
                 student, trial.seed, fixed_loss(first, {}, student), snapshot
             )
             snapshot.unlink(missing_ok=True)  # a kill later on has it trained again, alike
@@ -94,12 +94,10 @@ class ImageTrials:
             follow(student, trial.teacher) if trial.teacher
             else fixed_loss(trial.loss, dict(trial.settings), student)
         )
-        recorded, diverged = _trained(student, trial.seed, loss, folder / SNAPSHOT)
+        recorded, dev, diverged = _trained(student, trial.seed, loss, folder / SNAPSHOT)
         seconds += recorded.seconds()
-        if diverged:
+        if dev is None:
             return Result(seconds, recorded.step, steps_before=before, diverged=diverged)
-        # Asked at the step where it is due, it answers for the parameters as they are.
-        dev = student.dev_statistics(student.spec.dev_interval - 1)
         curve = {step: accuracy for step, _, accuracy in recorded.curve}
         curve[spec.steps] = dev.accuracy  # looks need not end with the run
         return Result(
@@ -107,7 +105,7 @@ class ImageTrials:
             steps=spec.steps,
             steps_before=before,
             dev=student.true_measure(),
-            nll=dev.nll if math.isfinite(dev.nll) else None,
+            nll=dev.nll,
             test=100.0 * student.test_error() if trial.final else None,
             signature=self.signature,
             curve=[[step, accuracy] for step, accuracy in curve.items()],
@@ -118,14 +116,19 @@ class ImageTrials:
         return type(self.student)(spec, self.student.data)
 
 
-def _trained(student: Any, seed: int, loss: StepLoss, snapshot: Path) -> tuple[Recorded, str]:
-    """Train ``student`` from ``seed`` by ``loss``; return its record and what it diverged by."""
+def _trained(
+    student: Any, seed: int, loss: StepLoss, snapshot: Path
+) -> tuple[Recorded, DevStatistics | None, str]:
+    """Train ``student`` from ``seed`` by ``loss``.
+
+    Return its record, and its statistics on dev at the end or what it diverged by.
+    """
     from l2t_core.losses.steps import Recorded
     from l2t_core.students.train import train_student
 
     recorded = Recorded(loss)
     try:
         train_student(student, seed, recorded, snapshot=snapshot)
+        return recorded, student.at_end(), ""
     except FloatingPointError as error:
-        return recorded, str(error)
-    return recorded, ""
+        return recorded, None, str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -156,7 +157,22 @@ class ImageStudent:
         """Return statistics over the whole dev set every ``dev_interval`` steps."""
         if (step + 1) % self.spec.dev_interval:
             return None
+        return self._on_dev()
+
+    def _on_dev(self) -> DevStatistics:
         return dev_statistics(self._log_probs(self.data.dev_x), self.data.dev_y, self.num_classes)
+
+    def at_end(self) -> DevStatistics:
+        """Return statistics over the whole dev set, of the student as it was trained.
+
+        Raises:
+            FloatingPointError: if its nll is not finite: of finite parameters the logits may
+                overflow, and argmax would take what is no number for a class.
+        """
+        found = self._on_dev()
+        if not math.isfinite(found.nll):
+            raise FloatingPointError("the student diverged at its last step")
+        return found
 
     def dev_interval(self) -> int:
         """Return the steps between dev refreshes."""

@@ -473,6 +473,15 @@ def test_divergence_counts_as_worst_and_edges_are_told(l2t: Run, tiny: Path) -> 
     assert not Path("dead/comparison.json").exists() and any(Path("dead/trials").iterdir())
 
 
+def test_a_student_that_its_last_step_made_none_has_diverged(l2t: Run, tiny: Path) -> None:
+    """Its parameters are numbers yet, its outputs are not: argmax has a class for those, too."""
+    changes = ("image.steps=1", "image.dev_interval=1", "compare.lr=[0.1,1e30]", "compare.trials=2")
+    losses = "compare.losses=[cross_entropy,gold_corrected]"
+    assert l2t("compare", tiny, "--jobs", "1", losses, *changes, "compare.seeds=2").code == 0
+    for row in json.loads(Path("runs/tiny-compare/comparison.json").read_text())["losses"]:
+        assert [point["score"] is None for point in row["tuning"]] == [False, True]
+
+
 def test_a_diverged_final_student_counts_as_worst(
     l2t: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

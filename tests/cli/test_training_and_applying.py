@@ -566,6 +566,8 @@ def test_students_that_all_diverge_are_one_line(l2t: Run, digits: Path, trained:
     line = l2t(*command, "--baseline", "--seeds", "2").error()
     assert "all 4 students diverged (the student diverged at step 1); lower" in line
     assert "image.optimiser.lr" in line and not Path("used").exists()
+    line = l2t(*command, "image.steps=1", "image.dev_interval=1").error()
+    assert "(the student diverged at its last step)" in line and not Path("used").exists()
 
 
 @pytest.mark.parametrize("model", ["mlp", "convnet", "own_used:net"])

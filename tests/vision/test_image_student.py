@@ -262,6 +262,17 @@ def test_cross_entropy_training_equals_torchs_own_loop(make_student: Make) -> No
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+def test_a_student_whose_outputs_are_no_numbers_has_diverged() -> None:
+    student = digits_student(model="convnet", steps=4, dev_interval=4)
+    train_student(student, 4)
+    assert student.at_end() == student.dev_statistics(3)
+    norm = next(m for m in student.module.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float("nan"))  # the parameters are as good as before
+    with pytest.raises(FloatingPointError, match="diverged at its last step"):
+        student.at_end()
+
+
 @pytest.mark.parametrize("model", ["mlp", "convnet", "resnet8"])
 def test_hypergradient_equals_central_differences(make_student: Make, model: str) -> None:
     """The mlp with dropout, the others with batch norm, the residual net on moved images too."""
