@@ -14,6 +14,7 @@ from l2t_cli.applying.result import CROSS_ENTROPY
 from l2t_cli.applying.teacher_copies import TeacherCopies
 from l2t_cli.comparing.command import Comparison, chosen_jobs, load_for_comparison
 from l2t_cli.options import ChosenFormat, DryRun, Jobs, TeacherFile, output_folder
+from l2t_cli.recipe_reading.files import is_change
 from l2t_cli.screen import console
 from l2t_cli.screen.console import LogFormat
 from l2t_cli.tidying import FreshFolder
@@ -40,8 +41,8 @@ def command(
     Every recipe is compared as `l2t compare` does, with its own `compare` section's rates, trials
     and seeds; all are checked before the first student is trained.
     """
-    names = [word for word in target if "=" not in word]
-    changes = [word for word in target if "=" in word]
+    names = [word for word in target if not is_change(word)]
+    changes = [word for word in target if is_change(word)]
     if not names:
         raise UserError("no recipe to transfer to; give one (see `l2t recipes ls`)")
     folder = out or Path("runs") / f"{teacher.resolve().parent.name}-transfer"

@@ -10,7 +10,13 @@ import typer
 from l2t_cli.copying import place_for, refuse_to_overwrite
 from l2t_cli.errors import say
 from l2t_cli.options import Force, RecipeName, help_alone
-from l2t_cli.recipe_reading.files import find_recipe, read_yaml, recipe_text, shipped_recipes
+from l2t_cli.recipe_reading.files import (
+    find_recipe,
+    is_change,
+    read_yaml,
+    recipe_text,
+    shipped_recipes,
+)
 from l2t_cli.recipe_reading.loading import check_recipe
 from l2t_cli.screen import console
 from l2t_core.errors import UserError
@@ -66,7 +72,7 @@ def validate(
     from l2t_cli.recipe_reading import values as recipe_values
 
     for name in names:
-        if "=" in name and not Path(name).is_file():
+        if is_change(name):
             raise UserError(
                 f"{name!r} is a change, and recipes are checked as they are; give it to a command "
                 "with --dry-run"

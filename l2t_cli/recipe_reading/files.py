@@ -29,6 +29,14 @@ def shipped_recipes() -> dict[str, Path]:
     return {f"{path.parent.name}/{path.stem}": path for path in paths}
 
 
+def is_change(word: str) -> bool:
+    """Tell whether ``word`` is a ``KEY=VALUE`` and no recipe, whose path may have a ``=``, too."""
+    try:
+        return "=" in word and not Path(word).is_file()
+    except OSError:  # too long for a path
+        return True
+
+
 def find_recipe(name: str) -> tuple[str, Path]:
     """Return the full name and the path of a recipe given by name or as a file.
 

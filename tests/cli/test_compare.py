@@ -851,6 +851,18 @@ def test_a_transfer_is_of_one_teacher(l2t: Run, tiny: Path, watched: Watched) ->
     assert list(json.loads(Path("out/transfer.json").read_text())) == ["tiny", "other"]
 
 
+def test_a_recipe_whose_path_has_an_equals_sign_is_no_change(
+    l2t: Run, tiny: Path, tmp_path: Path
+) -> None:
+    teacher = write_teacher(tmp_path / "ten.safetensors", 10, kind="classes")
+    Path("lr=0.1").mkdir()
+    recipe = shutil.copy(tiny, "lr=0.1/tiny.yaml")
+    long = f"compare.lr=[0.1,0.4{'0' * 300}]"  # as a path it would be too long
+    outcome = l2t("transfer", teacher, recipe, "image.steps=30", long, "--dry-run")
+    assert outcome.code == 0 and " 0.4 " in outcome.out, outcome.err
+    assert "is a change" in l2t("recipes", "validate", recipe, long).error()
+
+
 def test_a_teacher_that_cannot_fit_is_refused_before_anything_is_trained(
     l2t: Run, tiny: Path, tmp_path: Path
 ) -> None:
