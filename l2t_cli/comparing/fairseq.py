@@ -40,8 +40,8 @@ from l2t_fairseq.corpora.text_form import TextForm
 MRT = "mrt"
 _BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
-_NLL = re.compile(
-    r"(?<![\w])(?:valid_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
+_NLL = (
+    r"(?<![\w])(?:{}_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 )
 
 
@@ -171,17 +171,18 @@ class FairseqTrials:
         folder.mkdir(parents=True, exist_ok=True)
         command = self.command(trial, folder)
         log = folder / "train.log"
+        dev_split = (value_of(command, "--valid-subset") or "valid").split(",")[0]
         try:
             train_to_end(command, log, lambda updates, note: None)
         except UserError as error:
             if not lost_its_numbers(error, log):
                 raise
-            made = int(_curve(log)[-1][0]) if _curve(log) else 0
+            curve = _curve(log, dev_split)
+            made = int(curve[-1][0]) if curve else 0
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return Result(time.monotonic() - began, made, diverged="fairseq-train lost its numbers")
-        curve = _curve(log)
-        splits = (value_of(command, "--valid-subset") or "valid").split(",")
-        dev, _ = self._score(folder, splits[0])
+        curve = _curve(log, dev_split)
+        dev, _ = self._score(folder, dev_split)
         test, signature = self._score(folder, "test") if trial.final else (None, "")
         return Result(
             seconds=time.monotonic() - began,
@@ -208,14 +209,19 @@ def _judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqComma
     return command
 
 
-def _curve(log: Path) -> list[list[float]]:
-    """Return ``[updates, dev nll in nats]`` of every validation in fairseq-train's output."""
+def _curve(log: Path, subset: str) -> list[list[float]]:
+    """Return ``[updates, dev nll in nats]`` of every validation on ``subset`` in the output.
+
+    fairseq-train validates on each of ``--valid-subset``, and chooses by the first alone.
+    """
+    marks = (f"valid on '{subset}' subset", f'"{subset}_loss"')  # the second with --log-format json
+    nll = re.compile(_NLL.format(re.escape(subset)))
     found: dict[int, float] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         at = UPDATES.search(line)
-        if "valid" not in line or at is None:
+        if at is None or not any(mark in line for mark in marks):
             continue
-        losses = dict(_NLL.findall(line))
+        losses = dict(nll.findall(line))
         value = float(losses.get("nll_loss") or losses.get("loss") or "nan")
         if math.isfinite(value):
             found[int(at.group(1))] = value * math.log(2)  # fairseq reports base 2

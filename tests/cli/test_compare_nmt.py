@@ -244,8 +244,24 @@ def test_the_curve_is_read_from_every_log_format(tmp_path: Path) -> None:
         "x | INFO | valid | epoch 005 | valid on 'valid' subset | loss 2e-05 | num_updates 20\n"
     )
     ln2 = 0.6931471805599453
-    assert _curve(log) == [[4, pytest.approx(6 * ln2)], [8, pytest.approx(5 * ln2)],
+    assert _curve(log, "valid") == [[4, pytest.approx(6 * ln2)], [8, pytest.approx(5 * ln2)],
                            [12, pytest.approx(4 * ln2)], [20, pytest.approx(2e-5 * ln2)]]
+
+
+@pytest.mark.parametrize("subsets", ["valid,test", "test,valid"])
+def test_the_curve_is_of_the_first_subset_alone(tmp_path: Path, subsets: str) -> None:
+    first, second = subsets.split(",")
+    log = tmp_path / "train.log"
+    with log.open("w") as handle:
+        for updates, name, loss in ((4, first, 3), (4, second, 2)):
+            handle.write(
+                f"x | INFO | {name} | epoch 001 | valid on '{name}' subset | loss {loss} | ppl 9"
+                f" | num_updates {updates}\n"
+            )
+            stats = {f"{name}_loss": f"{loss}.5", f"{name}_num_updates": "8"}
+            handle.write(f"x | INFO | {name} | {json.dumps({'epoch': 2, **stats})}\n")
+    ln2 = 0.6931471805599453
+    assert _curve(log, first) == [[4, pytest.approx(3 * ln2)], [8, pytest.approx(3.5 * ln2)]]
 
 
 def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
