@@ -246,6 +246,8 @@ DATA=data-bin/iwslt14   # where the data is
 LR="5e-4"
 LOG=~/logs
 ARGS="--dropout 0.3 --weight-decay 0.0001"
+ARGS+=" --seed 4"; ARGS+='' NEW+="--fp16-scale-window"
+ARGS="$ARGS $NEW"
 export SAVE=${OUT:-checkpoints}/$USER
 fairseq-preprocess --source-lang de --destdir "$DATA"
 echo "fairseq-train comes next"
@@ -290,6 +292,9 @@ def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
         ("fairseq-train $(find . -name x)", "output of a command"),
         ("D=$(mktemp -d)\nfairseq-train $D", "output of a command"),
         ('fairseq-train "${ARGS[@]}"', "ARGS"),
+        ("ARGS=(--lr 1  # don't\n --seed 2)\nfairseq-train d $ARGS", "ARGS an array"),
+        ("ARGS=1\nARGS+=(--lr 1)\nfairseq-train d $ARGS", "ARGS an array"),
+        ("A=$1\nA+=2\nfairseq-train d $A", r"'\$1'"),
         ("for s in 1 2; do\n  fairseq-train d --seed $s\ndone", r"\$s"),
         ("s=3\nfor s in 1 2; do fairseq-train d --seed $s; done", "in a loop"),
         ("if true; then while true\ndo\nfairseq-train d\ndone; fi", "in a loop"),
@@ -329,6 +334,7 @@ def test_here_documents_are_text_unless_the_command_is_in_one(script: str) -> No
 
 def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
     script = "for i in 1 2; do echo $i; done\nN=$(nproc)\nmkdir $UNSET\n"
+    script += "RUN=(fairseq-train other) A=$1 B=2\n"
     script += "fairseq-train d --lr 1; rm -r $ALSO_UNSET"
     assert parse_script(script, {}).arguments == ["d", "--lr", "1"]
 

@@ -14,20 +14,9 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 from l2t_core.errors import UserError
-
-
-class Quote(Enum):
-    """How a piece of a word was written, which decides what happens to ``$`` in it."""
-
-    SINGLE = "'"
-    DOUBLE = '"'
-    NONE = ""
-
-
-Word = list[tuple[str, Quote]]
+from l2t_fairseq.commands.shell_words import ARRAY, Quote, Statement, Word, bare, statements
 
 
 @dataclass
@@ -40,11 +29,7 @@ class SimpleCommand:
     error: UserError | None = None
 
 
-_OPERATORS = re.compile(r"&&|\|\||;;|\||;|&(?!>)|\n|\(|\)")
-_PIPE_END = re.compile(r"(?<!\\)\n|;|&&|\|\|")
-_REDIRECTION = re.compile(r"(?:\d|&)?(?:>>|>&|<<<|>\||>|<)")
-_HERE_DOCUMENT = re.compile(r"(?<!<)<<(?!<)-?[ \t]*\\?(['\"]?)([\w.!-]+)\1")
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\}|(?P<other>\S))")
 _WHICH = re.compile(r"\$\(\s*which\s+([\w./-]+)\s*\)|`\s*which\s+([\w./-]+)\s*`")
 _DEFAULT = re.compile(r"([A-Za-z_]\w*)(?::?-(.*))?")
@@ -53,108 +38,6 @@ _RESERVED = {"do", "then", "else", "elif", "if", "while", "until", "{", "}", "!"
 _LOOPS = {"for", "while", "until", "select"}
 # A line with these sets variables and runs nothing.
 _DECLARATIONS = {"export", "declare", "readonly", "local", "typeset"}
-
-
-def _word_end(text: str, start: int) -> tuple[Word, int]:
-    """Return the word of ``text`` that begins at ``start``, and where it ends."""
-    word: Word = []
-    bare, at = "", start
-    while at < len(text):
-        char = text[at]
-        if char in " \t\r" or _OPERATORS.match(text, at) or char in "<>":
-            break
-        if text.startswith(("$(", "`"), at):
-            closing = text.find(")" if char == "$" else "`", at + 2)
-            end = len(text) if closing < 0 else closing + 1
-            bare, at = bare + text[at:end], end
-        elif text.startswith("\\\n", at):
-            at += 2
-        elif char == "\\":
-            word.append((bare, Quote.NONE))
-            word.append((text[at + 1 : at + 2], Quote.SINGLE))
-            bare, at = "", at + 2
-        elif char in "'\"":
-            piece, at = _quoted(text, at)
-            word += [(bare, Quote.NONE), (piece, Quote(char))]
-            bare = ""
-        else:
-            bare, at = bare + char, at + 1
-    word.append((bare, Quote.NONE))
-    return [piece for piece in word if piece[0] or piece[1] is not Quote.NONE], at
-
-
-def _quoted(text: str, start: int) -> tuple[str, int]:
-    """Return what is inside the quotes that open at ``start``, and where they end."""
-    quote, at, piece = text[start], start + 1, ""
-    while at < len(text) and text[at] != quote:
-        if quote == '"' and text.startswith("\\\n", at):
-            at += 2
-        elif quote == '"' and text[at] == "\\" and text[at + 1 : at + 2] in tuple('"\\`$'):
-            # An escaped dollar must survive expansion as a dollar.
-            piece += "\0" if text[at + 1] == "$" else text[at + 1]
-            at += 2
-        else:
-            piece += text[at]
-            at += 1
-    if at >= len(text):
-        line = text.count("\n", 0, start) + 1
-        raise UserError(f"script line {line}: a {quote} is opened and never closed; close it")
-    return piece, at + 1
-
-
-def _statements(text: str, documents: bool) -> list[list[Word | str]]:
-    """Split a script into statements of words and redirections (plain strings)."""
-    text = text.replace("\r\n", "\n")
-    statements: list[list[Word | str]] = [[]]
-    awaited: list[str] = []  # the ends of the here-documents that begin with the next line
-    at = 0
-    while at < len(text):
-        if text.startswith("\\\n", at):
-            at += 2
-        elif text[at] in " \t\r":
-            at += 1
-        elif text[at] == "#":
-            end = text.find("\n", at)
-            at = len(text) if end < 0 else end
-        elif match := _HERE_DOCUMENT.match(text, at):
-            awaited.append(match[2])
-            statements[-1].append(match.group())
-            at = match.end()
-        elif match := _REDIRECTION.match(text, at):
-            at = match.end()
-            while at < len(text) and text[at] in " \t":
-                at += 1
-            _, at = _word_end(text, at)
-            statements[-1].append(text[match.start() : at])
-        elif match := _OPERATORS.match(text, at):
-            if match.group() == "|" and statements[-1]:
-                ending = _PIPE_END.search(text, match.end())
-                end = ending.start() if ending else len(text)
-                piped = text[match.end() : end]
-                statements[-1].append(f"| {piped.strip()}")
-                awaited += [found[2] for found in _HERE_DOCUMENT.finditer(piped)]
-                at = end
-                continue
-            statements.append([])
-            at = match.end()
-            if match.group() == "\n":
-                at = at if documents else _after_documents(text, at, awaited)
-                awaited = []
-        else:
-            word, end = _word_end(text, at)
-            statements[-1].append(word)
-            # A character that begins nothing known must not stop the reading.
-            at = max(end, at + 1)
-    return [statement for statement in statements if statement]
-
-
-def _after_documents(text: str, start: int, ends: list[str]) -> int:
-    """Return where the here-documents that begin at ``start`` are over; each has its end's line."""
-    for name in ends:
-        # With <<- the end may be indented by tabs.
-        found = re.compile(rf"^\t*{re.escape(name)}(?:\n|\Z)", re.MULTILINE).search(text, start)
-        start = found.end() if found else start  # without an end it is none: 1 << 3
-    return start
 
 
 class _Variables:
@@ -227,37 +110,49 @@ class _Variables:
                 parts += pieces[1:]
         return parts if quoted else [part for part in parts if part]
 
-    def assigned(self, value: Word) -> str:
+    def assigned(self, assignment: _Assignment) -> str:
         """Return what an assignment gives its variable: never split, as if it were quoted."""
-        whole = self._from_home(value)
-        return "".join(self.expand([(p, Quote.DOUBLE if q is Quote.NONE else q) for p, q in whole]))
+        name, whole = assignment.name, self._from_home(assignment.value)
+        if whole[:1] == [ARRAY]:
+            raise UserError(
+                f"the script makes {name} an array, which l2t does not understand; write its words "
+                "into the command"
+            )
+        before = self.value(name, "") if assignment.appends else ""
+        quoted = [(piece, Quote.DOUBLE if q is Quote.NONE else q) for piece, q in whole]
+        return before + "".join(self.expand(quoted))
 
 
-def _assignment(word: Word) -> tuple[str, Word] | None:
-    """Return name and value where ``word`` reads ``NAME=value``."""
+@dataclass
+class _Assignment:
+    """``NAME=value``; ``NAME+=value`` where it ``appends``."""
+
+    name: str
+    appends: bool
+    value: Word
+
+
+def _assignment(word: Word) -> _Assignment | None:
+    """Return what ``word`` assigns, None where it is no assignment."""
     if not word or word[0][1] is not Quote.NONE:
         return None
     match = _ASSIGNMENT.match(word[0][0])
     if not match:
         return None
     rest = word[0][0][match.end() :]
-    return match[1], [(rest, Quote.NONE), *word[1:]] if rest else word[1:]
+    value = [(rest, Quote.NONE), *word[1:]] if rest else word[1:]
+    return _Assignment(match[1], bool(match[2]), value)
 
 
-def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
-    command = SimpleCommand()
-    words: list[Word] = []
-    for part in statement:
-        if isinstance(part, str):
-            command.left_out.append(part)
-        else:
-            words.append(part)
-    while words and words[0] in [[(name, Quote.NONE)] for name in _RESERVED]:
+def _read(statement: Statement, variables: _Variables) -> SimpleCommand:
+    command = SimpleCommand(left_out=statement.left_out)
+    words = list(statement.words)
+    while words and bare(words[0]) in _RESERVED:
         words.pop(0)
-    declaration = bool(words) and words[0] in [[(name, Quote.NONE)] for name in _DECLARATIONS]
+    declaration = bool(words) and bare(words[0]) in _DECLARATIONS
     if declaration:
         words.pop(0)
-    assigned: list[tuple[str, Word]] = []
+    assigned: list[_Assignment] = []
     while words and (pair := _assignment(words[0])):
         assigned.append(pair)
         words.pop(0)
@@ -268,9 +163,10 @@ def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
         command.error = error
         # What is recognisable without a value still tells which command this is.
         command.words += ["".join(piece for piece, _ in word) for word in words]
-    for name, value in assigned:
+    for assignment in assigned:
+        name = assignment.name
         try:
-            text = variables.assigned(value)
+            text = variables.assigned(assignment)
         except UserError as error:
             if words and not declaration:
                 command.error = error
@@ -284,10 +180,9 @@ def _read(statement: list[Word | str], variables: _Variables) -> SimpleCommand:
     return command
 
 
-def _loop_step(statement: list[Word | str]) -> int:
+def _loop_step(statement: Statement) -> int:
     """Return 1 where ``statement`` begins a loop, -1 where it ends one, 0 elsewhere."""
-    for word in statement:
-        name = word[0][0] if len(word) == 1 and not isinstance(word, str) else ""
+    for name in map(bare, statement.words):
         if name in _LOOPS or name == "done":
             return -1 if name == "done" else 1
         if name not in _RESERVED:
@@ -309,7 +204,7 @@ def simple_commands(
     """
     variables = _Variables(os.environ if environment is None else environment)
     commands, loops = [], 0
-    for statement in _statements(text, documents):
+    for statement in statements(text, documents):
         loops = max(0, loops + _loop_step(statement))
         command = _read(statement, variables)
         if loops and command.error is None:
