@@ -264,7 +264,7 @@ fairseq-generate $DATA --path $(ls $SAVE | head -1)
 
 def test_a_script_is_read_as_the_shell_reads_it(tmp_path: Path) -> None:
     command = parse_script(SCRIPT, {"USER": "me", "HOME": "/home/of me"})
-    assert command.environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert command.environment == {"SAVE": "checkpoints/me", "CUDA_VISIBLE_DEVICES": "0"}
     assert command.left_out == ["2>&1", '| tee "$SAVE/train.log"']
     # The shell itself, with stand-ins on the PATH, is the judge.
     for name in ("fairseq-train", "fairseq-preprocess", "fairseq-generate", "tee", "ls", "head"):
@@ -337,6 +337,38 @@ def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
     script += "RUN=(fairseq-train other) A=$1 B=2\n"
     script += "fairseq-train d --lr 1; rm -r $ALSO_UNSET"
     assert parse_script(script, {}).arguments == ["d", "--lr", "1"]
+
+
+EXPORTS = r"""
+A=0
+export A=1 B C="it's $A"
+B=2; LATER=3
+declare -x D=4 && readonly E=5
+typeset -x F; F=6
+GIVEN=new
+export A=one UNKNOWN=$(date)
+declare -i N=4
+PREFIX=7 B=two fairseq-train data "$E" $LATER
+export TOO_LATE=8
+"""
+
+
+def test_what_a_script_exports_is_the_commands_environment(tmp_path: Path) -> None:
+    given = {"GIVEN": "old", "KEPT": "same"}
+    command = parse_script(EXPORTS, given)
+    assert list(command.environment) == ["A", "B", "C", "D", "F", "GIVEN", "PREFIX"]
+    assert command.left_out == ["export UNKNOWN"]
+    (tmp_path / "fairseq-train").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "fairseq-train").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    said = subprocess.run(
+        ["bash", "-c", EXPORTS], env={**given, "PATH": path}, capture_output=True, check=True,
+        text=True,
+    ).stdout  # fmt: skip
+    shell = dict(line.split("=", 1) for line in said.splitlines())
+    own = {name: shell[name] for name in shell if len(name) == 1 and name != "_"}
+    assert {**own, "GIVEN": "new", "PREFIX": "7"} == command.environment
+    assert shell["GIVEN"] == "new" and shell["PREFIX"] == "7" and "LATER" not in shell
 
 
 def test_commands_are_understood_without_fairseq_and_torch() -> None:

@@ -9,19 +9,22 @@ loops) is an error, but only where the command that is looked for depends on it.
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from l2t_core.errors import UserError
-from l2t_fairseq.commands.shell_words import ARRAY, Quote, Statement, Word, bare, statements
+from l2t_fairseq.commands.shell_variables import Assignment, Variables, assignment_of
+from l2t_fairseq.commands.shell_words import Statement, Word, bare, statements
 
 
 @dataclass
 class SimpleCommand:
-    """One command of a script: leading assignments, expanded words, left-out redirections."""
+    """One command of a script: what it adds to the environment, expanded words, what is left out.
+
+    ``assignments`` are the variables that the script has exported, and those before the command.
+    ``left_out`` are redirections, pipes, and exported variables whose value nobody knows.
+    """
 
     assignments: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
@@ -29,133 +32,36 @@ class SimpleCommand:
     error: UserError | None = None
 
 
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
-_VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\}|(?P<other>\S))")
-_WHICH = re.compile(r"\$\(\s*which\s+([\w./-]+)\s*\)|`\s*which\s+([\w./-]+)\s*`")
-_DEFAULT = re.compile(r"([A-Za-z_]\w*)(?::?-(.*))?")
 # Words that may stand before a command and are no part of it.
 _RESERVED = {"do", "then", "else", "elif", "if", "while", "until", "{", "}", "!", "time", "exec"}
 _LOOPS = {"for", "while", "until", "select"}
 # A line with these sets variables and runs nothing.
 _DECLARATIONS = {"export", "declare", "readonly", "local", "typeset"}
+_OTHER_KINDS = {*"aAilnu"}  # options of declare: arrays, numbers, other names, letters' case
 
 
-class _Variables:
-    """Values of shell variables, or the reason why a value cannot be known."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
-        self.known: dict[str, str | UserError] = {}
-
-    def value(self, name: str, default: str | None = None) -> str:
-        found: str | UserError | None = self.known.get(name, self.environment.get(name))
-        if isinstance(found, UserError):
-            raise found
-        if found is None or (default is not None and not found):
-            if default is None:
-                raise UserError(
-                    f"the script uses ${name}, which it does not set; set it in the script or "
-                    "the environment, or write the value"
-                )
-            return default
-        return found
-
-    def _substitute(self, match: re.Match[str]) -> str:
-        if match["other"]:
-            raise UserError(
-                f"the script uses {match.group()!r}, which only a running shell knows; "
-                "write the value"
-            )
-        if match["plain"]:
-            return self.value(match["plain"])
-        braced = _DEFAULT.fullmatch(match["braced"])
-        if not braced:
-            raise UserError(
-                f"the script uses {match.group()!r}, which l2t does not understand; write the value"
-            )
-        return self.value(braced[1], braced[2])
-
-    def _from_home(self, word: Word) -> Word:
-        """Return ``word`` with the ``~`` that it may begin with written out, as a shell does."""
-        first, quote = word[0] if word else ("", Quote.NONE)
-        if quote is not Quote.NONE or (first != "~" and not first.startswith("~/")):
-            return word
-        if first == "~" and len(word) > 1:  # ~"/x" and ~'' are not the home folder
-            return word
-        return [(self.value("HOME"), Quote.SINGLE), (first[1:], Quote.NONE), *word[1:]]
-
-    def expand(self, word: Word) -> list[str]:
-        """Return the arguments that ``word`` stands for: one, or several from a bare variable."""
-        parts, quoted = [""], False
-        for piece, quote in self._from_home(word):
-            if quote is Quote.SINGLE:
-                parts[-1] += piece
-                quoted = True
-                continue
-            named = _WHICH.sub(lambda m: shutil.which(m[1] or m[2]) or m[1] or m[2], piece)
-            if "$(" in named or "`" in named:
-                raise UserError(
-                    f"the script uses the output of a command ({piece.strip()}); write the value"
-                )
-            if quote is Quote.NONE and piece.endswith("$"):
-                raise UserError("the script uses $ before a quote; write the value in plain quotes")
-            value = _VARIABLE.sub(self._substitute, named).replace("\0", "$")
-            if quote is Quote.DOUBLE or "$" not in piece:
-                parts[-1] += value
-                quoted = quoted or quote is Quote.DOUBLE
-                continue
-            pieces = value.split()
-            if pieces:
-                parts[-1] += pieces[0]
-                parts += pieces[1:]
-        return parts if quoted else [part for part in parts if part]
-
-    def assigned(self, assignment: _Assignment) -> str:
-        """Return what an assignment gives its variable: never split, as if it were quoted."""
-        name, whole = assignment.name, self._from_home(assignment.value)
-        if whole[:1] == [ARRAY]:
-            raise UserError(
-                f"the script makes {name} an array, which l2t does not understand; write its words "
-                "into the command"
-            )
-        before = self.value(name, "") if assignment.appends else ""
-        quoted = [(piece, Quote.DOUBLE if q is Quote.NONE else q) for piece, q in whole]
-        return before + "".join(self.expand(quoted))
-
-
-@dataclass
-class _Assignment:
-    """``NAME=value``; ``NAME+=value`` where it ``appends``."""
-
-    name: str
-    appends: bool
-    value: Word
-
-
-def _assignment(word: Word) -> _Assignment | None:
-    """Return what ``word`` assigns, None where it is no assignment."""
-    if not word or word[0][1] is not Quote.NONE:
-        return None
-    match = _ASSIGNMENT.match(word[0][0])
-    if not match:
-        return None
-    rest = word[0][0][match.end() :]
-    value = [(rest, Quote.NONE), *word[1:]] if rest else word[1:]
-    return _Assignment(match[1], bool(match[2]), value)
-
-
-def _read(statement: Statement, variables: _Variables) -> SimpleCommand:
-    command = SimpleCommand(left_out=statement.left_out)
+def _read(statement: Statement, variables: Variables) -> SimpleCommand:
+    """Return the command that ``statement`` is, without words where it only sets variables."""
+    command = SimpleCommand(left_out=list(statement.left_out))
     words = list(statement.words)
     while words and bare(words[0]) in _RESERVED:
         words.pop(0)
-    declaration = bool(words) and bare(words[0]) in _DECLARATIONS
-    if declaration:
-        words.pop(0)
-    assigned: list[_Assignment] = []
-    while words and (pair := _assignment(words[0])):
+    if words and bare(words[0]) in _DECLARATIONS:
+        _declare(words, variables)
+        return command
+    assigned: list[Assignment] = []
+    while words and (pair := assignment_of(words[0])):
         assigned.append(pair)
         words.pop(0)
+    if not words:
+        for assignment in assigned:
+            variables.set(assignment.name, variables.result(assignment))
+        return command
+    for name, value in variables.exported().items():
+        if isinstance(value, UserError):
+            command.left_out.append(f"export {name}")
+        else:
+            command.assignments[name] = value
     try:
         for word in words:
             command.words += variables.expand(word)
@@ -164,20 +70,35 @@ def _read(statement: Statement, variables: _Variables) -> SimpleCommand:
         # What is recognisable without a value still tells which command this is.
         command.words += ["".join(piece for piece, _ in word) for word in words]
     for assignment in assigned:
-        name = assignment.name
         try:
-            text = variables.assigned(assignment)
+            command.assignments[assignment.name] = variables.assigned(assignment)
         except UserError as error:
-            if words and not declaration:
-                command.error = error
-            else:
-                variables.known[name] = error
-            continue
-        if words and not declaration:
-            command.assignments[name] = text
-        else:
-            variables.known[name] = text
+            command.error = error
     return command
+
+
+def _declare(words: list[Word], variables: Variables) -> None:
+    """Do what ``export``, ``declare`` and their like do with the variables that they name."""
+    kind, options = bare(words[0]), ""
+    values: dict[str, str | UserError | None] = {}
+    for word in words[1:]:
+        assignment = assignment_of(word)
+        if bare(word).startswith(("-", "+")):
+            options += bare(word) if bare(word)[0] == "-" else ""
+        elif assignment is None:
+            values[bare(word)] = None
+        elif kind != "export" and set(options) & _OTHER_KINDS:
+            values[assignment.name] = UserError(
+                f"the script sets {assignment.name} by `{kind} {options}`, which l2t does not "
+                "understand; write the value into the command"
+            )
+        else:
+            values[assignment.name] = variables.result(assignment)
+    for name, value in values.items():  # a shell, too, expands all of them first
+        if value is not None:
+            variables.set(name, value)
+        if "x" in options or (kind == "export" and "n" not in options):
+            variables.export(name)
 
 
 def _loop_step(statement: Statement) -> int:
@@ -202,7 +123,7 @@ def simple_commands(
     Raises:
         UserError: if a quotation is never closed.
     """
-    variables = _Variables(os.environ if environment is None else environment)
+    variables = Variables(os.environ if environment is None else environment)
     commands, loops = [], 0
     for statement in statements(text, documents):
         loops = max(0, loops + _loop_step(statement))
