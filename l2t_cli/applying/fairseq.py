@@ -43,6 +43,8 @@ from l2t_fairseq.measures.sentence_scores import LIKELIHOOD, build_measure, meas
 from l2t_fairseq.students.start import FINETUNE_FLAG, restored_content, start_content
 
 _MARK = "command.sh"
+BEST = "--best-checkpoint-metric"
+_ACCURACIES = ("accuracy", "l2t_accuracy")
 
 
 class FairseqApplication:
@@ -166,12 +168,7 @@ class FairseqApplication:
         """Return the same command on cross-entropy, validating as often as the taught one."""
         # The task stays, so that this student, too, goes on exactly where it was killed.
         command = without_criterion_flags(self.taught(teacher))
-        command = with_value(command, "--criterion", "cross_entropy")
-        if value_of(command, "--best-checkpoint-metric") == "l2t_accuracy":
-            # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.
-            command = label_smoothed(command, "0")
-            command = with_value(command, "--best-checkpoint-metric", "accuracy")
-        return command
+        return on_cross_entropy(command)
 
     def command_for(self, seed: int, teacher: Path | None, folder: Path) -> FairseqCommand:
         """Return exactly what is run for one student."""
@@ -247,11 +244,29 @@ class RecipeApplication(FairseqApplication):
         super().check(teacher)
 
 
-def label_smoothed(command: FairseqCommand, eps: str) -> FairseqCommand:
-    """Return ``command`` on cross-entropy smoothed by ``eps``, which reports its accuracy."""
+def on_cross_entropy(command: FairseqCommand, eps: float | None = None) -> FairseqCommand:
+    """Return ``command`` on cross-entropy, smoothed by ``eps`` if that is given.
+
+    Its checkpoint is chosen by what the command asks for, as far as there is a name for it.
+    """
+    if eps is None and value_of(command, BEST) not in _ACCURACIES:
+        command = with_value(command, "--criterion", "cross_entropy")
+        return judged_by(command, "loss", "")  # which is the plain one
+    # Plain cross_entropy reports no accuracy; smoothing by 0 is the same loss and does.
     command = with_value(command, "--criterion", "label_smoothed_cross_entropy")
-    command = with_value(command, "--label-smoothing", eps)
-    return replace(command, arguments=[*command.arguments, "--report-accuracy"])
+    command = with_value(command, "--label-smoothing", f"{eps or 0:g}")
+    command = replace(command, arguments=[*command.arguments, "--report-accuracy"])
+    return judged_by(command, "nll_loss", "accuracy")
+
+
+def judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqCommand:
+    """Choose the checkpoint by plain dev nll, or by what the user asked for, for every loss."""
+    given = value_of(command, BEST)
+    if given in (None, "loss", "nll_loss"):
+        return with_value(command, BEST, nll)
+    if given in _ACCURACIES:
+        return with_value(command, BEST, accuracy)
+    return command
 
 
 def _name(command: FairseqCommand) -> str:

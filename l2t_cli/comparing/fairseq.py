@@ -12,7 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from l2t_cli.applying.fairseq import RecipeApplication, checkpoint_of, label_smoothed
+from l2t_cli.applying.fairseq import (
+    BEST,
+    RecipeApplication,
+    checkpoint_of,
+    judged_by,
+    on_cross_entropy,
+)
 from l2t_cli.applying.fairseq_process import UPDATES, lost_its_numbers, train_to_end, updates_made
 from l2t_cli.comparing.trials import Result, Trial
 from l2t_cli.recipe_reading.loading import Recipe
@@ -38,7 +44,6 @@ from l2t_fairseq.corpora.folder import open_data
 from l2t_fairseq.corpora.text_form import TextForm
 
 MRT = "mrt"
-_BEST = "--best-checkpoint-metric"
 # `nll_loss 5.31`, `"valid_nll_loss": "5.31"`; plain cross-entropy calls it `loss`.
 _NLL = (
     r"(?<![\w])(?:{}_)?(nll_loss|loss)[\"']?\s*[=: ]\s*[\"']?(\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
@@ -123,19 +128,14 @@ class FairseqTrials:
         command = self.application.command
         if trial.teacher:
             command = self.application.taught(trial.teacher)
-            command = _judged_by(command, "nll_loss", "l2t_accuracy")
+            command = judged_by(command, "nll_loss", "l2t_accuracy")
         else:
             plugin = plugin_of(command)
             command = without_criterion_flags(resumable(command, plugin.folder, plugin.tasks))
-            eps = dict(trial.settings).get("eps")
             if trial.loss == MRT:
                 command = self._at_risk(command, trial)
-            elif eps is None and value_of(command, _BEST) not in ("accuracy", "l2t_accuracy"):
-                command = with_value(command, "--criterion", "cross_entropy")
-                command = _judged_by(command, "loss", "")
-            else:  # plain cross_entropy reports no accuracy; smoothing by 0 is the same loss
-                command = label_smoothed(command, f"{eps or 0:g}")
-                command = _judged_by(command, "nll_loss", "accuracy")
+            else:
+                command = on_cross_entropy(command, dict(trial.settings).get("eps"))
         command = with_value(command, "--lr", f"{trial.lr:g}")
         command = with_value(command, "--seed", str(trial.seed))
         return with_value(command, "--save-dir", str(folder / "checkpoints"))
@@ -160,10 +160,10 @@ class FairseqTrials:
         }
         for flag, value in values.items():
             command = with_value(command, flag, value)
-        if value_of(command, _BEST) in (None, "loss", "nll_loss"):
+        if value_of(command, BEST) in (None, "loss", "nll_loss"):
             words = [*command.arguments, "--maximize-best-checkpoint-metric"]
             command = replace(command, arguments=words)
-        return _judged_by(command, "l2t_measure", "l2t_accuracy")
+        return judged_by(command, "l2t_measure", "l2t_accuracy")
 
     def run(self, trial: Trial, folder: Path) -> Result:
         """Run fairseq-train, or let it go on; translate dev, and test if it is a final student."""
@@ -197,16 +197,6 @@ class FairseqTrials:
     def _score(self, folder: Path, split: str) -> tuple[float, str]:
         checkpoint = checkpoint_of(folder / "checkpoints")
         return self.application.test_set().score(checkpoint, folder, split)
-
-
-def _judged_by(command: FairseqCommand, nll: str, accuracy: str) -> FairseqCommand:
-    """Choose the checkpoint by plain dev nll, or by what the user asked for, for every loss."""
-    given = value_of(command, _BEST)
-    if given in (None, "loss", "nll_loss"):
-        return with_value(command, _BEST, nll)
-    if given in ("accuracy", "l2t_accuracy"):
-        return with_value(command, _BEST, accuracy)
-    return command
 
 
 def _curve(log: Path, subset: str) -> list[list[float]]:

@@ -207,6 +207,28 @@ def test_a_user_dir_that_brings_the_plugin_with_it(
         assert "task: Mine" in text.read_text() and "mine_tiny" in text.read_text()
 
 
+@pytest.mark.parametrize(
+    ("asked", "criterion", "reported"),
+    [
+        ("nll_loss", "cross_entropy", "loss"),
+        ("loss", "cross_entropy", "loss"),
+        ("ppl", "cross_entropy", "ppl"),
+        ("accuracy", "label_smoothed_cross_entropy", "accuracy"),
+    ],
+)
+def test_the_student_beside_is_judged_by_what_its_criterion_reports(
+    data_bin: Path, tmp_path: Path, asked: str, criterion: str, reported: str
+) -> None:
+    from l2t_cli.applying.fairseq import FairseqApplication
+    from l2t_fairseq.commands.train import value_of
+
+    teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
+    words = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--best-checkpoint-metric", asked]
+    beside = FairseqApplication.from_words(words).baseline(teacher)
+    assert value_of(beside, "--criterion") == criterion
+    assert value_of(beside, "--best-checkpoint-metric") == reported
+
+
 def test_a_command_that_leaves_no_checkpoint_has_nothing_to_score(data_bin: Path) -> None:
     from l2t_cli.applying.fairseq_scoring import TestSet
     from l2t_fairseq.commands.train import parse_command
