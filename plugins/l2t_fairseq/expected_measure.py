@@ -108,8 +108,8 @@ class L2TExpectedMeasureCriterion(FairseqCriterion):
         self.sentence_avg = sentence_avg
         self.words = task.target_dictionary
         data = open_data(Path(utils.split_paths(task.cfg.data)[0]))
-        flags = ["--tokenizer", tokenizer]
-        self.form = data.form.as_generated(flags, task.cfg.target_lang)
+        flags, target = ["--tokenizer", tokenizer], task.cfg.target_lang
+        self.form = data.form_of(target).as_generated(flags, target)
         self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
         self.source = CANDIDATES.get(spec.candidates)
 

@@ -70,7 +70,7 @@ def score_checkpoint(
     """
     folder = open_data(data)
     source, target = language_pair(folder.data_bin, split, languages)
-    form = folder.form.as_generated(list(generate_flags), target)
+    form = folder.form_of(target).as_generated(list(generate_flags), target)
     flags = [*generate_flags, "--source-lang", source, "--target-lang", target]
     flags += ["--gen-subset", split]
     if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):

@@ -12,6 +12,7 @@ import torch
 from toy_fairseq import TINY_MODEL, TINY_RUN, run_module
 
 from l2t_core.errors import UserError
+from l2t_fairseq.corpora.folder import open_data
 from l2t_fairseq.measures.sentence_scores import build_measure
 from l2t_fairseq.scoring import (
     SYMBOLS,
@@ -159,6 +160,29 @@ def test_the_languages_are_those_of_the_files_or_of_the_command(tmp_path: Path) 
     assert language_pair(tmp_path, "test", ("fr", "en")) == ("fr", "en")
     with pytest.raises(UserError, match=r"several pairs .*\(de-en, fr-en\); say which by --source"):
         language_pair(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("symbols", "subwords"),
+    [
+        (["▁the", "▁", "ing", "▁house", "s"], "sentencepiece"),
+        (["▁我", *map(chr, range(0x4E00, 0x4E30))], "sentencepiece"),  # few begin a word
+        (["hel@@", "lo", "world", "h@@"], "subword-nmt"),
+        (["hel@@", "▁@@", "lo", "▁▂▃"], "subword-nmt"),
+        (["▁▂▃", "a@@", *map(str, range(300))], "words"),
+    ],
+)
+def test_how_a_language_is_cut_is_seen_in_its_own_dictionary(
+    tmp_path: Path, symbols: list[str], subwords: str
+) -> None:
+    lines = [f"{symbol} 1\n" for symbol in symbols]
+    (tmp_path / "dict.en.txt").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "dict.de.txt").write_text("▁das 1\n", encoding="utf-8")
+    (tmp_path / "dict.fr.txt").write_text("la 1\n", encoding="utf-8")
+    folder = open_data(tmp_path)
+    assert folder.form_of("en").subwords == subwords
+    assert folder.form_of("de").subwords == "sentencepiece"
+    assert folder.form_of("fr").subwords == "words"
 
 
 def test_failures_name_reason_and_log(prepared: tuple[Path, Path], tmp_path: Path) -> None:

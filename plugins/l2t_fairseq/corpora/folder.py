@@ -17,12 +17,23 @@ class DataFolder:
     """A corpus to train and score on.
 
     ``raw`` holds the text before it was cut into subwords, ``SPLIT.LANGUAGE``; None for a folder
-    that fairseq-preprocess wrote, whose own target side is then the reference.
+    that fairseq-preprocess wrote, whose own target side is then the reference. ``prepared`` is the
+    form that ``l2t data prepare`` gave both languages, None in such a folder, too.
     """
 
     data_bin: Path
-    form: TextForm
+    prepared: TextForm | None
     raw: Path | None
+
+    def form_of(self, language: str) -> TextForm:
+        """Return how symbols of ``language`` become text; another one's may be cut otherwise.
+
+        Raises:
+            UserError: if its dictionary cannot be read.
+        """
+        if self.prepared is not None:
+            return self.prepared
+        return TextForm.of_symbols(_symbols(self.data_bin / f"dict.{language}.txt"))
 
     def raw_lines(self, split: str, language: str) -> list[str] | None:
         """Return the raw text of ``split`` in ``language``, None if there is none."""
@@ -60,11 +71,10 @@ def open_data(path: Path) -> DataFolder:
     if data_bin != path or (prepared / "prepared.json").is_file():
         corpus = load_prepared(prepared)
         return DataFolder(corpus.data_bin, corpus.form, corpus.path / "raw")
-    symbols = [
-        line.rsplit(" ", 1)[0]
-        for dictionary in sorted(data_bin.glob("dict.*.txt"))
-        for line in read_lines(dictionary)
-    ]
-    if not symbols:
+    if not any(map(_symbols, data_bin.glob("dict.*.txt"))):
         raise UserError(f"the dictionaries in {data_bin} are empty; run fairseq-preprocess again")
-    return DataFolder(data_bin, TextForm.of_symbols(symbols), None)
+    return DataFolder(data_bin, None, None)
+
+
+def _symbols(dictionary: Path) -> list[str]:
+    return [line.rsplit(" ", 1)[0] for line in read_lines(dictionary)]

@@ -21,6 +21,9 @@ from l2t_fairseq.corpora.segmentation import MODEL_FILES
 
 MARK = "▁"  # sentencepiece: here a word begins
 GOES_ON = "@@"  # subword-nmt: this word goes on
+# Single symbols that look like subwords (▁▂▃) come with any text. Languages without spaces have
+# few pieces with a mark, but more than that.
+_FEW = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class TextForm:
     @classmethod
     def of_symbols(cls, symbols: Sequence[str]) -> TextForm:
         """Tell the form by a dictionary's ``symbols``."""
-        if any(symbol.startswith(MARK) for symbol in symbols):
-            return cls("sentencepiece")
-        if any(symbol.endswith(GOES_ON) for symbol in symbols):
-            return cls("subword-nmt")
-        return cls("words")
+        marked = sum(symbol.startswith(MARK) for symbol in symbols)
+        going_on = sum(symbol.endswith(GOES_ON) for symbol in symbols)
+        if max(marked, going_on) < _FEW * len(symbols):
+            return cls("words")
+        return cls("sentencepiece" if marked > going_on else "subword-nmt")
 
     @classmethod
     def of_prepared(cls, folder: Path, subwords: str) -> TextForm:

@@ -76,7 +76,8 @@ class NmtStudent:
         self.optimiser = setup.optimiser()
         self.module: nn.Module = mend_second_derivatives(setup.build_model(1)).to(device)
         flags = split_flags(spec.generate, "nmt.generate")
-        self.form = data.form.as_generated(flags, setup.task.cfg.target_lang)
+        target = setup.task.cfg.target_lang
+        self.form = data.form_of(target).as_generated(flags, target)
         self.measure = build_measure(spec.measure, self.form.bleu_tokenize)
         self.measure_name = self.measure.name
         self.source = CANDIDATES.get(spec.candidates)
