@@ -27,6 +27,7 @@ from l2t_fairseq.commands.taught import (
 )
 from l2t_fairseq.commands.train import (
     FairseqCommand,
+    has_flag,
     parse_command,
     parse_script,
     restored_from,
@@ -210,7 +211,8 @@ class FairseqApplication:
                 raise
             return Score(None, "", time.monotonic() - began, diverged=str(error))
         with bar("generating and scoring", log_format, quiet=True):
-            value, signature = self.test_set().score(checkpoint_of(checkpoints), folder)
+            best = checkpoint_of(checkpoints, command)
+            value, signature = self.test_set().score(best, folder)
         made = updates_made(log)
         early = f"update {made:,} of {steps:,}" if 0 < made < steps else ""
         return Score(value, signature, time.monotonic() - began, early=early)
@@ -300,18 +302,20 @@ def _refuse_empty_dev(data_bin: Path, splits: str) -> None:
 
 
 def _claim(checkpoints: Path, folder: Path, text: str) -> None:
-    """Refuse checkpoints of another run: fairseq would go on from them."""
+    """Refuse checkpoints of another run: fairseq would go on from them, or we score them."""
     mark = folder / _MARK
-    if (checkpoints / "checkpoint_last.pt").exists() and not mark.exists():
+    found = sorted(checkpoints.glob("checkpoint*.pt"))
+    if found and not mark.exists():
         raise UserError(
-            f"--save-dir {checkpoints} holds checkpoints of another run, which fairseq would "
-            "go on from; choose another --save-dir"
+            f"--save-dir {checkpoints} holds checkpoints of another run ({found[0].name}), which "
+            "would be taken for this student's; choose another --save-dir"
         )
     # To be run, so a name that is not UTF-8 is written as it is.
     atomic_write(mark, f"{text}\n".encode(errors="surrogateescape"))
 
 
-def checkpoint_of(folder: Path) -> Path:
+def checkpoint_of(folder: Path, command: FairseqCommand) -> Path:
     """Return the checkpoint to score: the best on dev, or the last where none was kept."""
     best = folder / "checkpoint_best.pt"
-    return best if best.exists() else folder / "checkpoint_last.pt"
+    looked = not has_flag(command, "--disable-validation")
+    return best if looked and best.exists() else folder / "checkpoint_last.pt"

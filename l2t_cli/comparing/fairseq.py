@@ -195,7 +195,7 @@ class FairseqTrials:
         )
 
     def _score(self, folder: Path, split: str) -> tuple[float, str]:
-        checkpoint = checkpoint_of(folder / "checkpoints")
+        checkpoint = checkpoint_of(folder / "checkpoints", self.application.command)
         return self.application.test_set().score(checkpoint, folder, split)
 
 

@@ -370,16 +370,29 @@ def test_why_a_child_failed(output: str, code: int, expected: str) -> None:
     assert reason(output, code).startswith(expected)
 
 
-def test_checkpoints_of_another_run_are_not_continued(
-    l2t: Run, data_bin: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["last", "best", "1_500"])
+def test_checkpoints_of_another_run_are_not_taken(
+    l2t: Run, data_bin: Path, tmp_path: Path, name: str
 ) -> None:
     teacher = make_teacher(tmp_path / "t.safetensors", data_bin)
-    kept = tmp_path / "mine" / "checkpoint_last.pt"
+    kept = tmp_path / "mine" / f"checkpoint_{name}.pt"
     kept.parent.mkdir()
     kept.write_bytes(b"somebody's")
     command = ["fairseq-train", str(data_bin), *shlex.split(TRAIN), "--save-dir", "mine"]
-    assert "another run" in l2t("apply-teacher", teacher, "--", *command).error()
+    line = l2t("apply-teacher", teacher, "--", *command).error()
+    assert f"another run ({kept.name})" in line
     assert kept.read_bytes() == b"somebody's"
+
+
+def test_a_run_without_validation_is_scored_by_its_last_checkpoint(tmp_path: Path) -> None:
+    from l2t_cli.applying.fairseq import checkpoint_of
+    from l2t_fairseq.commands.train import parse_command
+
+    for name in ("best", "last"):
+        (tmp_path / f"checkpoint_{name}.pt").write_bytes(b"one")
+    for flags, name in (([], "best"), (["--disable-validation"], "last")):
+        command = parse_command(["fairseq-train", "d", *flags])
+        assert checkpoint_of(tmp_path, command).name == f"checkpoint_{name}.pt"
 
 
 def test_a_command_that_failed_can_be_corrected(l2t: Run, data_bin: Path, tmp_path: Path) -> None:
