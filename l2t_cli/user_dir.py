@@ -32,7 +32,7 @@ def plugin_of(command: FairseqCommand) -> Plugin:
     # One that is not there may be fairseq's own, which has nothing of ours.
     if given is None or not Path(given).is_dir() or Path(given).resolve() == ours.resolve():
         return Plugin(ours)
-    return examine(Path(given).resolve()) or Plugin(ours)
+    return examine(Path(given).resolve(), command.environment) or Plugin(ours)
 
 
 def command() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from l2t_core.errors import UserError
@@ -33,7 +33,7 @@ class TestSet:
     sentence. Without one, the raw text of a folder that ``l2t data prepare`` made is used; failing
     that, the data-bin's own target side with its subwords joined. ``measure`` is a teacher's,
     ``user_dir`` the plugin to generate with (None: ours), ``languages`` the student's source and
-    target (None: as the data's files are named).
+    target (None: as the data's files are named), ``environment`` what the command has in front.
     """
 
     data_bin: Path
@@ -42,6 +42,7 @@ class TestSet:
     measure: str = BLEU
     user_dir: Path | None = None
     languages: tuple[str, str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -74,7 +75,8 @@ class TestSet:
         language_pair(found, "test", pair)
         if reference is not None:
             read_lines(reference)
-        return cls(found, generate or DEFAULT_GENERATE, reference, measure, user_dir, pair)
+        flags = generate or DEFAULT_GENERATE
+        return cls(found, flags, reference, measure, user_dir, pair, command.environment)
 
     @property
     def target(self) -> str:
@@ -102,7 +104,7 @@ class TestSet:
         reference = self.reference if split == "test" else None
         result = score_checkpoint(
             self.data_bin, checkpoint, flags, split, folder, reference, self.measure,
-            self.user_dir, self.languages,
+            self.user_dir, self.languages, self.environment,
         )  # fmt: skip
         return result.score, result.signature
 

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def score_checkpoint(
     measure: str = "expected_bleu",
     user_dir: Path | None = None,
     languages: tuple[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> ScoredOutput:
     """Translate ``split`` of a data folder with ``checkpoint`` and score it.
 
@@ -62,8 +63,9 @@ def score_checkpoint(
     side with its subwords joined; the signature says so (``ref:data-bin``). ``measure`` is named
     as a teacher's (:mod:`~l2t_fairseq.measures.sentence_scores`) and taken of the whole split.
     ``user_dir`` is the plugin's folder or one that imports it (None: the plugin's). ``languages``
-    are the student's source and target (None: those that the data's files are named by). Writes
-    ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence, and ``out/generate-SPLIT.log``.
+    are the student's source and target (None: those that the data's files are named by).
+    ``environment`` is added to ours. Writes ``out/SPLIT.hyp.LANGUAGE``, a line for each sentence,
+    and ``out/generate-SPLIT.log``.
 
     Raises:
         UserError: if something is missing, fairseq-generate fails, or it leaves sentences out.
@@ -84,7 +86,7 @@ def score_checkpoint(
         flags += ["--tokenizer", "space"]
     log = out / f"generate-{split}.log"
     raw = folder.references(split, target, form) if reference is None else read_lines(reference)
-    generate(folder.data_bin, checkpoint, flags, log, user_dir)
+    generate(folder.data_bin, checkpoint, flags, log, user_dir, environment)
     if joins:
         generated, targets = read_output(log, TEXT), read_output(log, TARGETS)
     else:
@@ -100,9 +102,16 @@ def score_checkpoint(
 
 
 def generate(
-    data_bin: Path, checkpoint: Path, flags: Sequence[str], log: Path, user_dir: Path | None = None
+    data_bin: Path,
+    checkpoint: Path,
+    flags: Sequence[str],
+    log: Path,
+    user_dir: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run fairseq-generate with the plugin (or ``user_dir``); what it prints goes to ``log``.
+
+    ``environment`` is added to ours.
 
     Raises:
         UserError: if the checkpoint is missing or cut short, or fairseq-generate fails.
@@ -124,7 +133,7 @@ def generate(
                 stdin=subprocess.DEVNULL,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUTF8": "1"},
+                env={**os.environ, **(environment or {}), "PYTHONUTF8": "1"},
                 check=False,
             ).returncode
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shlex
 import shutil
@@ -205,6 +206,37 @@ def test_a_user_dir_that_brings_the_plugin_with_it(
     assert set(result["scores"]) == {"taught", "cross_entropy"}
     for text in Path("out").rglob("train.log"):
         assert "task: Mine" in text.read_text() and "mine_tiny" in text.read_text()
+
+
+def test_what_a_command_has_in_front_reaches_whatever_is_run_for_it(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its --user-dir is imported, and its student generates, with the same environment."""
+    from l2t_cli.applying.fairseq import FairseqApplication
+    from l2t_cli.user_dir import plugin_of
+
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "only_here.py").write_text("")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("import l2t_fairseq, only_here\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path / "lib"), os.environ.get("PYTHONPATH")]))
+    words = [f"PYTHONPATH={path}", "CUDA_VISIBLE_DEVICES=3", "fairseq-train", str(data_bin)]
+    words += [*shlex.split(TRAIN), "--user-dir", str(tmp_path / "own")]
+    application = FairseqApplication.from_words(words)
+    assert plugin_of(application.command).folder == tmp_path / "own"
+    (tmp_path / "student.pt").write_bytes(b"\x80")
+    seen = {}
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> None:
+        seen.update(env)
+        raise OSError(5, "enough")
+
+    test_set = application.test_set()
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(UserError, match="enough"):
+        test_set.score(tmp_path / "student.pt", tmp_path)
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["PYTHONPATH"]) == ("3", path)
+    assert seen["PATH"] == os.environ["PATH"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,21 +42,26 @@ class Plugin:
     tasks: tuple[str, ...] = ()
 
 
-@functools.cache
-def examine(user_dir: Path) -> Plugin | None:
+def examine(user_dir: Path, environment: Mapping[str, str]) -> Plugin | None:
     """Return the plugin that the folder ``user_dir`` is, None where ours does not come with it.
 
-    Runs the folder's code, as the commands that name it do.
+    Runs the folder's code, as the commands that name it do, with ``environment`` added to ours.
 
     Raises:
         UserError: if fairseq cannot import it.
     """
+    return _examine(user_dir, tuple(environment.items()))
+
+
+@functools.cache
+def _examine(user_dir: Path, environment: tuple[tuple[str, str], ...]) -> Plugin | None:
     done = subprocess.run(
         [sys.executable, "-c", _PROBE, str(user_dir)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
+        env={**os.environ, **dict(environment)},
         check=False,
     )
     if done.returncode:
