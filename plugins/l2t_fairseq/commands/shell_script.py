@@ -2,8 +2,9 @@
 
 Understands what training scripts are written in: comments, line continuations, quoting, variables
 set in the script or the environment, ``~``, environment prefixes, several commands, redirections,
-here-documents. What only a shell can know (command substitution, arguments of the script, arrays,
-loops) is an error, but only where the command that is looked for depends on it.
+here-documents, blocks. What only a shell can know (command substitution, arguments of the script,
+what a branch has set behind it, loops) is an error, and so are arrays, but only where the command
+that is looked for depends on it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from l2t_core.errors import UserError
-from l2t_fairseq.commands.shell_variables import Assignment, Variables, assignment_of
+from l2t_fairseq.commands.shell_variables import (
+    SUBSHELL,
+    Assignment,
+    Variables,
+    assignment_of,
+    follows_a_shell,
+)
 from l2t_fairseq.commands.shell_words import Statement, Word, bare, statements
 
 
@@ -34,7 +41,13 @@ class SimpleCommand:
 
 # Words that may stand before a command and are no part of it.
 _RESERVED = {"do", "then", "else", "elif", "if", "while", "until", "{", "}", "!", "time", "exec"}
-_LOOPS = {"for", "while", "until", "select"}
+_CHAINS = ("&&", "||")
+_HEAD, _LOOP = "while", "do"  # a loop before and behind its `do`
+_BEGINNINGS = {
+    **dict.fromkeys(("for", "while", "until", "select"), _HEAD),
+    **{word: word for word in ("if", "case", "{")},
+}
+_ENDS = {"done": _LOOP, "fi": "if", "esac": "case", "}": "{"}
 # A line with these sets variables and runs nothing.
 _DECLARATIONS = {"export", "declare", "readonly", "local", "typeset"}
 _OTHER_KINDS = {*"aAilnu"}  # options of declare: arrays, numbers, other names, letters' case
@@ -101,14 +114,84 @@ def _declare(words: list[Word], variables: Variables) -> None:
             variables.export(name)
 
 
-def _loop_step(statement: Statement) -> int:
-    """Return 1 where ``statement`` begins a loop, -1 where it ends one, 0 elsewhere."""
-    for name in map(bare, statement.words):
-        if name in _LOOPS or name == "done":
-            return -1 if name == "done" else 1
-        if name not in _RESERVED:
-            return 0
-    return 0
+class _Blocks:
+    """Follows a script into its blocks and out of them, for what is known of its variables."""
+
+    def __init__(self, variables: Variables) -> None:
+        self.variables = variables
+        self.awaits = False  # && or || stands before what comes next, perhaps on another line
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [block.kind for block in self.variables.blocks]
+
+    def in_loop(self) -> bool:
+        """Tell whether a loop is open."""
+        return bool({_HEAD, _LOOP} & {*self._kinds})
+
+    def is_pattern(self, statement: Statement) -> bool:
+        """Tell a pattern of ``case`` from a command."""
+        return statement.end == ")" and self._kinds[-1:] == ["case"]
+
+    def begin(self, statement: Statement) -> None:
+        """Enter and leave what the words that ``statement`` begins with begin and end."""
+        words = [bare(word) for word in statement.words]
+        for at, word in enumerate(words):
+            if word in _ENDS and self._back_to(_ENDS[word]):
+                self.variables.leave()
+            elif word in ("elif", "else") and self._back_to("if"):
+                self.variables.branch()
+            elif word in _BEGINNINGS:
+                self.variables.enter(_BEGINNINGS[word])
+            elif word == "function" and words[-1] == "{":
+                self.variables.enter("{")
+            elif word == "do" and self._kinds[-1:] == [_HEAD]:
+                self.variables.blocks[-1].kind = _LOOP
+            elif word == "do":  # of a loop behind a |
+                self.variables.enter(_LOOP)
+            if word in ("for", "select") and words[at + 1 :]:
+                self.variables.set(words[at + 1], follows_a_shell(words[at + 1]))
+            if word not in _RESERVED:
+                return
+
+    def end(self, statement: Statement, only_sets: bool) -> None:
+        """Enter and leave what the operator behind ``statement`` begins and ends."""
+        if statement.words or statement.left_out:
+            self.awaits = False
+        if statement.end in _CHAINS:
+            self._chain(statement.end, only_sets)
+        elif statement.end == SUBSHELL:
+            self.variables.enter(SUBSHELL)
+            self.awaits = False
+        elif statement.end != "|" and not (statement.end == "\n" and self.awaits):
+            if self._kinds[-1:] and self._kinds[-1] in _CHAINS:
+                self.variables.leave()
+            if statement.end == ")" and self._kinds[-1:] == [SUBSHELL]:
+                self.variables.leave()
+            if statement.end == ";;" and self._back_to("case"):
+                self.variables.branch()
+
+    def _chain(self, operator: str, only_sets: bool) -> None:
+        """Take what stands behind ``operator`` for a block, which may not run."""
+        before = self._kinds[-1:]
+        if before and before[0] in _CHAINS:
+            if operator == "||":
+                self.variables.branch()
+                self.variables.blocks[-1].kind = operator
+            elif before == ["||"]:  # a || b && c: which of the two it was is not known in c
+                self.variables.leave()
+                self.variables.enter(operator)
+        elif operator == "||" or not only_sets:  # setting a variable does not fail
+            self.variables.enter(operator)
+        self.awaits = True
+
+    def _back_to(self, kind: str) -> bool:
+        """Leave what is open within the innermost block of a kind, if there is one."""
+        if kind not in self._kinds:
+            return False
+        while self._kinds[-1] != kind:
+            self.variables.leave()
+        return True
 
 
 def simple_commands(
@@ -124,13 +207,17 @@ def simple_commands(
         UserError: if a quotation is never closed.
     """
     variables = Variables(os.environ if environment is None else environment)
-    commands, loops = [], 0
+    blocks, commands = _Blocks(variables), []
     for statement in statements(text, documents):
-        loops = max(0, loops + _loop_step(statement))
+        if blocks.is_pattern(statement):
+            continue
+        blocks.begin(statement)
         command = _read(statement, variables)
-        if loops and command.error is None:
+        if blocks.in_loop() and command.error is None:
             command.error = UserError("the script runs it in a loop; give one command after --")
         commands.append(command)
+        only_sets = bool(statement.words) and not command.words and statement.first() != "}"
+        blocks.end(statement, only_sets)
     return [command for command in commands if command.words]
 
 

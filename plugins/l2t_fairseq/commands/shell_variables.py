@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from l2t_core.errors import UserError
 from l2t_fairseq.commands.shell_words import ARRAY, Quote, Word
@@ -37,13 +37,57 @@ def assignment_of(word: Word) -> Assignment | None:
     return Assignment(match[1], bool(match[2]), value)
 
 
+SUBSHELL = "("
+
+
+def follows_a_shell(name: str) -> UserError:
+    """Return why nobody knows what a block, which may run or not, has made of a variable."""
+    return UserError(
+        f"the script sets ${name} in a loop, a condition or a function, which only a running shell "
+        "follows; write the value"
+    )
+
+
+@dataclass
+class Block:
+    """A part of a script that may run or not, or a subshell, and what was known before it."""
+
+    kind: str
+    known: dict[str, str | UserError]
+    exports: dict[str, None]
+    changed: set[str] = field(default_factory=set)
+
+
 class Variables:
-    """Values of shell variables, or the reason why a value cannot be known."""
+    """Values of shell variables, or the reason why a value cannot be known.
+
+    What a block sets is known within it. Behind it nobody knows whether it was run; behind a
+    subshell all is as before.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
         self.known: dict[str, str | UserError] = {}
         self.exports: dict[str, None] = {}  # in order
+        self.blocks: list[Block] = []  # those that are open
+
+    def enter(self, kind: str) -> None:
+        """Begin a block."""
+        self.blocks.append(Block(kind, dict(self.known), dict(self.exports)))
+
+    def branch(self) -> None:
+        """Begin another branch of the innermost block."""
+        self.known = dict(self.blocks[-1].known)
+
+    def leave(self) -> None:
+        """End the innermost block."""
+        block = self.blocks.pop()
+        self.known = block.known
+        if block.kind == SUBSHELL:
+            self.exports = block.exports
+            return
+        for name in block.changed:
+            self.set(name, follows_a_shell(name))
 
     def result(self, assignment: Assignment) -> str | UserError:
         """Return what an assignment gives its variable, or why nobody knows it."""
@@ -55,12 +99,18 @@ class Variables:
     def set(self, name: str, value: str | UserError) -> None:
         """Give a variable a value, or the reason why nobody knows it."""
         self.known[name] = value
+        self._changed(name)
         if name in self.environment:  # what came with the environment stays in it
             self.export(name)
 
     def export(self, name: str) -> None:
         """Hand a variable to the commands that follow."""
         self.exports.setdefault(name)
+        self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        if self.blocks:
+            self.blocks[-1].changed.add(name)
 
     def exported(self) -> dict[str, str | UserError]:
         """Return what commands get from the script beside the environment that it was given."""

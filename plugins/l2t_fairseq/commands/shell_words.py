@@ -22,7 +22,6 @@ ARRAY = ("(", Quote.NONE)  # the value of NAME=(…)
 
 
 _OPERATORS = re.compile(r"&&|\|\||;;|\||;|&(?!>)|\n|\(|\)")
-_PIPE_END = re.compile(r"(?<!\\)\n|;|&&|\|\|")
 _REDIRECTION = re.compile(r"(?:\d|&)?(?:>>|>&|<<<|>\||>|<)")
 _HERE_DOCUMENT = re.compile(r"(?<!<)<<(?!<)-?[ \t]*\\?(['\"]?)([\w.!-]+)\1")
 _ARRAY_NAME = re.compile(r"[A-Za-z_]\w*\+?=")
@@ -58,8 +57,7 @@ def _word_end(text: str, start: int) -> tuple[Word, int]:
         if char in " \t\r" or _OPERATORS.match(text, at) or char in "<>":
             break
         if text.startswith(("$(", "`"), at):
-            closing = text.find(")" if char == "$" else "`", at + 2)
-            end = len(text) if closing < 0 else closing + 1
+            end = _output_end(text, at)
             bare, at = bare + text[at:end], end
         elif text.startswith("\\\n", at):
             at += 2
@@ -75,6 +73,19 @@ def _word_end(text: str, start: int) -> tuple[Word, int]:
             bare, at = bare + char, at + 1
     word.append((bare, Quote.NONE))
     return [piece for piece in word if piece[0] or piece[1] is not Quote.NONE], at
+
+
+def _output_end(text: str, start: int) -> int:
+    """Return where the ``$(…)`` or `` `…` `` that begins at ``start`` ends."""
+    if text[start] == "`":
+        closing = text.find("`", start + 1)
+        return len(text) if closing < 0 else closing + 1
+    depth = 0
+    for at in range(start + 1, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at + 1
+    return len(text)
 
 
 def _quoted(text: str, start: int) -> tuple[str, int]:
@@ -105,6 +116,25 @@ def _after_documents(text: str, start: int, ends: list[str]) -> int:
     return start
 
 
+def _pipe_end(text: str, start: int, in_subshell: bool) -> int:
+    """Return where the rest of a pipe that goes on at ``start`` ends."""
+    at, depth = start, 0
+    while at < len(text):
+        if text[at] in "'\"":
+            at = _quoted(text, at)[1]
+            continue
+        if text.startswith(("\n", ";", "&&", "||"), at):
+            return at
+        if text[at] == "#" and text[at - 1] in " \t":
+            ending = text.find("\n", at)
+            return len(text) if ending < 0 else ending
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth < 0 and in_subshell:
+            return at
+        at += 2 if text[at] == "\\" else 1
+    return len(text)
+
+
 class _Splitter:
     """Where a script is read, and what of it has been."""
 
@@ -112,6 +142,7 @@ class _Splitter:
         self.text, self.documents, self.at = text.replace("\r\n", "\n"), documents, 0
         self.statements = [Statement()]
         self.awaited: list[str] = []  # ends of the here-documents that begin with the next line
+        self.open = 0  # subshells
         self.array = 0  # how many statements there were where an array began
 
     def step(self) -> None:
@@ -158,6 +189,8 @@ class _Splitter:
             del self.statements[self.array :]
             self.array = 0
             return
+        elif not self.array:
+            self.open = max(0, self.open + {"(": 1, ")": -1}.get(found, 0))
         last.end = found
         self.statements.append(Statement())
         if found == "\n":
@@ -177,8 +210,7 @@ class _Splitter:
         return last == "case" or (last != "esac" and bool(before) and before[-1].end == ";;")
 
     def _pipe(self, last: Statement) -> None:
-        ending = _PIPE_END.search(self.text, self.at)
-        end = ending.start() if ending else len(self.text)
+        end = _pipe_end(self.text, self.at, self.open > 0)
         piped = self.text[self.at : end]
         last.left_out.append(f"| {piped.strip()}")
         self.awaited += [found[2] for found in _HERE_DOCUMENT.finditer(piped)]
