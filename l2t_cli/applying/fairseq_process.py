@@ -29,8 +29,9 @@ def train_to_end(
     """Run a fairseq-train command as :func:`run_logged` does, if it is not at its end already.
 
     fairseq looks for its end after an update only: given once more, a command that has made its
-    ``--max-update`` makes one more, and one that ``--patience`` has ended goes on for epochs. That
-    goes for one, too, that was killed between its last checkpoint and the end.
+    ``--max-update`` makes one more, and one that ``--patience`` has ended goes on to its next look
+    at dev or further. That goes for one, too, that was killed between its last checkpoint and the
+    end.
 
     Raises:
         UserError: if it cannot be started or fails, or would go on from half a checkpoint.

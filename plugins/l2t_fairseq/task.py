@@ -1,8 +1,9 @@
 """fairseq's task ``l2t_translation``: ``translation`` that tells ``l2t_dynamic`` where it is.
 
 It feeds the criterion each update's number and learning rate, and carries the student's state s_t
-through checkpoints, so that a resumed run is the run that was interrupted, to the bit. With any
-other criterion it is ``translation``, whose resumed runs it makes exact, too.
+and the count for ``--patience`` through checkpoints, so that a resumed run is the run that was
+interrupted, to the bit. With any other criterion it is ``translation``, whose resumed runs it makes
+exact, too.
 """
 
 # No `from __future__ import annotations`: fairseq reads the types of its configurations.
@@ -13,11 +14,13 @@ from typing import Any
 from fairseq.tasks import TASK_REGISTRY, register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from l2t_fairseq import patience
 from l2t_fairseq.criterion import L2TDynamicCriterion
 
 # The key of s_t in the train iterator's state: of all that fairseq saves, what every version
 # restores in mid-epoch.
 STATE = "l2t"
+PATIENCE = "l2t_patience"  # the key of fairseq's count for --patience, likewise
 
 
 @dataclass
@@ -53,8 +56,7 @@ class L2TTranslationTask(TranslationTask):
             dataset.set_epoch(iterator.epoch)
         else:
             iterator = super().get_batch_iterator(dataset, *args, **kwargs)
-        if self._criterion is not None:
-            carry_state(iterator, self._criterion)
+        carry_state(iterator, self._criterion)
         return iterator
 
     def _makes_batches_once(self, dataset: Any, kwargs: dict[str, Any]) -> bool:
@@ -90,22 +92,27 @@ def registered_tasks() -> list[str]:
     return sorted(n for n, kind in TASK_REGISTRY.items() if issubclass(kind, L2TTranslationTask))
 
 
-def carry_state(iterator: Any, criterion: L2TDynamicCriterion) -> None:
-    """Make ``iterator`` save and load s_t together with its own position.
+def carry_state(iterator: Any, criterion: L2TDynamicCriterion | None) -> None:
+    """Make ``iterator`` save and load, with its own position, s_t and the count for --patience.
 
     fairseq reuses an iterator from epoch to epoch; one that carries already is left alone.
     """
-    if getattr(iterator, "l2t_carries", None) is criterion:
+    if getattr(iterator, "l2t_carries", iterator) is criterion:
         return
     own_state, own_load = iterator.state_dict, iterator.load_state_dict
 
     def state_dict() -> Any:
-        return {**own_state(), STATE: criterion.teacher_state()}
+        carried = {} if criterion is None else {STATE: criterion.teacher_state()}
+        if count := patience.waited():
+            carried[PATIENCE] = count
+        return {**own_state(), **carried}
 
     def load_state_dict(state: Any) -> None:
         own_load(state)
-        if STATE in state:  # not in the checkpoint of another criterion or task
+        if criterion is not None and STATE in state:  # not in another criterion's or task's
             criterion.load_teacher_state(state[STATE])
+        if PATIENCE in state:
+            patience.go_on_waiting(state[PATIENCE])
 
     iterator.state_dict = state_dict
     iterator.load_state_dict = load_state_dict

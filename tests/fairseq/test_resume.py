@@ -134,6 +134,24 @@ def test_batches_that_follow_the_epoch_are_found_again(
     assert teacher_state(whole) == teacher_state(resumed)
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_patience_goes_on_where_it_was(runs: Runs, tmp_path: Path, taught: bool) -> None:
+    """Chosen by the greatest loss, which is the first: 6 looks at dev later, update 14, it ends."""
+    command = runs.taught("real") if taught else resumable(runs.plain(), USER_DIR)
+    command = with_value(command, "--validate-interval-updates", "4")
+    more = ["--patience", "6", "--maximize-best-checkpoint-metric"]
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    for folder in folders:
+        folder.mkdir()
+        if folder.name == "resumed":
+            shutil.copy(folders[0] / "checkpoint_2_10.pt", folder / "checkpoint_last.pt")
+        words = with_value(command, "--save-dir", str(folder)).arguments
+        done = run_module("fairseq_cli.train", [*words, *more])
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert max(updates(done.stdout)) == 14
+    assert same_parameters(*map(last, folders))
+
+
 def test_a_kill_while_a_checkpoint_is_copied_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
