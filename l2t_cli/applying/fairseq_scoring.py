@@ -89,8 +89,16 @@ class TestSet:
         Raises:
             UserError: with the two sizes side by side, or fairseq's reason.
         """
-        check_generate_flags(split_flags(self.generate, "--generate"), self.data_bin)
+        self.check_flags()
         check_teacher(teacher, data_fingerprint(self.data_bin, self.target))
+
+    def check_flags(self) -> None:
+        """Refuse flags that cannot generate what is scored.
+
+        Raises:
+            UserError: with fairseq's reason.
+        """
+        check_generate_flags(split_flags(self.generate, "--generate"), self.data_bin)
 
     def score(
         self, checkpoint: Path, folder: Path, split: str = "test"

@@ -88,9 +88,9 @@ class FairseqTrials:
             ) from None
 
     def check(self, teachers: Sequence[Path], losses: Sequence[str]) -> None:
-        """Refuse missing data, and teachers for another dictionary."""
+        """Refuse missing data, flags that cannot generate, and teachers for another dictionary."""
         open_data(self.application.data)
-        self.application.test_set()
+        self.application.test_set().check_flags()
         for teacher in teachers:
             self.application.check(teacher)
         if MRT in losses:

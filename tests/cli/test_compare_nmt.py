@@ -277,6 +277,10 @@ def test_a_trial_with_the_real_fairseq(tmp_path: Path) -> None:
     prepare_corpus(corpus, tmp_path / "data", name="tiny", vocabulary_size=24)
     made = trials(tmp_path, data=tmp_path / "data")
     made.check([], [])
+    silent = trials(tmp_path, data=tmp_path / "data")
+    silent.application.generate = "--beam 1 --quiet"
+    with pytest.raises(UserError, match=r"with --quiet .* remove it from nmt\.generate"):
+        silent.check([], [])
     store = TrialStore(tmp_path / "out", made.identity())
     final = trial("mrt", final=True)
     result = made.run(final, store.work(final))

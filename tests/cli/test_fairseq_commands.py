@@ -437,7 +437,10 @@ def test_a_command_that_failed_can_be_corrected(l2t: Run, data_bin: Path, tmp_pa
     assert l2t("apply-teacher", teacher, "--", *command[:-1]).code == 0
 
 
-@pytest.mark.parametrize("flags", ["--beem 5", "--beam five", "--beam '5", "--help"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--beem 5", "--beam five", "--beam '5", "--help", "--beam 5 --quiet", "--results-path=out"],
+)
 def test_flags_that_cannot_generate_are_refused_first(
     l2t: Run, data_bin: Path, tmp_path: Path, flags: str
 ) -> None:

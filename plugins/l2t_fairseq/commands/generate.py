@@ -17,7 +17,8 @@ def check_generate_flags(flags: Sequence[str], data_bin: Path) -> None:
     """Let fairseq-generate's own parser read ``flags``.
 
     Raises:
-        UserError: with the parser's reason, if it refuses them.
+        UserError: with the parser's reason, if it refuses them, or naming the flag that would keep
+            the translations from being printed, where they are read.
     """
     from fairseq import options
 
@@ -26,7 +27,7 @@ def check_generate_flags(flags: Sequence[str], data_bin: Path) -> None:
     parse: Any = options.parse_args_and_arch
     try:
         with _own_arguments(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            parse(options.get_generation_parser(), input_args=[str(data_bin), *flags])
+            read = parse(options.get_generation_parser(), input_args=[str(data_bin), *flags])
     except SystemExit as error:
         reason = said.getvalue().strip().rpartition("error: ")[2]
         if not error.code:
@@ -35,6 +36,12 @@ def check_generate_flags(flags: Sequence[str], data_bin: Path) -> None:
             f"fairseq-generate does not take `{line}` ({reason}); "
             "mend nmt.generate, or --generate for a command"
         ) from None
+    for flag, given in (("--quiet", read.quiet), ("--results-path", read.results_path)):
+        if given:
+            raise UserError(
+                f"with {flag} fairseq-generate (`{line}`) does not print the translations, which "
+                "are scored; remove it from nmt.generate, or --generate for a command"
+            )
 
 
 @contextlib.contextmanager
