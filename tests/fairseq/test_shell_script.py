@@ -103,6 +103,21 @@ def test_here_documents_are_text_unless_the_command_is_in_one(script: str) -> No
     assert command.arguments == TRAIN.split()[1:]
 
 
+@pytest.mark.parametrize(
+    "mention",
+    [
+        "mkdir -p runs/fairseq-train",
+        "mkdir -p runs/fairseq-train runs/logs",
+        "[ -d runs/fairseq-train ] || rm -r fairseq-train/old 2> /dev/null",
+        "log_to runs/fairseq-train",
+        "tail -f fairseq-train &",
+        "command -v fairseq-train > /dev/null",
+    ],
+)
+def test_a_name_like_the_commands_is_no_second_one(mention: str) -> None:
+    assert parse_script(f"{mention}\nsrun -n 1 {TRAIN}\n", {}).arguments == TRAIN.split()[1:]
+
+
 def test_what_does_not_matter_to_the_command_may_be_unknown() -> None:
     script = "for i in 1 2; do echo $i; done\nN=$(nproc)\nmkdir $UNSET\n"
     script += "RUN=(fairseq-train other) A=$1 B=2\n"

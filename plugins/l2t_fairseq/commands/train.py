@@ -20,6 +20,12 @@ _ALIASES = {"--arch": ("-a",), "--source-lang": ("-s",), "--target-lang": ("-t",
 _TRAIN = {"fairseq-train", "fairseq_cli.train"}
 _HYDRA = {"fairseq-hydra-train", "fairseq_cli.hydra_train", "hydra_train.py"}
 _QUOTED = re.compile(r"\bfairseq(?:-|_cli\.)train\b.*\s|\s.*\bfairseq(?:-|_cli\.)train\b")
+# Commands of scripts that run no other: words like fairseq-train behind them are names.
+_NO_LAUNCHERS = {
+    *("echo", "printf", "which", "type", "hash", "test", "[", "[[", "mkdir", "rmdir", "rm", "ls"),
+    *("cp", "mv", "ln", "touch", "cat", "tee", "head", "tail", "grep", "find", "du", "tar", "cd"),
+    *("pushd", "chmod", "rsync", "pip", "pkill", "killall"),
+}
 _PYTHON = re.compile(r"python[\d.]*$|pypy[\d.]*$")
 
 
@@ -249,7 +255,9 @@ def _is_fairseq_script(tokens: Sequence[str], position: int) -> bool:
 
 
 def _is_training(command: SimpleCommand) -> bool:
-    # `echo fairseq-train` and `which fairseq-train` mention it without running it.
-    return command.words[0] not in ("echo", "which", "printf") and bool(
-        _program_length(command.words)
-    )
+    """Tell a command that runs fairseq-train, itself or by another (srun), from a mention of it."""
+    if command.words[0] in _NO_LAUNCHERS:
+        return False
+    length = _program_length(command.words)
+    # `somewhere runs/fairseq-train`: what is run has at least its data behind it.
+    return length == 1 or 1 < length < len(command.words)
