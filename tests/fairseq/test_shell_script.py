@@ -197,6 +197,7 @@ B=2; LATER=3
 declare -x D=4 && readonly E=5
 typeset -x F; F=6
 GIVEN=new
+export "G=$A  two" 'H=$A' "$NOTHING"
 export A=one UNKNOWN=$(date)
 declare -i N=4
 PREFIX=7 B=two fairseq-train data "$E" $LATER
@@ -207,7 +208,7 @@ export TOO_LATE=8
 def test_what_a_script_exports_is_the_commands_environment(tmp_path: Path) -> None:
     given = {"GIVEN": "old", "KEPT": "same"}
     command = parse_script(EXPORTS, given)
-    assert list(command.environment) == ["A", "B", "C", "D", "F", "GIVEN", "PREFIX"]
+    assert list(command.environment) == [*"ABCDF", "GIVEN", *"GH", "PREFIX"]
     assert command.left_out == ["export UNKNOWN"]
     (tmp_path / "fairseq-train").write_text("#!/bin/sh\nenv\n")
     (tmp_path / "fairseq-train").chmod(0o755)

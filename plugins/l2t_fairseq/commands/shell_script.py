@@ -95,11 +95,11 @@ def _declare(words: list[Word], variables: Variables) -> None:
     kind, options = bare(words[0]), ""
     values: dict[str, str | UserError | None] = {}
     for word in words[1:]:
-        assignment = assignment_of(word)
+        assignment = assignment_of(word, declared=True)
         if bare(word).startswith(("-", "+")):
             options += bare(word) if bare(word)[0] == "-" else ""
         elif assignment is None:
-            values[bare(word)] = None
+            values.update({bare(word): None} if bare(word) else {})
         elif kind != "export" and set(options) & _OTHER_KINDS:
             values[assignment.name] = UserError(
                 f"the script sets {assignment.name} by `{kind} {options}`, which l2t does not "

@@ -25,15 +25,15 @@ class Assignment:
     value: Word
 
 
-def assignment_of(word: Word) -> Assignment | None:
-    """Return what ``word`` assigns, None where it is no assignment."""
-    if not word or word[0][1] is not Quote.NONE:
+def assignment_of(word: Word, declared: bool = False) -> Assignment | None:
+    """Return what ``word`` assigns, None where it is no assignment; quoted it is one to export."""
+    if not word or not (word[0][1] is Quote.NONE or declared):
         return None
     match = _ASSIGNMENT.match(word[0][0])
     if not match:
         return None
     rest = word[0][0][match.end() :]
-    value = [(rest, Quote.NONE), *word[1:]] if rest else word[1:]
+    value = [(rest, word[0][1]), *word[1:]] if rest else word[1:]
     return Assignment(match[1], bool(match[2]), value)
 
 
