@@ -37,6 +37,7 @@ from l2t_fairseq.commands.train import (
     value_of,
     with_value,
     without,
+    without_exports,
 )
 from l2t_fairseq.corpora.folder import data_bin_of, open_data
 from l2t_fairseq.fingerprint import data_digest
@@ -111,8 +112,12 @@ class FairseqApplication:
         }
 
     def identity_of(self, command: FairseqCommand) -> str:
-        """Return the part of ``command`` that tells its students from others, as one line."""
-        return shell_text(command)
+        """Return the part of ``command`` that tells its students from others, as one line.
+
+        What a script exports is not: it may hold what the shell has (``PATH=bin:$PATH``), which is
+        another one where the run goes on.
+        """
+        return shell_text(without_exports(command))
 
     def other_measure(self) -> dict[str, str]:
         """Return ``scored_by`` as a setting, nothing for BLEU."""

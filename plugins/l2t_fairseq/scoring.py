@@ -75,15 +75,8 @@ def score_checkpoint(
     form = folder.form_of(target).as_generated(list(generate_flags), target)
     flags = [*generate_flags, "--source-lang", source, "--target-lang", target]
     flags += ["--gen-subset", split]
-    if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
-        # At any other value some builds of fairseq drop the sentences left over at the end.
-        flags += ["--required-batch-size-multiple", "1"]
     joins = any(flag.startswith(("--remove-bpe", "--post-process", "--bpe")) for flag in flags)
-    if not joins:
-        # None: the tokeniser's work is undone once subwords are joined. Its own flags, which take
-        # no values and are about cutting text, go with it.
-        flags = [flag for flag in flags if not flag.startswith("--moses-")]
-        flags += ["--tokenizer", "space"]
+    flags = _completed(flags, joins)
     log = out / f"generate-{split}.log"
     raw = folder.references(split, target, form) if reference is None else read_lines(reference)
     generate(folder.data_bin, checkpoint, flags, log, user_dir, environment)
@@ -99,6 +92,18 @@ def score_checkpoint(
     tokenize = "13a" if reference is not None else form.bleu_tokenize
     score, signature = build_measure(measure, tokenize).judge(hypotheses, references)
     return ScoredOutput(score, signature + ("|ref:data-bin" if raw is None else ""), path, log)
+
+
+def _completed(flags: list[str], joins: bool) -> list[str]:
+    """Return fairseq-generate's ``flags`` with what is needed; ``joins``: they join subwords."""
+    if not any(flag.startswith("--required-batch-size-multiple") for flag in flags):
+        # At any other value some builds of fairseq drop the sentences left over at the end.
+        flags = [*flags, "--required-batch-size-multiple", "1"]
+    if joins:
+        return flags
+    # None: the tokeniser's work is undone once subwords are joined. Its own flags, which take no
+    # values and are about cutting text, go with it.
+    return [*(flag for flag in flags if not flag.startswith("--moses-")), "--tokenizer", "space"]
 
 
 def generate(

@@ -367,7 +367,7 @@ def test_workers_end_with_a_terminated_command_and_give_the_same_numbers(
 
 # Ctrl-C goes to all processes, and the first ends its workers: both signals meet one at once.
 BOTH = """\
-import signal, os
+import signal, threading
 from types import SimpleNamespace
 from l2t_cli.comparing import trials
 held = (signal.SIGINT, signal.SIGTERM)
@@ -375,8 +375,8 @@ field = SimpleNamespace(load=lambda name: lambda recipe: recipe)
 trials._begin_worker(SimpleNamespace(field=field, identity=dict), {})
 trials._BUSY.set()
 signal.pthread_sigmask(signal.SIG_BLOCK, held)
-for number in held:
-    os.kill(os.getpid(), number)
+for number in held:  # to this thread: those of libraries would take what it holds back
+    signal.pthread_kill(threading.get_ident(), number)
 try:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
     for _ in range(1000):

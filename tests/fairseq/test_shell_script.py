@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from l2t_core.errors import UserError
-from l2t_fairseq.commands.train import parse_script
+from l2t_fairseq.commands.train import parse_script, shell_text, without_exports
 
 SCRIPT = r"""#!/usr/bin/env bash
 set -e
@@ -210,6 +210,9 @@ def test_what_a_script_exports_is_the_commands_environment(tmp_path: Path) -> No
     command = parse_script(EXPORTS, given)
     assert list(command.environment) == [*"ABCDF", "GIVEN", *"GH", "PREFIX"]
     assert command.left_out == ["export UNKNOWN"]
+    # What the command has in front is its own; the rest may be another shell's (PATH=bin:$PATH).
+    own = shell_text(without_exports(command))
+    assert own == "B=two PREFIX=7 fairseq-train data 5 3"
     (tmp_path / "fairseq-train").write_text("#!/bin/sh\nenv\n")
     (tmp_path / "fairseq-train").chmod(0o755)
     path = f"{tmp_path}:/usr/bin:/bin"

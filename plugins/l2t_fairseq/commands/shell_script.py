@@ -29,10 +29,12 @@ from l2t_fairseq.commands.shell_words import Statement, Word, bare, statements
 class SimpleCommand:
     """One command of a script: what it adds to the environment, expanded words, what is left out.
 
-    ``assignments`` are the variables that the script has exported, and those before the command.
-    ``left_out`` are redirections, pipes, and exported variables whose value nobody knows.
+    ``exports`` are the variables that the script has exported, ``assignments`` those in front of
+    the command. ``left_out`` are redirections, pipes, and exported variables whose value nobody
+    knows.
     """
 
+    exports: dict[str, str] = field(default_factory=dict)
     assignments: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ def _read(statement: Statement, variables: Variables) -> SimpleCommand:
         if isinstance(value, UserError):
             command.left_out.append(f"export {name}")
         else:
-            command.assignments[name] = value
+            command.exports[name] = value
     try:
         for word in words:
             command.words += variables.expand(word)

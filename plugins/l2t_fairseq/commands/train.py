@@ -35,13 +35,15 @@ class FairseqCommand:
 
     ``program`` is all that stands before fairseq-train's own arguments (``fairseq-train``,
     ``python -m fairseq_cli.train``, ``srun -n 1 fairseq-train``). ``left_out`` tells which parts
-    of a script's line (redirections, pipes) are not in it.
+    of a script's line (redirections, pipes) are not in it, ``exported`` which variables of the
+    ``environment`` the script exports on other lines.
     """
 
     environment: dict[str, str]
     program: list[str]
     arguments: list[str]
     left_out: list[str] = field(default_factory=list)
+    exported: frozenset[str] = frozenset()
 
 
 def parse_command(tokens: Sequence[str]) -> FairseqCommand:
@@ -109,10 +111,12 @@ def parse_script(text: str, environment: Mapping[str, str] | None = None) -> Fai
     if command.error is not None:
         raise command.error
     parsed = parse_command(command.words)
+    own = {**command.assignments, **parsed.environment}
     return replace(
         parsed,
-        environment={**command.assignments, **parsed.environment},
+        environment={**command.exports, **own},
         left_out=command.left_out,
+        exported=frozenset(command.exports.keys() - own.keys()),
     )
 
 
@@ -153,6 +157,12 @@ def shell_text(command: FairseqCommand) -> str:
     """Return the command as one line that can be pasted into a shell."""
     prefix = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
     return " ".join([*prefix, shlex.join([*command.program, *command.arguments])])
+
+
+def without_exports(command: FairseqCommand) -> FairseqCommand:
+    """Return ``command`` without what its script exports on other lines."""
+    own = {k: v for k, v in command.environment.items() if k not in command.exported}
+    return replace(command, environment=own)
 
 
 def with_value(command: FairseqCommand, flag: str, value: str) -> FairseqCommand:
