@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from l2t_core.comparing import statistics
 from l2t_core.comparing.statistics import (
     Point,
     at_edge,
@@ -124,10 +124,12 @@ def test_refined_grids_halve_the_widest_gap() -> None:
     assert len(grid) == len(set(grid)) == 12 and (grid[0], grid[-1]) == (0.05, 0.4)
 
 
-def test_a_large_grid_is_refined_at_once() -> None:
-    began = time.process_time()
+def test_a_large_grid_is_refined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gap is looked at when it comes about, not all for each new value."""
+    looks, gap = [], statistics._gap
+    monkeypatch.setattr(statistics, "_gap", lambda *given: looks.append(given) or gap(*given))
     grid = refined([0.05, 0.1, 0.2, 0.4], 10_000)
-    assert time.process_time() - began < 5.0  # it was a minute
+    assert len(looks) < 2 * len(grid)
     assert len(grid) == 10_000 and grid == sorted(grid)
     ratios = [high / low for low, high in itertools.pairwise(grid)]
     assert max(ratios) < 1.001
@@ -144,6 +146,19 @@ def test_every_loss_gets_as_many_points() -> None:
     assert Counter(p.settings for p in thinned).most_common()[-1][1] == 2  # 6 x 2
     assert thinned == grid_points(rates, large, 12) != grid_points(rates, large, 12, seed=1)
     assert grid_points([0.1, 0.2], {"eps": [0.1]}, 2)[0] == Point(0.1, (("eps", 0.1),))
+
+
+@pytest.mark.parametrize(("rates", "settings"), [(4, 6), (4, 3), (6, 4), (3, 3), (5, 1), (1, 5)])
+def test_few_points_are_spread_over_rates_and_settings_alike(rates: int, settings: int) -> None:
+    own = {"q": [float(i) for i in range(settings)]}
+    for count, seed in itertools.product(range(2, rates * settings), range(3)):
+        if count < settings:  # then there is no full round; each has one at most
+            continue
+        points = grid_points([0.1 * 2**i for i in range(rates)], own, count, seed)
+        assert len(set(points)) == len(points) >= count
+        for of in (Counter(p.lr for p in points), Counter(p.settings for p in points)):
+            assert max(of.values()) - min(of.values()) <= 1
+        assert len({p.lr for p in points}) >= min(rates, count)
 
 
 def test_the_best_point_ties_and_divergence() -> None:
@@ -181,7 +196,7 @@ def test_rates_that_were_left_out_beside_the_best_are_told() -> None:
 def test_a_rate_that_was_tried_with_no_settings_at_all_is_left_out_too() -> None:
     """Of few points none may have the lowest rates."""
     rates, own = [0.02, 0.1, 0.5, 2.5], {"q": [0.05, 0.1, 0.15]}
-    points = grid_points(rates, own, 4)
-    lowest = min(points, key=lambda point: point.lr)
-    assert lowest.lr == 0.5
-    assert untried_sides(lowest, points, rates)[0] == "below"
+    points = [Point(2.5, (("q", q),)) for q in own["q"]] + [Point(0.5, (("q", 0.05),))]
+    assert untried_sides(points[-1], points, rates) == ["below"]
+    # As few as that are drawn with every rate once.
+    assert sorted(point.lr for point in grid_points(rates, own, 4)) == rates

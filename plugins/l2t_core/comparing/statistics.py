@@ -91,7 +91,8 @@ def grid_points(rates: Sequence[float], own: Values, count: int, seed: int = 0) 
     """Return ``count`` points of the grid rates x own values, so that every loss gets as many.
 
     A grid that is too small gets rates in between; of one that is too large every combination of
-    own values keeps the same number of rates (give or take one), drawn by ``seed``.
+    own values keeps the same number of rates, and every rate the same number of combinations (give
+    or take one), drawn by ``seed``.
     """
     combinations = [
         tuple(zip(own, values, strict=True)) for values in itertools.product(*own.values())
@@ -100,14 +101,15 @@ def grid_points(rates: Sequence[float], own: Values, count: int, seed: int = 0) 
     if len(grid) * len(combinations) <= count:
         return [Point(lr, settings) for settings in combinations for lr in grid]
     draw = random.Random(seed)
-    orders = [draw.sample(grid, len(grid)) for _ in combinations]
-    draw.shuffle(orders)
+    draw.shuffle(grid)
+    draw.shuffle(combinations)
+    # Both go round and round; one place on where they would meet in the same pairs again.
+    period = math.lcm(len(grid), len(combinations))
     points = [
-        Point(order[turn], settings)
-        for turn in range(len(grid))
-        for settings, order in zip(combinations, orders, strict=True)
+        Point(grid[(i + i // period) % len(grid)], combinations[i % len(combinations)])
+        for i in range(count)
     ]
-    return sorted(points[:count], key=lambda point: (point.settings, point.lr))
+    return sorted(points, key=lambda point: (point.settings, point.lr))
 
 
 def best(scores: Mapping[Point, tuple[float, float] | None]) -> Point | None:
