@@ -496,7 +496,7 @@ def test_the_test_set_is_in_the_commands_direction(
     scored = []
     monkeypatch.setattr(
         fairseq_scoring, "score_checkpoint",
-        lambda *given: scored.append(given[-1]) or argparse.Namespace(score=1.0, signature="s"),
+        lambda *given: scored.append(given[-2]) or argparse.Namespace(score=1.0, signature="s"),
     )  # fmt: skip
     for flags, target, languages in (
         ("", "en", None),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_students import OpaqueNet, ToyStudent
+from toy_students import Mlp, OpaqueNet, ToyStudent
 
 from l2t_core.errors import NoEffect, UserError
 from l2t_core.losses.forms import FORMS
@@ -138,7 +138,7 @@ def test_a_finished_run_is_not_repeated(student, tmp_path):
     run(student, tmp_path / "run")
     events = []
     run(student, tmp_path / "run", on_event=events.append)
-    assert events == []
+    assert [e["event"] for e in events] == ["resumed"]
 
 
 @pytest.mark.parametrize("dies", [None, 1, 2])
@@ -194,7 +194,8 @@ def test_a_grown_run_knows_the_leader_whose_place_its_last_episode_took(
 ):
     """That episode changed no theta within its life; made again it may do worse."""
     settings = {"differentiation": "windows", "window": 2, "finalists": finalists}
-    settings["final_students"] = 1
+    if finalists > 1:
+        settings["final_students"] = 1
 
     def part(name, episodes, scores):
         told = iter(scores)
@@ -213,7 +214,8 @@ def test_a_student_in_float64_is_taught_by_every_form(make_student, tmp_path, fo
     """While theta is in float32, as everywhere."""
     double = make_student("mlp", OptimiserSpec("momentum", 0.3), steps=4)
     result = train_teacher(
-        double, LossSpec(form, "softplus", rank=2), TEACHER, spec(episodes=1),
+        double, LossSpec(form, "softplus", **({"rank": 2} if form == "lowrank" else {})), TEACHER,
+        spec(episodes=1),
         open_run(tmp_path / "run", {"run": 1}), record={"recipe": "toy"},
     )
     assert all(row["hypergradient_norm"] > 0.0 for row in result.history)
@@ -609,7 +611,7 @@ def test_the_best_is_chosen_on_the_same_fresh_students(student, tmp_path):
         assert student.true_measure() == found
     del events[:]
     again = run(student, tmp_path / "run", finalists=3, final_students=2, on_event=events.append)
-    assert events == [] and again.best_episode == 2
+    assert [e["event"] for e in events] == ["resumed"] and again.best_episode == 2
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -804,9 +806,17 @@ def test_sizes_that_a_teacher_does_not_read_are_told(name, idle):
     assert line == "teacher.hidden is 10000; it must be in [1, 4,096]"
 
 
-def test_a_snapshot_takes_buffers_that_share_memory(student, tmp_path):
-    student.module.register_buffer("table", torch.ones(4))
-    student.module.register_buffer("view", student.module.table.view(2, 2))
+class Sharing(Mlp):
+    """With two buffers in one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.ones(4))
+        self.register_buffer("view", self.table.view(2, 2))
+
+
+def test_a_snapshot_takes_buffers_that_share_memory(tmp_path):
+    student = ToyStudent(Sharing, OptimiserSpec("momentum", 0.3), steps=6)
     snapshot = tmp_path / "snapshot.safetensors"
     train_student(student, 9, snapshot=snapshot, snapshot_every=2)
     assert snapshot.exists()
